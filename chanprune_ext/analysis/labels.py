@@ -92,15 +92,15 @@ class ReferenceLabelStore:
 
     def find(self, labels: npt.ArrayLike) -> IntArray:
         """Return the class root (its smallest label) of every label; same shape as `labels`."""
-        return self._find(self._labels(labels))
+        return np.asarray(self._find(self._labels(labels)))
 
     def frozen(self, labels: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return for every label whether it can never be removed (label 0 never can)."""
         roots = self.find(labels)
-        result: npt.NDArray[np.bool_] = np.asarray(self._frozen[roots])
-        for index in zip(*np.nonzero(self._defined[roots]), strict=True):
-            result[index] = not self._live([int(roots[index])])
-        return result
+        result = self._frozen[roots.ravel()]
+        for i in np.flatnonzero(self._defined[roots.ravel()]):
+            result[i] = not self._live([int(roots.flat[i])])
+        return result.reshape(roots.shape)
 
     def reason(self, label: int) -> int:
         """Return the reason a label is frozen for, -1 if it is not or is label 0.
@@ -143,8 +143,8 @@ class ReferenceLabelStore:
         plain = _compacted(roots)
         result = np.zeros((max([len(plain), *map(len, expanded)]), roots.shape[1]), dtype=np.int64)
         result[: len(plain)] = plain
-        for i, leaves in zip(special, expanded, strict=True):
-            result[: len(leaves), i] = leaves
+        for column, leaves in zip(special, expanded, strict=True):
+            result[: len(leaves), column] = leaves
         return slots if np.array_equal(result, slots) else result
 
     def occurrences(self, slots: npt.ArrayLike) -> IntArray:
