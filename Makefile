@@ -1,0 +1,58 @@
+# Every target sets up what it needs: a virtual environment with all packages, and the native modules.
+#   make demo      prune, compensate and recover a small network on real images; writes runs/demo/
+#   make test      lint, types and all tests but the slow ones
+#   make test-all  the slow ones too
+#   make lint      ruff, mypy, clang-format
+#   make bench     benchmarks of the native operators and of whole jobs
+#   make clean     remove what was built (keeps the environment)
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=dir the environment's folder, and
+# PIP_INSTALL_ARGS passes options to every `pip install`, for example a local wheel folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_INSTALL_ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.chanprune-installed
+NATIVE_SOURCES := $(shell find csrc -type f)
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
+
+.PHONY: help install demo test test-all lint bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and on its own: the native modules are compiled against the very copy that will
+# load them, so their build must see it (hence no build isolation).
+$(INSTALLED): setup.py pyproject.toml $(NATIVE_SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) torch torchvision pybind11 ninja setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/chanprune demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f chanprune_ext/*.so $(INSTALLED)
