@@ -1,0 +1,1 @@
+"""Training a pruned network back to accuracy, and measuring what it reached."""

@@ -1,0 +1,119 @@
+"""Accuracy of a classifier on labelled images."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import ImageDataset, make_loader
+from ..errors import DataError
+from .outputs import checked_labels, logits_of, split_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Evaluation", "device_of", "evaluate", "evaluating"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model did on ``n`` labelled images.
+
+    Attributes:
+        top1 (float): share of images whose class has the highest logit, 0 to 1.
+        top5 (float): share of images whose class is among the five highest, 0 to 1.
+        loss (float): mean cross-entropy in nats.
+        n (int): number of images.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    n: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of ``top1``, as a share: ``sqrt(p (1 - p) / n)``."""
+        return math.sqrt(self.top1 * (1 - self.top1) / self.n)
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {100 * self.top1:.2f} % (s.e. {100 * self.standard_error:.2f}), "
+            f"top-5 {100 * self.top5:.2f} %, loss {self.loss:.4f}, n = {self.n}"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode for a while, then each back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: Dataset[Any] | Iterable[Any],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    workers: int = 0,
+) -> Evaluation:
+    """Measures accuracy and cross-entropy without changing the model.
+
+    Args:
+        model (nn.Module): classifier returning logits ``[N, K]``.
+        data (Dataset or Iterable): a dataset (augmentation is left out), or batches
+            ``(images, labels [N])``, for example a ``DataLoader``.
+        batch_size (int): images a batch, if ``data`` is a dataset. Default: 256.
+        device (torch.device or str, optional): where the images go; the model must be there.
+            Default: where the model is.
+        workers (int): decoding processes, if ``data`` is a dataset. Default: 0.
+
+    Returns:
+        Evaluation: over all images.
+
+    Raises:
+        DataError: there is no image, or a label is outside the model's classes.
+        InvalidArgumentError: the model does not return logits.
+    """
+    if isinstance(data, ImageDataset):
+        data = data.without_augmentation()
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        data = make_loader(data, batch_size, workers=workers)
+    target = device_of(model) if device is None else torch.device(device)
+    loss = top1 = top5 = 0.0
+    n = 0
+    with evaluating(model):
+        for batch in data:
+            images, labels = split_batch(batch)
+            logits = logits_of(model(images.to(target))).float()
+            checked_labels(labels, logits.shape[1])
+            labels = labels.to(target)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            top1 += best[:, 0].sum().item()
+            top5 += best.sum().item()
+            n += len(labels)
+    if n == 0:
+        raise DataError("data: expected at least one batch, got none")
+    return Evaluation(top1 / n, top5 / n, loss / n, n)
