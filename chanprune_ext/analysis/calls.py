@@ -32,9 +32,7 @@ __all__ = [
 ]
 
 _TORCH_DIRECTORY = os.path.dirname(torch.__file__) + os.sep
-_PACKAGE_DIRECTORY = (
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-)
+_PACKAGE_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # Files of this package that user models may come from: their lines are worth naming.
 _MODEL_FILES = frozenset({os.path.join(_PACKAGE_DIRECTORY, "models.py")})
 
@@ -197,14 +195,10 @@ class CallMode(TorchFunctionMode):
         super().__init__()
         self.next_index = 0
 
-    def query(
-        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def before(
-        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pass
 
     def after(
@@ -396,9 +390,7 @@ class _Recorder(CallMode):
                 inputs=inputs,
                 outputs=outputs,
                 parameters={
-                    v: self.values.parameters[v]
-                    for v in inputs
-                    if v in self.values.parameters
+                    v: self.values.parameters[v] for v in inputs if v in self.values.parameters
                 },
             )
         )
@@ -444,9 +436,7 @@ class _Tap(CallMode):
         self._after = after
         self._stop_after = stop_after
 
-    def before(
-        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if index in self._before:
             self._before[index](args, kwargs)
 
@@ -470,8 +460,7 @@ def tap_calls(
     model: nn.Module,
     inputs: Any,
     *,
-    before: Mapping[int, Callable[[tuple[Any, ...], dict[str, Any]], None]]
-    | None = None,
+    before: Mapping[int, Callable[[tuple[Any, ...], dict[str, Any]], None]] | None = None,
     after: Mapping[int, Callable[[Any], None]] | None = None,
     stop_after: int | None = None,
 ) -> Any:

@@ -1,0 +1,57 @@
+"""The entry of the analysis: check the inputs, trace once, group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.groups import Analysis, build_analysis
+from chanprune_ext.analysis.trace import tensors_of, trace_model
+from chanprune_ext.errors import InvalidArgumentError
+
+__all__ = ["analyse"]
+
+
+def analyse(model: nn.Module, example_inputs: Any) -> Analysis:
+    """Find the coupling groups of ``model``.
+
+    Args:
+        model: Any eager module; left as it was.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, on the
+            model's device, of a batch the model takes.
+
+    Raises:
+        InvalidArgumentError: The model is scripted or has lazy parameters, the inputs hold no
+            tensor, or model and inputs are on different devices.
+        AnalysisError: The model's forward raised while tracing.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise InvalidArgumentError(
+            "model is a scripted module, whose forward cannot be followed; prune the eager model "
+            "and script the result"
+        )
+    inputs = tensors_in(example_inputs)
+    if not inputs:
+        raise InvalidArgumentError(
+            "example_inputs must hold at least one tensor: give a tensor, a tuple or a dict; got "
+            f"{type(example_inputs).__name__}"
+        )
+    tensors = tensors_of(model)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise InvalidArgumentError(
+                f"model has a lazy parameter '{name}' without a shape; run the model once first"
+            )
+    devices = {t.device for t in tensors.values() if not t.is_meta}
+    for tensor in inputs:
+        if len(devices) == 1 and not tensor.is_meta and tensor.device not in devices:
+            raise InvalidArgumentError(
+                f"example_inputs are on {tensor.device}, the model is on {next(iter(devices))}; "
+                f"move one to the other"
+            )
+    return build_analysis(trace_model(model, example_inputs))

@@ -1,0 +1,109 @@
+"""Solve size equations under a removal: new attribute values, and what cannot be satisfied."""
+
+from __future__ import annotations
+
+from chanprune_ext.analysis.groups import Analysis, Sizes
+from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op
+
+__all__ = ["solve_attributes"]
+
+_Key = tuple[str, str, int | None]
+
+
+def _key(attribute: Attribute) -> _Key:
+    return attribute.module, attribute.name, attribute.position
+
+
+def attributes_in(expr: Expr) -> list[Attribute]:
+    """The attributes an expression reads."""
+    if isinstance(expr, Attribute):
+        return [expr]
+    if isinstance(expr, Op):
+        return attributes_in(expr.left) + attributes_in(expr.right)
+    return []
+
+
+def evaluate(expr: Expr, sizes: Sizes, values: dict[_Key, int]) -> int:
+    """The value of an expression with surviving sizes and the attribute values known so far."""
+    if isinstance(expr, Const):
+        return expr.value
+    if isinstance(expr, Dim):
+        return sizes.of(expr.slots)
+    if isinstance(expr, Attribute):
+        return values.get(_key(expr), expr.value)
+    left, right = evaluate(expr.left, sizes, values), evaluate(expr.right, sizes, values)
+    if expr.symbol == "+":
+        return left + right
+    if expr.symbol == "-":
+        return left - right
+    if expr.symbol == "*":
+        return left * right
+    if right == 0:
+        return -1
+    return left // right if expr.symbol == "//" else left % right
+
+
+def _invert(
+    expr: Expr, target: int, unknown: _Key, sizes: Sizes, values: dict[_Key, int]
+) -> int | None:
+    """The value of the one unknown attribute for which ``expr`` equals ``target``."""
+    if isinstance(expr, Attribute):
+        return target
+    if not isinstance(expr, Op):
+        return None
+    in_left = any(_key(a) == unknown for a in attributes_in(expr.left))
+    known = evaluate(expr.right if in_left else expr.left, sizes, values)
+    inner = expr.left if in_left else expr.right
+    if expr.symbol == "+":
+        wanted: int | None = target - known
+    elif expr.symbol == "-":
+        wanted = target + known if in_left else known - target
+    elif expr.symbol == "*":
+        wanted = target // known if known and target % known == 0 else None
+    elif expr.symbol == "//":
+        if in_left:
+            wanted = target * known
+        else:
+            wanted = known // target if target and known % target == 0 else None
+    else:
+        wanted = None
+    return None if wanted is None else _invert(inner, wanted, unknown, sizes, values)
+
+
+def solve_attributes(
+    analysis: Analysis, sizes: Sizes
+) -> tuple[dict[Attribute, int], list[Equation]]:
+    """Find the attribute values that a removal asks for.
+
+    Returns:
+        Attribute -> new value for those that change, and the equations that nothing satisfies.
+    """
+    values: dict[_Key, int] = {}
+    attributes: dict[_Key, Attribute] = {}
+    pending = list(analysis.trace.equations)
+    for equation in pending:
+        if isinstance(equation.expr, Attribute):
+            values.setdefault(_key(equation.expr), sizes.of(equation.slots))
+            attributes[_key(equation.expr)] = equation.expr
+    progress = True
+    while progress:
+        progress = False
+        for equation in pending:
+            unknown = {_key(a): a for a in attributes_in(equation.expr) if _key(a) not in values}
+            target = sizes.of(equation.slots)
+            if len(unknown) != 1 or evaluate(equation.expr, sizes, values) == target:
+                continue
+            key, attribute = next(iter(unknown.items()))
+            value = _invert(equation.expr, target, key, sizes, values)
+            if value is not None and value >= 0:
+                values[key], attributes[key] = value, attribute
+                progress = True
+    violated = [
+        equation
+        for equation in pending
+        if evaluate(equation.expr, sizes, values) != sizes.of(equation.slots)
+    ]
+    changed = {
+        attributes[key]: value for key, value in values.items() if value != attributes[key].value
+    }
+    return changed, violated

@@ -1,0 +1,319 @@
+"""Coupling groups: the channels of a network that can only leave together, and their sizes.
+
+A *unit* is one class of labels: removing it removes certain indices of certain parameter dimensions.
+Units that touch the same dimensions in the same way form a group, the thing a ratio applies to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from chanprune_ext.analysis.trace import NORMALISED, Slots, Trace
+
+__all__ = ["Analysis", "CouplingGroup", "Frozen", "Member", "build_analysis"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one parameter or buffer that loses indices with a group.
+
+    Attributes:
+        entry: Name of the parameter or buffer.
+        dim: The dimension that shrinks.
+        role: ``"out"`` (makes the channels), ``"in"`` (reads them) or ``"with"`` (goes along).
+        indices: int64 (units, m): the indices each unit removes.
+    """
+
+    entry: str
+    dim: int
+    role: str
+    indices: np.ndarray
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the entry."""
+        return self.entry.rpartition(".")[0] or self.entry
+
+
+@dataclass(frozen=True, eq=False)
+class CouplingGroup:
+    """Channels removed together, unit by unit.
+
+    Attributes:
+        index: Position among the groups of the model, in execution order of the first producer.
+        members: Every parameter dimension the group touches.
+        roots: int64 (units,): label class of each unit.
+        normalised: A layer takes statistics over these channels, so removal equals the same layer
+            over the kept channels rather than zeroing.
+    """
+
+    index: int
+    members: tuple[Member, ...]
+    roots: np.ndarray
+    normalised: bool
+
+    @property
+    def units(self) -> int:
+        """How many units can be removed one by one."""
+        return len(self.roots)
+
+    @property
+    def name(self) -> str:
+        """The first module that makes these channels."""
+        return self.producers[0]
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Modules that make the channels (a bare parameter counts under its own name)."""
+        return tuple(dict.fromkeys(m.module for m in self.members if m.role == "out"))
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Modules that read the channels."""
+        return tuple(dict.fromkeys(m.module for m in self.members if m.role == "in"))
+
+    @property
+    def multiplicity(self) -> int:
+        """Channels of the first producer that one unit stands for."""
+        return next(m.indices.shape[1] for m in self.members if m.role == "out")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels that must stay, and what keeps them.
+
+    Attributes:
+        entry: Parameter whose output channels these are.
+        channels: How many of them are kept.
+        why: The reason in words.
+        op: The operation that asked for it.
+        module: Path of the module that was running.
+        source: ``file.py:line``.
+    """
+
+    entry: str
+    channels: int
+    why: str
+    op: str
+    module: str
+    source: str
+
+    def __str__(self) -> str:
+        where = f" in '{self.module}'" if self.module else ""
+        return f"{self.channels} channels of '{self.entry}' are kept: {self.why}{where} ({self.source})"
+
+
+@dataclass(eq=False)
+class Analysis:
+    """What may be removed from one model, and what that does to every size in it."""
+
+    trace: Trace
+    groups: tuple[CouplingGroup, ...]
+    slots: dict[tuple[str, int], Slots]
+    conflicts: frozenset[tuple[int, int]]
+    frozen: tuple[Frozen, ...]
+
+    def removed_labels(self, removed_units: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Bool (labels,): which label classes go, given bool (units,) per group index."""
+        removed = np.zeros(self.trace.store.size, dtype=bool)
+        for index, units in removed_units.items():
+            removed[self.groups[index].roots[units]] = True
+        return removed
+
+    def kept_mask(self, slots: Slots, removed: np.ndarray) -> np.ndarray:
+        """Bool (n,): which indices of a dimension survive."""
+        if not len(slots):
+            return np.ones(slots.shape[1], dtype=bool)
+        return ~removed[self.trace.store.resolve(slots)].any(axis=0)
+
+    def kept_masks(self, removed: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
+        """Masks of every parameter dimension that loses an index."""
+        masks: dict[str, dict[int, np.ndarray]] = {}
+        for (entry, dim), resolved in self.slots.items():
+            mask = ~removed[resolved].any(axis=0)
+            if not mask.all():
+                masks.setdefault(entry, {})[dim] = mask
+        return masks
+
+    def sizes(self, removed: np.ndarray) -> Sizes:
+        """Surviving sizes under a removal, computed once per dimension."""
+        return Sizes(self, removed)
+
+
+class Sizes:
+    """Surviving sizes of dimensions under one removal."""
+
+    def __init__(self, analysis: Analysis, removed: np.ndarray) -> None:
+        self._analysis = analysis
+        self._removed = removed
+        self._counts: dict[int, int] = {}
+
+    def of(self, slots: Slots) -> int:
+        """How many indices of a dimension survive."""
+        if not len(slots):
+            return int(slots.shape[1])
+        # Slot arrays live as long as the trace: their identity is a safe key.
+        count = self._counts.get(id(slots))
+        if count is None:
+            count = int(self._analysis.kept_mask(slots, self._removed).sum())
+            self._counts[id(slots)] = count
+        return count
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward on the example inputs."""
+        return sum(
+            cost.constant * int(np.prod([self.of(s) for s in cost.dims], dtype=np.int64))
+            for cost in self._analysis.trace.costs
+        )
+
+    def params(self, names: Iterable[str]) -> int:
+        """Elements of the given parameters."""
+        trace = self._analysis.trace
+        total = 0
+        for name in names:
+            shape = trace.shapes[name]
+            dims = trace.parameters.get(name)
+            sizes = shape if dims is None else [self.of(s) for s in dims]
+            total += int(np.prod(sizes, dtype=np.int64))
+        return total
+
+
+def build_analysis(trace: Trace) -> Analysis:
+    """Group the live label classes of a trace."""
+    store = trace.store
+    _freeze_literals(trace)
+    keys = [(entry, dim) for entry, dims in trace.parameters.items() for dim in range(len(dims))]
+    resolved = [store.resolve(trace.parameters[entry][dim]) for entry, dim in keys]
+    live = [(key, slots) for key, slots in zip(keys, resolved, strict=True) if len(slots)]
+    frozen = _frozen_outputs(trace, dict(live))
+    if not live:
+        return Analysis(trace, (), {}, frozenset(), frozen)
+    roots, signatures = store.signatures([slots for _, slots in live])
+    order = np.argsort(roots, kind="stable")
+    roots, signatures = roots[order], signatures[order]
+    _, group_of_root = np.unique(signatures, return_inverse=True)
+
+    # (root position, index) pairs of every dimension; first appearance orders the units.
+    pairs = []
+    first_seen = np.full(len(roots), np.iinfo(np.int64).max)
+    offset = 0
+    for _, slots in live:
+        found = store.occurrences(slots)
+        position = np.searchsorted(roots, found[:, 0])
+        pairs.append((position, found[:, 1]))
+        np.minimum.at(first_seen, position, offset + found[:, 1])
+        offset += slots.shape[1]
+    rank = np.argsort(np.argsort(first_seen, kind="stable"), kind="stable")
+
+    members: dict[int, list[Member]] = {}
+    for ((entry, dim), _), (position, index) in zip(live, pairs, strict=True):
+        group = group_of_root[position]
+        arrangement = np.lexsort((index, rank[position], group))
+        group, position, index = group[arrangement], position[arrangement], index[arrangement]
+        starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
+        for start, end in zip(starts, np.r_[starts[1:], len(group)], strict=True):
+            units = len(np.unique(position[start:end]))
+            members.setdefault(int(group[start]), []).append(
+                Member(
+                    entry,
+                    dim,
+                    trace.roles.get((entry, dim), "with"),
+                    index[start:end].reshape(units, -1),
+                )
+            )
+
+    position_in_order = {entry: i for i, entry in enumerate(trace.order)}
+    late = len(position_in_order)
+    keyed = []
+    for group_id, found_members in members.items():
+        if not any(m.role == "out" for m in found_members):
+            continue
+        found_members.sort(key=lambda m: position_in_order.get(m.entry, late))
+        in_group = np.flatnonzero(group_of_root == group_id)
+        group_roots = roots[in_group[np.argsort(rank[in_group], kind="stable")]]
+        first = next(m for m in found_members if m.role == "out")
+        keyed.append(
+            (
+                position_in_order.get(first.entry, late),
+                int(first.indices[0, 0]),
+                group_id,
+                found_members,
+                group_roots,
+            )
+        )
+    keyed.sort(key=lambda item: item[:3])
+    groups = tuple(
+        CouplingGroup(
+            index,
+            tuple(found_members),
+            group_roots,
+            bool((store.flags(group_roots) & NORMALISED).any()),
+        )
+        for index, (_, _, _, found_members, group_roots) in enumerate(keyed)
+    )
+    return Analysis(trace, groups, dict(live), _conflicts(groups, dict(live), store.size), frozen)
+
+
+def _freeze_literals(trace: Trace) -> None:
+    """A size written as a plain number must stay: freeze what would change it."""
+    from chanprune_ext.analysis.provenance import Const
+
+    for equation in trace.equations:
+        if isinstance(equation.expr, Const):
+            trace.store.freeze(equation.slots.ravel(), equation.reason)
+
+
+def _conflicts(
+    groups: tuple[CouplingGroup, ...], slots: Mapping[tuple[str, int], Slots], labels: int
+) -> frozenset[tuple[int, int]]:
+    """Pairs of groups that are two factors of one dimension (heads and head dims, say)."""
+    group_of = np.full(labels, -1, dtype=np.int64)
+    for group in groups:
+        group_of[group.roots] = group.index
+    pairs: set[tuple[int, int]] = set()
+    for resolved in slots.values():
+        if len(resolved) < 2:
+            continue
+        owners = np.where(resolved > 0, group_of[resolved], -1)
+        for a in range(len(owners)):
+            for b in range(a + 1, len(owners)):
+                both = np.stack([owners[a], owners[b]], axis=1)
+                both = both[(both >= 0).all(axis=1) & (both[:, 0] != both[:, 1])]
+                pairs.update((int(min(p)), int(max(p))) for p in np.unique(both, axis=0))
+    return frozenset(pairs)
+
+
+def _frozen_outputs(trace: Trace, live: Mapping[tuple[str, int], Slots]) -> tuple[Frozen, ...]:
+    """Output channels that no plan may remove, by reason."""
+    found: list[Frozen] = []
+    for (entry, dim), role in trace.roles.items():
+        if role != "out":
+            continue
+        slots = trace.parameters[entry][dim]
+        resolved = live.get((entry, dim))
+        stuck = (
+            np.ones(slots.shape[1], dtype=bool) if resolved is None else ~(resolved > 0).any(axis=0)
+        )
+        if not len(slots) or not stuck.any():
+            continue
+        reasons: dict[int, int] = {}
+        for label in slots[0][stuck]:
+            reason = trace.store.reason(int(label))
+            reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, channels in reasons.items():
+            if 0 <= reason < len(trace.events):
+                event = trace.events[reason]
+                found.append(
+                    Frozen(
+                        entry,
+                        channels,
+                        event.detail or event.op,
+                        event.op,
+                        event.module,
+                        event.source,
+                    )
+                )
+    return tuple(found)

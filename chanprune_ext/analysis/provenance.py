@@ -1,0 +1,210 @@
+"""Integers that remember where they came from, and the equations written with them.
+
+While a model is traced, every size read off a tensor and every int stored on a module is a
+:class:`TracedInt`. Arithmetic builds an expression, so that ``x.view(b, g, c // g, h, w)`` turns into
+equations between kept channel counts and module attributes, instead of numbers that happen to match.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+from torch import nn
+
+__all__ = [
+    "Attribute",
+    "Const",
+    "Dim",
+    "Equation",
+    "Expr",
+    "Op",
+    "TracedInt",
+    "expression",
+    "traced_attributes",
+]
+
+# Ints of torch.nn modules that describe windows and modes, never channel counts.
+_WINDOW_NAMES = frozenset(
+    {
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "output_padding",
+        "dim",
+        "start_dim",
+        "end_dim",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Const:
+    """A plain number."""
+
+    value: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dim:
+    """The size of a tensor dimension: as many as survive of its slot columns (int64, (k, n))."""
+
+    slots: np.ndarray
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An int stored on a module: ``module.name`` or, with ``position``, ``module.name[position]``."""
+
+    module: str
+    name: str
+    position: int | None
+    value: int
+
+    def __str__(self) -> str:
+        where = "" if self.position is None else f"[{self.position}]"
+        return f"{self.module}.{self.name}{where}".lstrip(".")
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """``left <symbol> right`` with symbol one of ``+ - * // %``."""
+
+    symbol: str
+    left: Expr
+    right: Expr
+
+
+Expr = Union[Const, Dim, Attribute, Op]
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """``expr`` equals the surviving size of the columns ``slots``, required by event ``reason``."""
+
+    expr: Expr
+    slots: np.ndarray
+    reason: int
+
+
+class TracedInt(int):
+    """An int with the expression it was computed by."""
+
+    expr: Expr
+
+    def __new__(cls, value: int, expr: Expr) -> TracedInt:
+        self = super().__new__(cls, value)
+        self.expr = expr
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return int(self)
+
+    def __copy__(self) -> int:
+        return int(self)
+
+    def __pos__(self) -> int:
+        return self
+
+    def __neg__(self) -> int:
+        return TracedInt(-int(self), Op("*", self.expr, Const(-1)))
+
+
+def expression(value: int) -> Expr:
+    """The expression of a number: its own if it is traced, else a constant."""
+    return value.expr if isinstance(value, TracedInt) else Const(int(value))
+
+
+def _arithmetic(symbol: str, method: str) -> None:
+    plain = getattr(int, f"__{method}__")
+
+    def forward(self: TracedInt, other: Any) -> Any:
+        result = plain(self, other)
+        if result is NotImplemented or not isinstance(other, int):
+            return result
+        return TracedInt(result, Op(symbol, self.expr, expression(other)))
+
+    def reflected(self: TracedInt, other: Any) -> Any:
+        result = plain(other, self) if isinstance(other, int) else NotImplemented
+        if result is NotImplemented:
+            return result
+        return TracedInt(result, Op(symbol, expression(other), self.expr))
+
+    setattr(TracedInt, f"__{method}__", forward)
+    setattr(TracedInt, f"__r{method}__", reflected)
+
+
+for _symbol, _method in (
+    ("+", "add"),
+    ("-", "sub"),
+    ("*", "mul"),
+    ("//", "floordiv"),
+    ("%", "mod"),
+):
+    _arithmetic(_symbol, _method)
+
+
+def _traced(value: Any, module: str, name: str) -> Any:
+    """``value`` with its ints traced, or ``value`` itself where there are none."""
+    if type(value) is int:
+        return TracedInt(value, Attribute(module, name, None, value))
+    if type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+        return type(value)(TracedInt(v, Attribute(module, name, i, v)) for i, v in enumerate(value))
+    return value
+
+
+@contextlib.contextmanager
+def traced_attributes(model: nn.Module) -> Iterator[None]:
+    """Replace the ints stored on all modules by traced ones, and put them back on exit."""
+    replaced: list[tuple[nn.Module, str, Any, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            for name, value in list(module.__dict__.items()):
+                if name.startswith("__") or name in _WINDOW_NAMES:
+                    continue
+                traced = _traced(value, path, name)
+                if traced is not value:
+                    module.__dict__[name] = traced
+                    replaced.append((module, name, value, traced))
+        yield
+    finally:
+        for module, name, value, traced in reversed(replaced):
+            now = module.__dict__.get(name)
+            if now is traced:
+                module.__dict__[name] = value
+            elif isinstance(now, TracedInt):
+                # The forward computed a new value from the traced one: keep the value only.
+                module.__dict__[name] = int(now)
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every traced int inside tuples, lists, dicts and slices made plain."""
+    kind = type(value)
+    if kind is TracedInt:
+        return int(value)
+    if kind is slice:
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    if kind in (tuple, list):
+        return kind(plain(v) for v in value) if _has_traced(value) else value
+    if kind is dict:
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, tuple) and _has_traced(value):
+        return tuple(plain(v) for v in value)
+    return value
+
+
+def _has_traced(values: Any) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is TracedInt or kind is slice or kind is dict:
+            return True
+        if isinstance(value, (tuple, list)) and _has_traced(value):
+            return True
+    return False

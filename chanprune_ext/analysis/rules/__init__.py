@@ -1,0 +1,27 @@
+"""What each ATen operation does to channel labels: one file per family, a few lines per rule."""
+
+from chanprune_ext.analysis.rules import (
+    contraction,
+    creation,
+    movement,
+    normalisation,
+    pointwise,
+    reduction,
+    reshape,
+    spatial,
+)
+from chanprune_ext.analysis.rules.registry import apply_rule, is_known, register_rule
+
+__all__ = [
+    "apply_rule",
+    "contraction",
+    "creation",
+    "is_known",
+    "movement",
+    "normalisation",
+    "pointwise",
+    "reduction",
+    "register_rule",
+    "reshape",
+    "spatial",
+]

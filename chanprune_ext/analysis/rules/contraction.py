@@ -1,0 +1,159 @@
+"""Sums over channels: convolutions and matrix products. What is contracted is removed on both sides."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.rules.reshape import merge, split
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.trace import Slots, Tracer
+
+
+@rule("aten::convolution", "aten::_convolution", "aten::convolution_overrideable")
+def convolution(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """Plain, grouped, depthwise and transposed convolutions of 1, 2 or 3 spatial dims.
+
+    A grouped one sees its channels as (groups, channels of a group) on both sides: either a whole
+    group goes, or the same position of every group.
+    """
+    x, weight, bias, stride, padding, _, transposed, output_padding, groups = args[:9]
+    batch, channels, *space = tracer.dims(x)
+    first, second, *kernel = tracer.dims(weight)
+    for slots in kernel:
+        tracer.freeze(slots, "kernel positions")
+    if transposed:
+        in_slots, out_slots = first, second
+        tracer.note_role(weight, 0, "in")
+        tracer.note_role(weight, 1, "out")
+    else:
+        out_slots, in_slots = first, second
+        tracer.note_role(weight, 0, "out")
+        tracer.note_role(weight, 1, "in")
+    if groups == 1:
+        tracer.unify(channels, in_slots)
+        group_slots = None
+    elif transposed:
+        tracer.unify(channels, in_slots)
+        group_slots, _ = split(tracer, channels, (groups, channels.shape[1] // groups))
+        out_slots = merge(tracer, (group_slots, out_slots))
+    else:
+        group_slots, inside = split(tracer, channels, (groups, channels.shape[1] // groups))
+        out_groups, _ = split(tracer, out_slots, (groups, out_slots.shape[1] // groups))
+        tracer.unify(group_slots, out_groups)
+        tracer.unify(inside, in_slots)
+    if group_slots is not None:
+        tracer.equate(tracer.argument(6, "groups"), group_slots, f"groups={groups}")
+    if bias is not None:
+        tracer.unify(out_slots, tracer.dims(bias)[0])
+
+    dims: list[Slots] = [batch, out_slots]
+    for axis, slots in enumerate(space):
+        pick = lambda v, axis=axis: v[axis] if len(v) > 1 else v[0]  # noqa: E731
+        pointwise = weight.shape[2 + axis] == 1 and pick(stride) == 1 and pick(padding) == 0
+        if pointwise and output.shape[2 + axis] == slots.shape[1]:
+            dims.append(slots)
+        else:
+            tracer.freeze(slots, "a convolution slides over these positions")
+            dims.append(slots[:0, :1].repeat(output.shape[2 + axis], axis=1))
+    tracer.set(output, dims)
+
+    # Each output position sums kernel x (input channels of a group); counted from the side whose
+    # positions the kernel visits (the input of a transposed convolution).
+    positions = x.shape[2:] if transposed else output.shape[2:]
+    fixed = x.shape[0] * math.prod(positions) * math.prod(weight.shape[2:])
+    if transposed:
+        tracer.cost(fixed, channels, second)
+    else:
+        tracer.cost(fixed, first, second)
+
+
+@rule("aten::mm")
+def mm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    _product(tracer, args[0], args[1], output)
+
+
+@rule("aten::addmm")
+def addmm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    _product(tracer, args[1], args[2], output)
+    _add_to_last(tracer, args[0], output)
+
+
+@rule("aten::linear")
+def linear(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """(.., I) x (O, I) -> (.., O)."""
+    x, weight = args[:2]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    *rest, channels = tracer.dims(x)
+    out_slots, in_slots = tracer.dims(weight)
+    tracer.note_role(weight, 0, "out")
+    tracer.note_role(weight, 1, "in")
+    tracer.unify(channels, in_slots)
+    tracer.set(output, [*rest, out_slots])
+    if bias is not None:
+        _add_to_last(tracer, bias, output)
+    tracer.cost(1, *rest, in_slots, out_slots)
+
+
+@rule("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
+def bmm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    left, right = args[-2:] if len(args) >= 2 else (args[0], kwargs["mat2"])
+    b1, m, k1 = tracer.dims(left)
+    b2, k2, n = tracer.dims(right)
+    tracer.unify(b1, b2)
+    tracer.unify(k1, k2)
+    tracer.set(output, [b1, m, n])
+    if func._schema.name != "aten::bmm":
+        raise ValueError("an added matrix is not followed")
+    tracer.cost(1, b1, m, k1, n)
+
+
+@rule("aten::mv")
+def mv(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    m, k = tracer.dims(args[0])
+    tracer.unify(k, tracer.dims(args[1])[0])
+    tracer.note_role(args[0], 0, "out")
+    tracer.note_role(args[0], 1, "in")
+    tracer.set(output, [m])
+    tracer.cost(1, m, k)
+
+
+@rule("aten::dot", "aten::vdot")
+def dot(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    tracer.unify(tracer.dims(args[0])[0], tracer.dims(args[1])[0])
+
+
+def _product(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
+    m, k1 = tracer.dims(left)
+    k2, n = tracer.dims(right)
+    tracer.unify(k1, k2)
+    for weight, out_dim, in_dim in ((left, 0, 1), (right, 1, 0)):
+        tracer.note_role(weight, out_dim, "out")
+        tracer.note_role(weight, in_dim, "in")
+    tracer.set(output, [m, n])
+    tracer.cost(1, m, k1, n)
+
+
+def _add_to_last(tracer: Tracer, added: Tensor, output: Tensor) -> None:
+    offset = output.dim() - added.dim()
+    for k, slots in enumerate(tracer.dims(added)):
+        if slots.shape[1] == output.shape[offset + k] and slots.shape[1] > 1:
+            tracer.unify(tracer.dims(output)[offset + k], slots)

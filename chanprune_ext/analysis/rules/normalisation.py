@@ -1,0 +1,90 @@
+"""Normalisation layers: their vectors go with the channels; statistics over channels are flagged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.rules.reshape import split
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.trace import Tracer
+
+
+@rule(
+    "aten::native_batch_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_no_training",
+    "aten::_batch_norm_no_update",
+    "aten::_batch_norm_with_update",
+    "aten::cudnn_batch_norm",
+    "aten::miopen_batch_norm",
+)
+def batch_norm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """(N, C, ..): weight, bias, mean and variance of channel c go with channel c."""
+    dims = tracer.dims(args[0])
+    for vector in args[1:5]:
+        if isinstance(vector, Tensor) and vector.dim() == 1:
+            tracer.unify(dims[1], tracer.dims(vector)[0])
+    tracer.set(output[0], dims)
+
+
+@rule("aten::native_layer_norm")
+def layer_norm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Statistics over the last dims: equal to the same layer over the kept channels."""
+    x, shape, weight, bias = args[:4]
+    dims = tracer.dims(x)
+    last = dims[len(dims) - len(shape) :]
+    wanted = tracer.argument(1, "normalized_shape")
+    for k, slots in enumerate(last):
+        tracer.flag_normalised(slots)
+        for vector in (weight, bias):
+            if isinstance(vector, Tensor):
+                tracer.unify(slots, tracer.dims(vector)[k])
+        if isinstance(wanted, (tuple, list)) and len(wanted) == len(last):
+            tracer.equate(wanted[k], slots)
+    tracer.set(output[0], dims)
+
+
+@rule("aten::native_group_norm")
+def group_norm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Whole groups go exactly; channels of every group shrink the statistic."""
+    x, weight, bias = args[:3]
+    groups = args[6]
+    dims = tracer.dims(x)
+    for vector in (weight, bias):
+        if isinstance(vector, Tensor):
+            tracer.unify(dims[1], tracer.dims(vector)[0])
+    outer, inner = split(tracer, dims[1], (groups, dims[1].shape[1] // groups))
+    tracer.flag_normalised(inner)
+    tracer.equate(tracer.argument(1, "num_groups"), outer, f"num_groups={groups}")
+    tracer.set(output[0], dims)
+
+
+@rule("aten::_fused_rms_norm", "aten::rms_norm")
+def rms_norm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    x, shape = args[:2]
+    weight = args[2] if len(args) > 2 else None
+    dims = tracer.dims(x)
+    wanted = tracer.argument(1, "normalized_shape")
+    for k, slots in enumerate(dims[len(dims) - len(shape) :]):
+        tracer.flag_normalised(slots)
+        if isinstance(weight, Tensor):
+            tracer.unify(slots, tracer.dims(weight)[k])
+        if isinstance(wanted, (tuple, list)) and len(wanted) == len(shape):
+            tracer.equate(wanted[k], slots)
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    tracer.set(outputs[0], dims)
+    for extra in outputs[1:]:
+        tracer.set(extra, [np.empty((0, n), dtype=np.int64) for n in extra.shape])

@@ -1,0 +1,119 @@
+"""Statistics over dimensions, and operations in which every index of a dimension sees the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.rules.registry import rule
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.trace import Slots, Tracer
+
+
+def _reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> set[int]:
+    """The dims a reduction runs over, from its ``dim`` argument (all of them when it has none)."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dim", "dims", "axis"):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if value is None or value == []:
+                return set(range(rank))
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            return {d % rank for d in values} if rank else set()
+    return set(range(rank))
+
+
+def _reduce(tracer: Tracer, x: Tensor, over: set[int], outputs: list[Tensor]) -> None:
+    kept: list[Slots] = []
+    dims = tracer.dims(x)
+    for out in outputs:
+        keepdim = out.dim() == x.dim()
+        kept = [
+            np.empty((0, 1), dtype=np.int64) if d in over else slots
+            for d, slots in enumerate(dims)
+            if keepdim or d not in over
+        ]
+        tracer.set(out, kept)
+
+
+@rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any")
+def total(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """A removed channel adds nothing, as a zeroed one: exact."""
+    over = _reduced_dims(func, args, kwargs, args[0].dim())
+    _reduce(tracer, args[0], over, tensors_in(output))
+
+
+@rule(
+    *(f"aten::{n}" for n in ("mean", "var", "std", "var_mean", "std_mean", "norm", "prod")),
+    *(f"aten::{n}" for n in ("amax", "amin", "max", "min", "logsumexp", "linalg_vector_norm")),
+    *("aten::all", "aten::median", "aten::nanmedian"),
+)
+def statistic(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Equal to the same statistic over the kept channels: flagged."""
+    x = args[0]
+    if len(args) > 1 and isinstance(args[1], Tensor):
+        raise ValueError("an element-wise overload")
+    over = _reduced_dims(func, args, kwargs, x.dim())
+    for d in over:
+        slots = tracer.dims(x)[d]
+        if (
+            func._schema.name in ("aten::max", "aten::min", "aten::median")
+            and len(tensors_in(output)) > 1
+        ):
+            tracer.freeze(slots, "an index into these channels is computed")
+        tracer.flag_normalised(slots)
+    _reduce(tracer, x, over, tensors_in(output))
+
+
+@rule("aten::argmax", "aten::argmin")
+def position(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    x = args[0]
+    over = _reduced_dims(func, args, kwargs, x.dim())
+    for d in over:
+        tracer.freeze(tracer.dims(x)[d], "an index into these channels is computed")
+    _reduce(tracer, x, over, tensors_in(output))
+
+
+@rule(
+    *(
+        f"aten::{n}"
+        for n in ("_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax")
+    ),
+    *(f"aten::{n}" for n in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")),
+    *("aten::sort", "aten::argsort", "aten::flip_order"),
+)
+def along(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Every index of one dim depends on all others: that dim stays whole."""
+    x = args[0]
+    for d in _reduced_dims(func, args, kwargs, x.dim()):
+        tracer.freeze(tracer.dims(x)[d], "every channel depends on all others")
+    for out in tensors_in(output):
+        tracer.set(out, tracer.dims(x))
+
+
+@rule("aten::topk", "aten::kthvalue", "aten::mode")
+def selection(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    x = args[0]
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    dim %= x.dim()
+    tracer.freeze(tracer.dims(x)[dim], "channels are sorted by value")
+    for out in tensors_in(output):
+        dims = list(tracer.dims(x))
+        if out.dim() == x.dim():
+            dims[dim] = np.empty((0, out.shape[dim]), dtype=np.int64)
+        else:
+            del dims[dim]
+        tracer.set(out, dims)

@@ -1,0 +1,124 @@
+"""Reshapes, exact by construction: cut both shapes into groups of equal product, merge, split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from chanprune_ext.analysis.rules.registry import rule
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.trace import Slots, Tracer
+
+
+def merge(tracer: Tracer, dims: Sequence[Slots]) -> Slots:
+    """The slots of several adjacent dimensions seen as one, in C order."""
+    merged = dims[0]
+    for slots in dims[1:]:
+        merged = tracer.store.merge(merged, slots)
+    return merged
+
+
+def split(tracer: Tracer, slots: Slots, sizes: Sequence[int]) -> list[Slots]:
+    """The slots of one dimension seen as several: factors of a grid of channels."""
+    if sum(n > 1 for n in sizes) <= 1 or not len(slots):
+        return (
+            [slots.reshape(-1, n) if n > 1 else np.empty((0, n), dtype=np.int64) for n in sizes]
+            if len(slots)
+            else [np.empty((0, n), dtype=np.int64) for n in sizes]
+        )
+    parts: list[list[Slots]] = [[] for _ in sizes]
+    reason = tracer.reason("a reshape mixes these channels with a fixed size")
+    for row in tracer.store.resolve(slots):
+        for part, piece in zip(parts, tracer.store.split(row, list(sizes), reason), strict=True):
+            part.append(piece)
+    return [
+        np.concatenate(part) if part else np.empty((0, n), dtype=np.int64)
+        for part, n in zip(parts, sizes, strict=True)
+    ]
+
+
+def reshaped(tracer: Tracer, dims: Sequence[Slots], shape: Sequence[int]) -> list[Slots]:
+    """The slots of ``shape`` after a reshape of a tensor with slots ``dims``."""
+    old = [slots.shape[1] for slots in dims]
+    result: list[Slots] = []
+    i = j = 0
+    while i < len(old) or j < len(shape):
+        first, start = i, j
+        left = old[i] if i < len(old) else 1
+        right = shape[j] if j < len(shape) else 1
+        i, j = min(i + 1, len(old)), min(j + 1, len(shape))
+        while left != right:
+            if left < right:
+                left *= old[i]
+                i += 1
+            else:
+                right *= shape[j]
+                j += 1
+        sources = [s for s in dims[first:i] if s.shape[1] != 1]
+        targets = list(shape[start:j])
+        merged = merge(tracer, sources) if sources else np.empty((0, 1), dtype=np.int64)
+        result.extend(split(tracer, merged, targets))
+    return result
+
+
+@rule(
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::view_copy"
+)
+def view(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    source = args[0]
+    if source.dtype != output.dtype or 0 in output.shape:
+        raise ValueError("a view of another dtype or of nothing")
+    same = source.shape == output.shape
+    dims = tracer.dims(source)
+    tracer.set(
+        output,
+        dims if same else reshaped(tracer, dims, tuple(output.shape)),
+        tracer.origin(source) if same else None,
+    )
+
+
+@rule("aten::pixel_shuffle")
+def pixel_shuffle(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """(.., C*r*r, H, W) -> (.., C, H*r, W*r): whole groups of r*r channels may go."""
+    *batch, channels, height, width = tracer.dims(args[0])
+    r = args[1]
+    kept, down, across = split(tracer, channels, (channels.shape[1] // (r * r), r, r))
+    for slots in (down, across, height, width):
+        tracer.freeze(slots, "pixel shuffle makes image positions of these channels")
+    tracer.set(
+        output, [*batch, kept, merge(tracer, (height, down)), merge(tracer, (width, across))]
+    )
+
+
+@rule("aten::pixel_unshuffle")
+def pixel_unshuffle(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """(.., C, H*r, W*r) -> (.., C*r*r, H, W)."""
+    *batch, channels, height, width = tracer.dims(args[0])
+    r = args[1]
+    for slots in (height, width):
+        tracer.freeze(slots, "pixel unshuffle makes channels of these image positions")
+    block = np.empty((0, r * r), dtype=np.int64)
+    height, width = (np.empty((0, n), dtype=np.int64) for n in output.shape[-2:])
+    tracer.set(output, [*batch, merge(tracer, (channels, block)), height, width])
+
+
+@rule("aten::channel_shuffle", "aten::native_channel_shuffle")
+def channel_shuffle(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """(N, C, ..) with C seen as (groups, C / groups) and transposed."""
+    batch, channels, *rest = tracer.dims(args[0])
+    groups = args[1]
+    outer, inner = split(tracer, channels, (groups, channels.shape[1] // groups))
+    tracer.equate(tracer.argument(1, "groups"), outer)
+    tracer.set(output, [batch, merge(tracer, (inner, outer)), *rest])

@@ -1,0 +1,198 @@
+"""Size arguments of Python-level calls, turned into equations on surviving channels.
+
+Rules see plain numbers. Here the caller's own arguments are read: a size that came from a shape or an
+attribute becomes an equation, a bare number freezes what a plan would change under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.provenance import Dim, Expr, Op, TracedInt
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.trace import Tracer
+
+__all__ = ["record_equations"]
+
+Handler = Callable[["Tracer", tuple[Any, ...], dict[str, Any], Any], None]
+_HANDLERS: dict[str, Handler] = {}
+
+
+def record_equations(
+    tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Record the equations of one finished call, if its kind takes sizes."""
+    handler = _HANDLERS.get(name)
+    if handler is not None:
+        handler(tracer, args, kwargs, output)
+
+
+def _on(*names: str) -> Callable[[Handler], Handler]:
+    def register(function: Handler) -> Handler:
+        for name in names:
+            _HANDLERS[name] = function
+        return function
+
+    return register
+
+
+def _sizes(args: Sequence[Any], kwargs: dict[str, Any], *keys: str) -> list[Any]:
+    """Sizes given one by one, as one sequence, or by keyword."""
+    for key in keys:
+        if key in kwargs:
+            args = (kwargs[key],)
+            break
+    if len(args) == 1 and isinstance(args[0], (tuple, list)):
+        args = args[0]
+    return [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
+
+
+def _equate_shape(tracer: Tracer, sizes: list[Any], output: Any) -> None:
+    for out in tensors_in(output)[:1]:
+        if len(sizes) != out.dim():
+            return
+        for size, slots in zip(sizes, tracer.dims(out), strict=True):
+            if int(size) != -1:
+                tracer.equate(size, slots)
+
+
+@_on("view", "reshape", "expand", "_unsafe_view")
+def _shape_of_view(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    _equate_shape(tracer, _sizes(args[1:], kwargs, "size", "shape"), output)
+
+
+@_on("zeros", "ones", "empty", "rand", "randn")
+def _shape_of_new(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    _equate_shape(tracer, _sizes(args, kwargs, "size"), output)
+
+
+@_on("full")
+def _shape_of_full(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    _equate_shape(tracer, _sizes(args[:1], kwargs, "size"), output)
+
+
+@_on("new_zeros", "new_ones", "new_empty", "new_full")
+def _shape_of_method(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    _equate_shape(tracer, _sizes(args[1:], kwargs, "size"), output)
+
+
+@_on("unflatten")
+def _unflatten(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    sizes = _sizes(args[2:3], kwargs, "sizes")
+    dims = tracer.dims(output)
+    first = int(dim) % args[0].dim()
+    for size, slots in zip(sizes, dims[first : first + len(sizes)], strict=False):
+        if int(size) != -1:
+            tracer.equate(size, slots)
+
+
+@_on("arange", "linspace", "eye", "tril_indices", "triu_indices", "randperm", "one_hot")
+def _positions(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Numbered positions: the count they are made for must stay."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, TracedInt):
+            _freeze_expression(tracer, value.expr)
+
+
+def _freeze_expression(tracer: Tracer, expr: Expr) -> None:
+    if isinstance(expr, Dim):
+        tracer.freeze(expr.slots, "positions are numbered along these channels")
+    elif isinstance(expr, Op):
+        _freeze_expression(tracer, expr.left)
+        _freeze_expression(tracer, expr.right)
+
+
+@_on("__getitem__", "__setitem__")
+def _getitem(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """``x[:, a:b]``: a and b count the channels that survive before them."""
+    x, index = args[0], args[1]
+    items = index if isinstance(index, tuple) else (index,)
+    dims = tracer.dims(x)
+    taken = sum(1 for i in items if i is not None and i is not Ellipsis)
+    d = 0
+    for item in items:
+        if item is None:
+            continue
+        if item is Ellipsis:
+            d += max(x.dim() - taken, 0)
+            continue
+        if isinstance(item, slice) and d < len(dims):
+            _equate_slice(tracer, item, dims[d])
+        d += item.dim() if isinstance(item, Tensor) and item.dtype == _bool() else 1
+
+
+def _bool() -> Any:
+    import torch
+
+    return torch.bool
+
+
+def _equate_slice(tracer: Tracer, item: slice, slots: Any) -> None:
+    n = slots.shape[1]
+    for bound in (item.start, item.stop):
+        if bound is None or not isinstance(bound, int) or abs(int(bound)) >= n or int(bound) == 0:
+            continue
+        if int(bound) < 0:
+            tracer.equate(-bound, slots[:, int(bound) :], f"slice at {int(bound)}")
+        else:
+            tracer.equate(bound, slots[:, : int(bound)], f"slice at {int(bound)}")
+
+
+@_on("narrow")
+def _narrow(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    x, dim, start, length = (*args, *kwargs.values())[:4]
+    slots = tracer.dims(x)[int(dim) % x.dim()]
+    if isinstance(start, int) and start > 0:
+        tracer.equate(start, slots[:, : int(start)])
+    tracer.equate(length, slots[:, int(start) : int(start) + int(length)])
+
+
+@_on("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
+def _split(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    size = kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    size = kwargs.get("split_sizes", size) if size is None else size
+    if size is None:
+        size = args[1]
+    dim = int(kwargs.get("dim", args[2] if len(args) > 2 else 0)) % args[0].dim()
+    for k, piece in enumerate(output):
+        slots = tracer.dims(piece)[dim]
+        if isinstance(size, (tuple, list)):
+            tracer.equate(size[k], slots, "a split into fixed sizes")
+        elif piece.shape[dim] == int(size):
+            tracer.equate(size, slots, "a split into pieces of fixed size")
+
+
+@_on("chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
+def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Pieces of equal size stay equal; uneven ones stay as they are."""
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    if tracer.call_name in ("hsplit", "vsplit", "dsplit"):
+        dim = {"hsplit": 1, "vsplit": 0, "dsplit": 2}[tracer.call_name]
+    dim = int(dim) % args[0].dim()
+    pieces = [tracer.dims(piece)[dim] for piece in output]
+    if not any(len(p) for p in pieces):
+        return
+    even = len({p.shape[1] for p in pieces}) == 1
+    for piece in pieces[1:] if even else pieces:
+        if even:
+            first = TracedInt(pieces[0].shape[1], Dim(pieces[0]))
+            if len(piece):
+                tracer.equate(first, piece, "chunks of equal size")
+            else:
+                tracer.freeze(pieces[0], "chunks of equal size")
+        else:
+            tracer.freeze(piece, "chunks of unequal size")

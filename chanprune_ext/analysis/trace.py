@@ -1,0 +1,430 @@
+"""One run of a model in which every tensor dimension carries channel labels.
+
+Three layers watch the same forward: module hooks know where it is, a function mode sees Python-level
+calls with their size arguments, a dispatch mode applies one rule per ATen operation. The model is run
+on meta tensors where that works, on fake tensors where devices are mixed, and on real tensors where
+shapes depend on values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chanprune_ext.analysis.calls import (
+    CallMode,
+    ModulePath,
+    source_line,
+    steady_calls,
+    tensors_in,
+)
+from chanprune_ext.analysis.labels import LabelStore
+from chanprune_ext.analysis.provenance import (
+    Dim,
+    Equation,
+    TracedInt,
+    expression,
+    plain,
+    traced_attributes,
+)
+from chanprune_ext.errors import AnalysisError
+
+__all__ = ["Cost", "Event", "Slots", "Trace", "TracedCall", "Tracer", "substitute", "trace_model"]
+
+Slots = np.ndarray  # int64 (k, n): k label slots for each of the n indices of one dimension
+NORMALISED = 1  # flag: some layer computes a statistic over these channels
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where and why labels were restricted."""
+
+    op: str
+    module: str
+    source: str
+    detail: str
+
+    def __str__(self) -> str:
+        where = f"in '{self.module}' " if self.module else ""
+        return f"{self.detail or self.op} {where}({self.source})"
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Multiply-accumulates of one contraction: ``constant`` times the surviving sizes of ``dims``."""
+
+    module: str
+    constant: int
+    dims: tuple[Slots, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TracedCall:
+    """One Python-level call: what a replay must do again, with which output shapes."""
+
+    name: str
+    module: str
+    source: str
+    floats: tuple[float, ...]
+    outputs: tuple[tuple[Slots, ...], ...]
+
+
+@dataclass(eq=False)
+class Trace:
+    """All that one run taught: labels of every parameter dimension, equations, costs, calls."""
+
+    store: LabelStore
+    parameters: dict[str, tuple[Slots, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    roles: dict[tuple[str, int], str]
+    order: list[str]
+    events: list[Event]
+    equations: list[Equation]
+    costs: list[Cost]
+    calls: list[TracedCall]
+    unknown: list[Event]
+    substrate: str
+
+
+@dataclass(eq=False)
+class _State:
+    dims: tuple[Slots, ...]
+    # Where the tensor is a parameter seen through transposes only: its entry, and for each dim the
+    # parameter's dim (or None).
+    origin: tuple[str, tuple[int | None, ...]] | None = None
+
+
+def anonymous(n: int) -> Slots:
+    """The slots of a dimension nobody may shorten."""
+    return np.empty((0, n), dtype=np.int64)
+
+
+@dataclass(eq=False)
+class Tracer:
+    """The state rules work on. Every method that restricts labels records who asked for it."""
+
+    store: LabelStore
+    path: ModulePath
+    events: list[Event] = field(default_factory=list)
+    equations: list[Equation] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    order: dict[str, None] = field(default_factory=dict)
+    unknown: list[Event] = field(default_factory=list)
+    call_args: tuple[Any, ...] = ()
+    call_kwargs: dict[str, Any] = field(default_factory=dict)
+    call_name: str = ""
+    op_name: str = ""
+    _states: dict[int, _State] = field(default_factory=dict)
+    _alive: list[Any] = field(default_factory=list)
+    _where: tuple[str, str] | None = None
+
+    # -- tensors ---------------------------------------------------------------------------------
+
+    def dims(self, tensor: Tensor) -> tuple[Slots, ...]:
+        """The slots of every dimension of ``tensor``."""
+        state = self._states.get(id(tensor))
+        if state is not None:
+            if tuple(slots.shape[1] for slots in state.dims) == tuple(tensor.shape):
+                return state.dims
+            # Reshaped in place by an operation no rule followed: its channels must all stay.
+            for slots in state.dims:
+                self.freeze(slots, "a tensor changes its shape in place")
+        return tuple(anonymous(n) for n in tensor.shape)
+
+    def recorded(
+        self, tensor: Tensor
+    ) -> tuple[tuple[Slots, ...], tuple[str, tuple[int | None, ...]] | None]:
+        """Slots and origin as last recorded, though the operation may have changed the shape."""
+        state = self._states.get(id(tensor))
+        return (self.dims(tensor), None) if state is None else (state.dims, state.origin)
+
+    def labelled(self, tensor: Tensor) -> bool:
+        """Whether any dimension of ``tensor`` carries labels."""
+        state = self._states.get(id(tensor))
+        return state is not None and any(len(slots) for slots in state.dims)
+
+    def set(
+        self,
+        tensor: Tensor,
+        dims: Sequence[Slots],
+        origin: tuple[str, tuple[int | None, ...]] | None = None,
+    ) -> None:
+        """Give ``tensor`` its slots."""
+        sizes = tuple(slots.shape[1] for slots in dims)
+        if sizes != tuple(tensor.shape):
+            raise AssertionError(f"{self.op_name}: slots {sizes} for shape {tuple(tensor.shape)}")
+        self._alive.append(tensor)
+        self._states[id(tensor)] = _State(tuple(dims), origin)
+
+    def origin(self, tensor: Tensor) -> tuple[str, tuple[int | None, ...]] | None:
+        """The parameter that ``tensor`` is a (transposed) view of, if it is one."""
+        state = self._states.get(id(tensor))
+        return None if state is None else state.origin
+
+    def note_role(self, tensor: Tensor, dim: int, role: str) -> None:
+        """Record that ``dim`` of a weight makes (``"out"``) or reads (``"in"``) channels."""
+        origin = self.origin(tensor)
+        if origin is not None and origin[1][dim] is not None:
+            self.order.setdefault(origin[0])
+            self.roles.setdefault((origin[0], int(origin[1][dim])), role)  # type: ignore[arg-type]
+
+    # -- labels ----------------------------------------------------------------------------------
+
+    def reason(self, detail: str = "") -> int:
+        """A fresh event at the place that is running now."""
+        if self._where is None:
+            file, line = source_line()
+            self._where = (self.path.current, f"{os.path.basename(file)}:{line}")
+        module, source = self._where
+        self.events.append(Event(self.op_name or self.call_name, module, source, detail))
+        return len(self.events) - 1
+
+    def fresh(self, n: int) -> Slots:
+        """New labels for a dimension whose content is the same at every index."""
+        if n <= 1:
+            return anonymous(n)
+        first = self.store.fresh(n)
+        return np.arange(first, first + n, dtype=np.int64)[None]
+
+    def unify(self, a: Slots, b: Slots) -> None:
+        """Index i of ``a`` is removed if and only if index i of ``b`` is."""
+        if a is b or (not len(a) and not len(b)) or (a.shape == b.shape and np.array_equal(a, b)):
+            return
+        self.store.unify(a, b, self.reason("channels meet others that cannot be removed"))
+
+    def freeze(self, slots: Slots, detail: str) -> None:
+        """Keep every index of this dimension."""
+        if len(slots):
+            self.store.freeze(slots.ravel(), self.reason(detail))
+
+    def freeze_tensor(self, tensor: Tensor, detail: str) -> None:
+        """Keep every index of every dimension of ``tensor``."""
+        for slots in self.dims(tensor):
+            self.freeze(slots, detail)
+
+    def flag_normalised(self, slots: Slots) -> None:
+        """Remember that a statistic is taken over this dimension."""
+        if len(slots):
+            self.store.set_flag(slots.ravel(), NORMALISED)
+
+    def equate(self, size: Any, slots: Slots, detail: str = "") -> None:
+        """Require that the size argument ``size`` equals the surviving size of ``slots``."""
+        if len(slots) and not isinstance(size, bool) and isinstance(size, int):
+            self.equations.append(
+                Equation(expression(size), slots, self.reason(detail or f"size {int(size)}"))
+            )
+
+    def argument(self, position: int, name: str) -> Any:
+        """An argument of the Python-level call that is running, as the caller wrote it."""
+        if len(self.call_args) > position:
+            return self.call_args[position]
+        return self.call_kwargs.get(name)
+
+    def cost(self, constant: int, *dims: Slots) -> None:
+        """Count multiply-accumulates of the operation that is running."""
+        fixed = constant
+        kept = []
+        for slots in dims:
+            if len(slots):
+                kept.append(slots)
+            else:
+                fixed *= slots.shape[1]
+        self.costs.append(Cost(self.path.current, fixed, tuple(kept)))
+
+
+class _RuleMode(TorchDispatchMode):
+    """Applies the rule of each ATen operation after it has run."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        from chanprune_ext.analysis.rules import apply_rule
+
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        apply_rule(self.tracer, func, args, kwargs, output)
+        return output
+
+
+class _ProvenanceMode(CallMode):
+    """Hands out traced sizes, and turns size arguments into equations."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.calls: list[TracedCall] = []
+
+    def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*plain(args), **plain(kwargs))
+        if name not in ("__get__.shape", "size", "numel", "nelement"):
+            return result
+        tensor = args[0]
+        if not isinstance(tensor, Tensor) or not self.tracer.labelled(tensor):
+            return result
+        dims = self.tracer.dims(tensor)
+        if isinstance(result, torch.Size):
+            return torch.Size(_traced_size(n, slots) for n, slots in zip(result, dims, strict=True))
+        if name == "size":
+            wanted = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            return _traced_size(result, dims[int(wanted)])
+        product: Any = 1
+        for n, slots in zip(tensor.shape, dims, strict=True):
+            product = product * _traced_size(n, slots)
+        return product
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        from chanprune_ext.analysis.calls import call_name, is_query
+        from chanprune_ext.analysis.sizes import record_equations
+
+        kwargs = kwargs or {}
+        name = call_name(func)
+        if is_query(name):
+            return self.query(name, func, args, kwargs)
+        self.next_index += 1
+        tracer = self.tracer
+        outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
+        tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
+        tracer._where = None
+        tracer.op_name = ""
+        output = func(*plain(args), **plain(kwargs))
+        tracer.op_name = ""
+        record_equations(tracer, name, args, kwargs, output)
+        results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
+        self.calls.append(
+            TracedCall(
+                name,
+                tracer.path.current,
+                "",
+                tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float)),
+                tuple(tracer.dims(t) for t in results),
+            )
+        )
+        tracer.call_name, tracer.call_args, tracer.call_kwargs = outer
+        return output
+
+
+def _traced_size(n: int, slots: Slots) -> int:
+    return TracedInt(n, Dim(slots)) if len(slots) else int(n)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once, under its first name."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    found.update((name, b) for name, b in model.named_buffers() if isinstance(b, Tensor))
+    return found
+
+
+def substitute(value: Any, change: Any) -> Any:
+    """``value`` with ``change`` applied to each tensor inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: substitute(v, change) for k, v in value.items()}
+    if isinstance(value, tuple):
+        items = [substitute(v, change) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [substitute(v, change) for v in value]
+    return value
+
+
+@contextlib.contextmanager
+def substrate_mode(substrate: str) -> Iterator[Any]:
+    """A function tensor -> stand-in for ``"meta"``, ``"fake"`` or ``"real"``."""
+    if substrate == "meta":
+        with torch.device("meta"):
+            yield lambda t: t.detach().to("meta")
+    elif substrate == "fake":
+        from torch._subclasses import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
+    else:
+        yield lambda t: t.detach()
+
+
+def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+    """Run ``model`` with other tensors in place of its parameters and buffers."""
+    if isinstance(inputs, Mapping):
+        return functional_call(model, dict(tensors), (), dict(inputs))
+    positional = inputs if isinstance(inputs, tuple) else (inputs,)
+    return functional_call(model, dict(tensors), positional)
+
+
+def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
+    with steady_calls(model), ModulePath(model) as path, substrate_mode(substrate) as stand_in:
+        tracer = Tracer(LabelStore(), path)
+        parameters: dict[str, tuple[Slots, ...]] = {}
+        stand_ins: dict[str, Tensor] = {}
+        for name, tensor in tensors_of(model).items():
+            stand_ins[name] = stand_in(tensor)
+            if tensor.is_floating_point() or tensor.is_complex():
+                dims = tuple(tracer.fresh(n) for n in tensor.shape)
+                parameters[name] = dims
+                tracer.set(stand_ins[name], dims, (name, tuple(range(len(dims)))))
+        inputs = substitute(example_inputs, stand_in)
+        mode = _ProvenanceMode(tracer)
+        try:
+            with traced_attributes(model), _RuleMode(tracer), mode:
+                output = call_substituted(model, stand_ins, inputs)
+        except Exception as error:
+            error.add_note(f"at module '{path.current}'") if hasattr(error, "add_note") else None
+            raise
+        tracer.op_name, tracer.call_name, tracer._where = "output", "output", ("", "model output")
+        for tensor in tensors_in(output):
+            tracer.freeze_tensor(tensor, "the model's output")
+    return Trace(
+        store=tracer.store,
+        parameters=parameters,
+        shapes={name: tuple(t.shape) for name, t in stand_ins.items()},
+        roles=tracer.roles,
+        order=list(tracer.order),
+        events=tracer.events,
+        equations=tracer.equations,
+        costs=tracer.costs,
+        calls=mode.calls,
+        unknown=tracer.unknown,
+        substrate=substrate,
+    )
+
+
+def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
+    """Trace ``model`` on the cheapest substrate that can run it.
+
+    Raises:
+        AnalysisError: The model's own forward raised, on real tensors too.
+    """
+    on_meta = any(t.is_meta for t in tensors_of(model).values())
+    substrates = ("meta", "fake") if on_meta else ("meta", "fake", "real")
+    for substrate in substrates:
+        try:
+            return _run(model, example_inputs, substrate)
+        except AssertionError:
+            raise
+        except Exception as error:
+            failure = error
+    notes = "; ".join(getattr(failure, "__notes__", ()))
+    raise AnalysisError(
+        f"the model's forward raised while tracing ({notes or 'at its start'}): "
+        f"{type(failure).__name__}: {failure}. Check that example_inputs are inputs the model takes."
+    ) from failure
