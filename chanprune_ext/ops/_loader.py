@@ -1,0 +1,82 @@
+"""Loads the compiled operator modules; never compiles, never fails the import of the package."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["CPU_MODULE", "CUDA_MODULE", "LoadedModule", "native_available", "native_disabled"]
+
+_BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+
+@dataclass(frozen=True)
+class LoadedModule:
+    """What became of one compiled module.
+
+    Attributes:
+        name: import name.
+        path: file it was loaded from, or None.
+        problem: why it is not loaded, or None.
+    """
+
+    name: str
+    path: str | None
+    problem: str | None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its operators are registered."""
+        return self.path is not None
+
+
+def native_disabled() -> bool:
+    """Whether the environment variable CHANPRUNE_DISABLE_NATIVE asks for the references."""
+    return os.environ.get("CHANPRUNE_DISABLE_NATIVE", "0") not in ("", "0")
+
+
+def _load(name: str) -> LoadedModule:
+    if native_disabled():
+        return LoadedModule(name, None, "switched off by CHANPRUNE_DISABLE_NATIVE")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        return LoadedModule(name, None, "not built")
+    except ImportError as error:
+        return LoadedModule(name, None, f"cannot be loaded: {error}")
+    return LoadedModule(name, module.__file__, None)
+
+
+def _load_all() -> tuple[LoadedModule, LoadedModule]:
+    cpu = _load("chanprune_ext._C")
+    if not cpu.loaded:
+        # Without the schemas of the CPU module the CUDA kernels have nothing to attach to.
+        cuda = LoadedModule("chanprune_ext._C_cuda", None, "needs chanprune_ext._C")
+    else:
+        cuda = _load("chanprune_ext._C_cuda")
+    if native_disabled():
+        return cpu, cuda
+    broken = not cpu.loaded or (cuda.problem is not None and cuda.problem != "not built")
+    unserved_gpu = cpu.loaded and not cuda.loaded and torch.cuda.is_available()
+    if broken or unserved_gpu:
+        module = cuda if cpu.loaded else cpu
+        warnings.warn(
+            f"{module.name} is {module.problem} (torch {torch.__version__}); slower pure-torch "
+            f"code runs instead until you rebuild it with `{_BUILD_COMMAND}`.",
+            stacklevel=2,
+        )
+    return cpu, cuda
+
+
+CPU_MODULE, CUDA_MODULE = _load_all()
+
+
+def native_available(device: torch.device) -> bool:
+    """Whether compiled kernels serve tensors of `device`; meta tensors go through the fakes."""
+    if device.type == "cuda":
+        return CUDA_MODULE.loaded
+    return CPU_MODULE.loaded and device.type in ("cpu", "meta")

@@ -1,0 +1,261 @@
+// channel_norms on the CPU.
+#include "channel_norms.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/half_types.h"
+#include "cpu/simd.h"
+
+namespace chanprune {
+namespace {
+
+// Columns of a unit: their accumulators stay in the first-level cache.
+constexpr int64_t kUnitColumns = 1024;
+constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 128};
+// A row is summed in lanes over this many elements, then in float64: short float32 chains.
+constexpr int64_t kRowChunk = 4096;
+constexpr int64_t kGrain = 32768;  // elements worth a thread
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+CHANPRUNE_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+CHANPRUNE_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+
+// One step of a reduction: `total` with the raw element `x` taken in. NaN, once met, stays.
+template <NormKind Kind, typename A>
+CHANPRUNE_INLINE A take(A total, A x) {
+  if constexpr (Kind == NormKind::kL1) {
+    return total + magnitude(x);
+  } else if constexpr (Kind == NormKind::kL2) {
+    return total + x * x;
+  } else {
+    const A m = magnitude(x);
+    return (m > total || m != m) ? m : total;
+  }
+}
+
+// Joins two partial results.
+template <NormKind Kind, typename A>
+CHANPRUNE_INLINE A join(A a, A b) {
+  if constexpr (Kind == NormKind::kInf) {
+    return (b > a || b != b) ? b : a;
+  } else {
+    return a + b;
+  }
+}
+
+template <NormKind Kind, int Lanes, typename T>
+CHANPRUNE_INLINE Accumulator<T> reduce_in_lanes(const T* x, int64_t blocks) {
+  using A = Accumulator<T>;
+  A lanes[Lanes] = {};
+  for (int64_t i = 0; i < blocks; ++i) {
+    for (int j = 0; j < Lanes; ++j) {
+      lanes[j] = take<Kind>(lanes[j], load(x[i * Lanes + j]));
+    }
+  }
+  for (int width = Lanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) {
+      lanes[j] = join<Kind>(lanes[j], lanes[j + width]);
+    }
+  }
+  return lanes[0];
+}
+
+// Reduces x: [n], n small enough for a plain accumulator.
+template <NormKind Kind, typename T>
+CHANPRUNE_CLONES Accumulator<T> reduce_run(const T* x, int64_t n) {
+  constexpr int kWide = std::is_same_v<T, double> ? 16 : 64;
+  constexpr int kNarrow = kWide / 8;
+  using A = Accumulator<T>;
+  A total = 0;
+  const int64_t wide = n / kWide;
+  if (wide > 0) {
+    total = reduce_in_lanes<Kind, kWide>(x, wide);
+    x += wide * kWide;
+    n -= wide * kWide;
+  }
+  const int64_t narrow = n / kNarrow;
+  if (narrow > 0) {
+    total = join<Kind>(total, reduce_in_lanes<Kind, kNarrow>(x, narrow));
+    x += narrow * kNarrow;
+    n -= narrow * kNarrow;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    total = take<Kind>(total, load(x[i]));
+  }
+  return total;
+}
+
+// Takes x: [n] into totals: [n].
+template <NormKind Kind, typename T>
+CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t n,
+                                   Accumulator<T>* __restrict totals) {
+  for (int64_t i = 0; i < n; ++i) {
+    totals[i] = take<Kind>(totals[i], load(x[i]));
+  }
+}
+
+template <NormKind Kind>
+double finish(double total) {
+  return Kind == NormKind::kL2 ? std::sqrt(total) : total;
+}
+
+// Where a unit leaves value `i` of its task: in the result itself, or among the partial values.
+template <NormKind Kind, typename T>
+struct Sink {
+  Accumulator<T>* result;
+  double* partial;
+
+  Sink(const ChannelNormTask& task, int64_t piece, double* partials)
+      : result(task.partial_start < 0 ? static_cast<Accumulator<T>*>(task.result) : nullptr),
+        partial(result ? nullptr : partials + task.partial_start + piece * task.width) {}
+
+  void put(int64_t i, double value) const {
+    if (result != nullptr) {
+      result[i] = static_cast<Accumulator<T>>(finish<Kind>(value));
+    } else {
+      partial[i] = value;
+    }
+  }
+};
+
+template <NormKind Kind, typename T>
+void run_rows(const ChannelNormTask& task, const ChannelNormUnit& unit, double* partials) {
+  const Sink<Kind, T> sink(task, unit.piece, partials);
+  const int64_t inner_pieces = (task.inner + task.piece_inner - 1) / task.piece_inner;
+  const int64_t outer_begin = unit.piece / inner_pieces * task.piece_outer;
+  const int64_t outer_end = std::min(task.outer, outer_begin + task.piece_outer);
+  const int64_t inner_begin = unit.piece % inner_pieces * task.piece_inner;
+  const int64_t inner_end = std::min(task.inner, inner_begin + task.piece_inner);
+  for (int64_t c = unit.first; c < unit.first + unit.count; ++c) {
+    const T* channel = static_cast<const T*>(task.data) + c * task.channel_stride;
+    double total = 0;
+    for (int64_t o = outer_begin; o < outer_end; ++o) {
+      const T* row = channel + o * task.outer_stride;
+      for (int64_t i = inner_begin; i < inner_end; i += kRowChunk) {
+        const double part = reduce_run<Kind, T>(row + i, std::min(kRowChunk, inner_end - i));
+        total = join<Kind>(total, part);
+      }
+    }
+    sink.put(c, total);
+  }
+}
+
+template <NormKind Kind, typename T>
+void run_columns(const ChannelNormTask& task, const ChannelNormUnit& unit, double* partials) {
+  alignas(64) Accumulator<T> totals[kUnitColumns] = {};
+  const Sink<Kind, T> sink(task, unit.piece, partials);
+  const int64_t begin = unit.piece * task.piece_outer;
+  const int64_t end = std::min(task.outer, begin + task.piece_outer);
+  for (int64_t o = begin; o < end; ++o) {
+    const T* row = static_cast<const T*>(task.data) + o * task.outer_stride + unit.first;
+    take_columns<Kind, T>(row, unit.count, totals);
+  }
+  for (int64_t i = 0; i < unit.count; ++i) {
+    sink.put(unit.first + i, totals[i]);
+  }
+}
+
+template <NormKind Kind, typename T>
+void run_unit(const ChannelNormTask& task, const ChannelNormUnit& unit, double* partials) {
+  if (task.columns) {
+    run_columns<Kind, T>(task, unit, partials);
+  } else {
+    run_rows<Kind, T>(task, unit, partials);
+  }
+}
+
+// Joins the partial values of a split task in a fixed order.
+template <NormKind Kind, typename A>
+void finish_task(const ChannelNormTask& task, const double* partials) {
+  A* result = static_cast<A*>(task.result);
+  for (int64_t c = 0; c < task.channels; ++c) {
+    double total = 0;
+    for (int64_t piece = 0; piece < task.pieces; ++piece) {
+      const double* values = partials + task.partial_start + piece * task.width + c * task.group;
+      for (int64_t j = 0; j < task.group; ++j) {
+        total = join<Kind>(total, values[j]);
+      }
+    }
+    result[c] = static_cast<A>(finish<Kind>(total));
+  }
+}
+
+template <NormKind Kind>
+void run(const ChannelNormPlan& plan) {
+  std::vector<double> partials(static_cast<size_t>(plan.partial_count));
+  // Threads share the elements, not the units: a unit belongs to the thread whose share it starts
+  // in.
+  std::vector<int64_t> starts(plan.units.size());
+  int64_t total = 0;
+  for (size_t u = 0; u < plan.units.size(); ++u) {
+    starts[u] = total;
+    total += plan.unit_elements[u];
+  }
+  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    auto u =
+        static_cast<size_t>(std::lower_bound(starts.begin(), starts.end(), begin) - starts.begin());
+    for (; u < plan.units.size() && starts[u] < end; ++u) {
+      const ChannelNormTask& task = plan.tasks[static_cast<size_t>(plan.units[u].task)];
+      switch (static_cast<ElementKind>(task.dtype)) {
+        case ElementKind::kFloat:
+          run_unit<Kind, float>(task, plan.units[u], partials.data());
+          break;
+        case ElementKind::kDouble:
+          run_unit<Kind, double>(task, plan.units[u], partials.data());
+          break;
+        case ElementKind::kHalf:
+          run_unit<Kind, Float16>(task, plan.units[u], partials.data());
+          break;
+        case ElementKind::kBFloat16:
+          run_unit<Kind, BFloat16>(task, plan.units[u], partials.data());
+          break;
+      }
+    }
+  });
+  const auto tasks = static_cast<int64_t>(plan.tasks.size());
+  torch::stable::parallel_for(
+      0, tasks, 1 + kGrain * tasks / (1 + plan.partial_count), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const ChannelNormTask& task = plan.tasks[static_cast<size_t>(t)];
+          if (task.partial_start < 0) {
+            continue;
+          }
+          if (static_cast<ElementKind>(task.dtype) == ElementKind::kDouble) {
+            finish_task<Kind, double>(task, partials.data());
+          } else {
+            finish_task<Kind, float>(task, partials.data());
+          }
+        }
+      });
+}
+
+std::vector<torch::stable::Tensor> channel_norms_cpu(std::vector<torch::stable::Tensor> weights,
+                                                     std::vector<int64_t> dims, double p) {
+  ChannelNormPlan plan = plan_channel_norms(weights, dims, p, kLimits);
+  switch (plan.kind) {
+    case NormKind::kL1:
+      run<NormKind::kL1>(plan);
+      break;
+    case NormKind::kL2:
+      run<NormKind::kL2>(plan);
+      break;
+    case NormKind::kInf:
+      run<NormKind::kInf>(plan);
+      break;
+  }
+  return plan.results;
+}
+
+}  // namespace
+}  // namespace chanprune
+
+STABLE_TORCH_LIBRARY_IMPL(chanprune, CPU, m) {
+  m.impl("channel_norms", TORCH_BOX(&chanprune::channel_norms_cpu));
+}

@@ -1,0 +1,190 @@
+// slice_channels on the CPU.
+#include "slice_channels.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace chanprune {
+namespace {
+
+constexpr int64_t kGrainBytes = 131072;  // bytes worth a thread
+constexpr int64_t kUnitBytes = 65536;    // bytes of rows handed out together
+constexpr int64_t kShortCopy = 256;      // up to here vector copies in line beat a memcpy call
+constexpr int64_t kGatherBytes = 24;     // below this mean segment, elements are gathered singly
+
+// Adjacent kept columns, copied as one.
+struct Segment {
+  int64_t offset;  // bytes from the start of the source row
+  int64_t bytes;
+};
+
+template <typename Word>
+CHANPRUNE_INLINE void copy_word(char* destination, const char* source) {
+  Word word;
+  std::memcpy(&word, source, sizeof(Word));
+  std::memcpy(destination, &word, sizeof(Word));
+}
+
+struct Word16 {
+  uint64_t low;
+  uint64_t high;
+};
+
+// Copies n bytes by whole words, the last one overlapping its neighbour.
+template <typename Word>
+CHANPRUNE_INLINE void copy_overlapping(char* destination, const char* source, int64_t n) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(Word));
+  for (int64_t i = 0; i + kSize < n; i += kSize) {
+    copy_word<Word>(destination + i, source + i);
+  }
+  copy_word<Word>(destination + n - kSize, source + n - kSize);
+}
+
+CHANPRUNE_INLINE void copy_bytes(char* destination, const char* source, int64_t n) {
+  if (n > kShortCopy) {
+    std::memcpy(destination, source, static_cast<size_t>(n));
+  } else if (n >= 16) {
+    copy_overlapping<Word16>(destination, source, n);
+  } else if (n >= 8) {
+    copy_overlapping<uint64_t>(destination, source, n);
+  } else if (n >= 4) {
+    copy_overlapping<uint32_t>(destination, source, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      destination[i] = source[i];
+    }
+  }
+}
+
+// Copies `segments` of one source row one after the other.
+CHANPRUNE_CLONES void copy_segments(char* destination, const char* source, const Segment* segments,
+                                    int64_t count) {
+  for (int64_t s = 0; s < count; ++s) {
+    copy_bytes(destination, source + segments[s].offset, segments[s].bytes);
+    destination += segments[s].bytes;
+  }
+}
+
+// Collects single elements. Not cloned: hardware gathers lose to scalar loads from cache.
+template <typename Word>
+void gather(char* destination, const char* source, const int64_t* index, int64_t count,
+            int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    copy_word<Word>(destination + i * static_cast<int64_t>(sizeof(Word)),
+                    source + index[i] * stride);
+  }
+}
+
+// A task made ready for row-wise execution.
+struct RowCopier {
+  SliceTask task;
+  std::vector<Segment> segments;  // empty: gather single elements
+  int64_t row_bytes;              // of the result
+  int64_t rows_per_unit;
+};
+
+std::vector<Segment> column_segments(const SliceTask& task) {
+  std::vector<Segment> segments;
+  segments.reserve(static_cast<size_t>(task.cols));
+  for (int64_t j = 0; j < task.cols; ++j) {
+    const int64_t column = task.col_index == nullptr ? j : task.col_index[j];
+    const int64_t offset = column * task.col_stride;
+    if (!segments.empty() && segments.back().offset + segments.back().bytes == offset) {
+      segments.back().bytes += task.run;
+    } else {
+      segments.push_back({offset, task.run});
+    }
+  }
+  return segments;
+}
+
+RowCopier prepare(const SliceTask& task) {
+  RowCopier copier{task, column_segments(task), task.mids * task.cols * task.run, 1};
+  copier.rows_per_unit = std::max<int64_t>(1, kUnitBytes / copier.row_bytes);
+  const auto segments = static_cast<int64_t>(copier.segments.size());
+  const bool single = task.run == task.element && task.col_index != nullptr;
+  if (single && task.cols * task.run < segments * kGatherBytes) {
+    copier.segments.clear();
+  }
+  return copier;
+}
+
+void copy_columns(const RowCopier& copier, char* destination, const char* source) {
+  const SliceTask& task = copier.task;
+  if (!copier.segments.empty()) {
+    copy_segments(destination, source, copier.segments.data(),
+                  static_cast<int64_t>(copier.segments.size()));
+    return;
+  }
+  switch (task.run) {
+    case 1:
+      return gather<uint8_t>(destination, source, task.col_index, task.cols, task.col_stride);
+    case 2:
+      return gather<uint16_t>(destination, source, task.col_index, task.cols, task.col_stride);
+    case 4:
+      return gather<uint32_t>(destination, source, task.col_index, task.cols, task.col_stride);
+    case 8:
+      return gather<uint64_t>(destination, source, task.col_index, task.cols, task.col_stride);
+    default:  // the one wider element is complex128
+      return gather<Word16>(destination, source, task.col_index, task.cols, task.col_stride);
+  }
+}
+
+void copy_rows(const RowCopier& copier, int64_t begin, int64_t end) {
+  const SliceTask& task = copier.task;
+  char* destination = task.destination + begin * copier.row_bytes;
+  const int64_t line = task.cols * task.run;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t row = task.row_index == nullptr ? r : task.row_index[r];
+    const char* source = task.source + row * task.row_stride;
+    for (int64_t m = 0; m < task.mids; ++m) {
+      copy_columns(copier, destination, source + m * task.mid_stride);
+      destination += line;
+    }
+  }
+}
+
+struct Unit {
+  size_t copier;
+  int64_t first_row;
+  int64_t start;  // bytes written by the units before it
+};
+
+std::vector<torch::stable::Tensor> slice_channels_cpu(std::vector<torch::stable::Tensor> tensors,
+                                                      OptionalTensors rows, OptionalTensors cols) {
+  SlicePlan plan = plan_slice_channels(tensors, rows, cols);
+  std::vector<RowCopier> copiers;
+  std::vector<Unit> units;
+  int64_t total = 0;
+  for (const SliceTask& task : plan.tasks) {
+    copiers.push_back(prepare(task));
+    const RowCopier& copier = copiers.back();
+    for (int64_t row = 0; row < task.rows; row += copier.rows_per_unit) {
+      units.push_back({copiers.size() - 1, row, total});
+      total += copier.row_bytes * std::min(copier.rows_per_unit, task.rows - row);
+    }
+  }
+  // Threads share the bytes: a unit belongs to the thread whose share it starts in.
+  torch::stable::parallel_for(0, total, kGrainBytes, [&](int64_t begin, int64_t end) {
+    auto unit = std::lower_bound(units.begin(), units.end(), begin,
+                                 [](const Unit& u, int64_t at) { return u.start < at; });
+    for (; unit != units.end() && unit->start < end; ++unit) {
+      const RowCopier& copier = copiers[unit->copier];
+      copy_rows(copier, unit->first_row,
+                std::min(copier.task.rows, unit->first_row + copier.rows_per_unit));
+    }
+  });
+  return plan.results;
+}
+
+}  // namespace
+}  // namespace chanprune
+
+STABLE_TORCH_LIBRARY_IMPL(chanprune, CPU, m) {
+  m.impl("slice_channels", TORCH_BOX(&chanprune::slice_channels_cpu));
+}

@@ -1,0 +1,69 @@
+// kd_kl_div: distillation loss from raw logits, optionally with hard-label cross-entropy.
+//
+// With x = (s - max s) / T, y = (t - max t) / T, Zs = sum e^x, Zt = sum e^y over one row,
+//   KL(softmax(t/T) || softmax(s/T)) = sum(e^y (y - x)) / Zt - ln Zt + ln Zs,
+// and with q = softmax(s), e = label_smoothing,
+//   CE = -(1 - e) ln q[label] - e/C sum ln q.
+// A row's loss is soft_weight T^2 KL + hard_weight CE. Both maxima move while a row is read, the
+// sums are rescaled then, so each logit is read from memory once.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace chanprune {
+
+enum class KdReduction : int64_t { kNone = 0, kSum = 1, kBatchMean = 2 };
+
+// What the forward keeps of a row for the backward, in this order.
+enum KdStatistic : int64_t {
+  kStudentMax = 0,     // of s
+  kStudentLogSum = 1,  // ln Zs at temperature T
+  kTeacherMax = 2,     // of t
+  kTeacherLogSum = 3,  // ln Zt at temperature T
+  kHardLogSum = 4,     // ln sum e^(s - max s); 0 without a hard term
+  kKdStatistics = 5,
+};
+
+struct KdOptions {
+  double temperature;
+  double soft_weight;
+  double hard_weight;
+  double label_smoothing;
+  int64_t ignore_index;
+  KdReduction reduction;
+  bool hard;  // labels given and hard_weight != 0
+};
+
+// Checked, contiguous arguments.
+struct KdInputs {
+  torch::stable::Tensor student;                // [B, C]
+  torch::stable::Tensor teacher;                // [B, C], dtype of student
+  std::optional<torch::stable::Tensor> labels;  // int64 [B]
+  int64_t rows;
+  int64_t classes;
+  KdOptions options;
+};
+
+KdInputs check_kd_kl_div(const torch::stable::Tensor& student, const torch::stable::Tensor& teacher,
+                         const std::optional<torch::stable::Tensor>& labels, double temperature,
+                         double soft_weight, double hard_weight, double label_smoothing,
+                         int64_t ignore_index, int64_t reduction);
+
+// Checks what only the backward takes.
+//   grad:       [] or, for reduction none, [B]; accumulation dtype
+//   statistics: [B, kKdStatistics] as the forward returned them
+void check_kd_backward(const KdInputs& inputs, const torch::stable::Tensor& grad,
+                       const torch::stable::Tensor& statistics);
+
+// What 1 unit of the result contributes to a row: 1 for none and sum, 1/B for batchmean.
+inline double kd_row_scale(const KdInputs& inputs) {
+  return inputs.options.reduction == KdReduction::kBatchMean && inputs.rows > 0
+             ? 1.0 / static_cast<double>(inputs.rows)
+             : 1.0;
+}
+
+}  // namespace chanprune

@@ -1,0 +1,179 @@
+// Checks and copy descriptions of slice_channels, shared by the CPU and CUDA modules.
+#include "slice_channels.h"
+
+#include "checks.h"
+#include "new_tensor.h"
+
+namespace chanprune {
+namespace {
+
+// torch's own reading of ambiguous strides, so that results get the format torch would suggest.
+bool is_channels_last(const Tensor& t) {
+  const int64_t ndim = t.dim();
+  if (ndim != 4 && ndim != 5) {
+    return false;
+  }
+  int64_t floor = 0;
+  if (t.stride(1) == 0) {
+    return false;
+  }
+  for (int64_t step = 0; step < ndim; ++step) {
+    const int64_t d = step == 0 ? 1 : step == ndim - 1 ? 0 : ndim - step;  // 1, spatial back, 0
+    if (t.size(d) == 0 || t.stride(d) < floor || (d == 0 && floor == t.stride(1))) {
+      return false;
+    }
+    floor = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
+  }
+  return true;
+}
+
+std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes, bool channels_last) {
+  const auto ndim = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  const auto assign = [&](int64_t d) {
+    strides[static_cast<size_t>(d)] = step;
+    step *= sizes[static_cast<size_t>(d)] > 1 ? sizes[static_cast<size_t>(d)] : 1;
+  };
+  if (channels_last) {
+    assign(1);
+  }
+  for (int64_t d = ndim - 1; d >= 0; --d) {
+    if (!channels_last || d != 1) {
+      assign(d);
+    }
+  }
+  return strides;
+}
+
+// Checked host index list of one dim; keeps a contiguous copy alive if one had to be made.
+const int64_t* index_list(const std::optional<Tensor>& index, const char* name, size_t i,
+                          int64_t size, int64_t* count, std::vector<Tensor>* kept_alive) {
+  if (!index.has_value()) {
+    *count = size;
+    return nullptr;
+  }
+  CHANPRUNE_CHECK(index->scalar_type() == ScalarType::Long && index->dim() == 1 && index->is_cpu(),
+                  "slice_channels: ", name, "[", i,
+                  "] should be a one-dimensional int64 tensor on the CPU, got ", index->dim(),
+                  " dims of ", dtype_name(index->scalar_type()));
+  kept_alive->push_back(torch::stable::contiguous(*index));
+  *count = index->numel();
+  const auto* values = static_cast<const int64_t*>(kept_alive->back().data_ptr());
+  for (int64_t j = 0; j < *count; ++j) {
+    CHANPRUNE_CHECK(values[j] >= 0 && values[j] < size, "slice_channels: ", name, "[", i,
+                    "] should hold indices in [0, ", size, "), got ", values[j], " at position ",
+                    j);
+  }
+  return values;
+}
+
+// The dims after the first two as one run or step of the source; false if they do not lie evenly.
+bool merge_spatial(const Tensor& t, int64_t* count, int64_t* stride) {
+  *count = 1;
+  *stride = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) {
+      continue;
+    }
+    if (*count == 1) {
+      *stride = t.stride(d);
+    } else if (t.stride(d) != *stride * *count) {
+      return false;
+    }
+    *count *= t.size(d);
+  }
+  return true;
+}
+
+// Describes the source; false if its strides need a copy first.
+bool describe_source(const Tensor& t, bool channels_last, SliceTask* task) {
+  int64_t spatial = 1;
+  int64_t spatial_stride = 1;
+  const auto element = static_cast<int64_t>(t.element_size());
+  if (!merge_spatial(t, &spatial, &spatial_stride)) {
+    return false;
+  }
+  if (!channels_last && spatial > 1 && spatial_stride != 1) {
+    return false;
+  }
+  const int64_t ndim = t.dim();
+  task->source = static_cast<const char*>(t.data_ptr());
+  task->element = element;
+  task->row_stride = ndim > 0 ? t.stride(0) * element : 0;
+  task->col_stride = ndim > 1 ? t.stride(1) * element : 0;
+  task->mid_stride = spatial_stride * element;
+  task->mids = channels_last ? spatial : 1;
+  task->run = channels_last ? element : spatial * element;
+  return true;
+}
+
+// Widens runs over columns, and columns over rows, that are kept in full and lie without gaps.
+void simplify(bool is_vector, SliceTask* task) {
+  if (is_vector) {  // a list of single elements: columns of one row
+    task->cols = task->rows;
+    task->col_index = task->row_index;
+    task->col_stride = task->row_stride;
+    task->rows = 1;
+    task->row_index = nullptr;
+    task->row_stride = 0;
+  }
+  if (task->col_index == nullptr && task->col_stride == task->run) {
+    task->run *= task->cols;
+    task->cols = 1;
+  }
+  if (task->cols == 1 && task->col_index == nullptr && task->mid_stride == task->run) {
+    task->run *= task->mids;
+    task->mids = 1;
+  }
+}
+
+}  // namespace
+
+SlicePlan plan_slice_channels(const std::vector<Tensor>& tensors, const OptionalTensors& rows,
+                              const OptionalTensors& cols) {
+  CHANPRUNE_CHECK(rows.size() == tensors.size() && cols.size() == tensors.size(),
+                  "slice_channels: rows and cols should hold one entry per tensor, got ",
+                  rows.size(), " and ", cols.size(), " for ", tensors.size(), " tensors");
+  SlicePlan plan;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& tensor = tensors[i];
+    const int64_t ndim = tensor.dim();
+    CHANPRUNE_CHECK(!rows[i].has_value() || ndim >= 1, "slice_channels: rows[", i,
+                    "] needs a tensor of at least one dim, got a scalar");
+    CHANPRUNE_CHECK(!cols[i].has_value() || ndim >= 2, "slice_channels: cols[", i,
+                    "] needs a tensor of at least two dims, got ", ndim);
+    SliceTask task{};
+    task.row_index =
+        index_list(rows[i], "rows", i, ndim > 0 ? tensor.size(0) : 1, &task.rows, &plan.kept_alive);
+    task.col_index =
+        index_list(cols[i], "cols", i, ndim > 1 ? tensor.size(1) : 1, &task.cols, &plan.kept_alive);
+    const auto source_sizes = tensor.sizes();
+    std::vector<int64_t> sizes(source_sizes.begin(), source_sizes.end());
+    if (ndim > 0) {
+      sizes[0] = task.rows;
+    }
+    if (ndim > 1) {
+      sizes[1] = task.cols;
+    }
+    const bool channels_last = is_channels_last(tensor);
+    plan.results.push_back(new_empty_strided(tensor, sizes, packed_strides(sizes, channels_last),
+                                             tensor.scalar_type()));
+    if (plan.results.back().numel() == 0) {
+      continue;
+    }
+    if (!describe_source(tensor, channels_last, &task)) {
+      plan.kept_alive.push_back(torch::stable::contiguous(
+          tensor, !channels_last ? torch::headeronly::MemoryFormat::Contiguous
+                  : ndim == 4    ? torch::headeronly::MemoryFormat::ChannelsLast
+                                 : torch::headeronly::MemoryFormat::ChannelsLast3d));
+      describe_source(plan.kept_alive.back(), channels_last, &task);
+    }
+    task.destination = static_cast<char*>(plan.results.back().data_ptr());
+    simplify(ndim == 1, &task);
+    plan.tasks.push_back(task);
+  }
+  return plan;
+}
+
+}  // namespace chanprune
