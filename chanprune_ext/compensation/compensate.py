@@ -1,0 +1,418 @@
+"""Accuracy back without training: batch-norm statistics and least squares from calibration data."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.calls import CallTrace, record_calls, run_model, steady_calls
+from ..errors import InvalidArgumentError, PlanMismatchError
+from .batch_norm import measured_batch_norms, reestimate
+from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
+from .fit import FitOptions, fit_target, skipped_report
+from .ledger import Ledger
+from .lockstep import Lockstep
+from .memory import plan_memory
+from .outputs import DeviationMeter, output_tensors
+from .report import CompensationReport, Deviation, LayerReport
+from .survey import Survey, survey_calls
+from .targets import Skipped, Target, find_targets
+
+__all__ = ["compensate"]
+
+_log = logging.getLogger(__name__)
+_METHODS = ("least_squares", "batch_norm")
+_SURVEYED = 2  # samples that tell how the calls are made
+_ROUND_OFF = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+class _HasKept(Protocol):
+    @property
+    def kept(self) -> Mapping[str, Mapping[int, Tensor]]: ...
+
+
+def compensate(
+    pruned: nn.Module,
+    original: nn.Module,
+    batches: Any,
+    *,
+    method: str = "least_squares",
+    ridge: float = 1e-4,
+    one_sided_steps: int = 3,
+    refit_producers: bool = True,
+    refit_classifier: bool | None = None,
+    held_back: float = 0.1,
+    memory_limit: int | None = None,
+    progress: bool = True,
+    plan: _HasKept | None = None,
+) -> CompensationReport:
+    """Changes the weights that are left so that the pruned network computes what it did before.
+
+    Both networks walk through the calibration data side by side. At every convolution and linear
+    layer the pruned network's weights are replaced by those that reproduce, in the least-squares
+    sense, the original's values from the pruned network's inputs, with all earlier layers already
+    compensated; the value matched is the one after batch norm and after the residual sum. Needs no
+    labels and no gradients, and a few hundred inputs.
+
+    ``W <- (C + l W0) (G + l I)^-1`` with ``G = E[x x^T]``, ``C = E[t x^T]`` over the unfolded inputs
+    ``x`` (He, Zhang, Sun: Channel pruning for accelerating very deep neural networks, ICCV 2017,
+    extended by a ridge towards the weights ``W0`` before the fit). Where a ReLU follows, values
+    below zero need only stay below zero; a few majorise-minimise steps make use of it.
+
+    The outputs on held-back samples judge the result: if it is not better than the plain pruned
+    network and than re-estimated batch-norm statistics alone, the best of the three is kept, and
+    the report says so. Whatever goes wrong, ``pruned`` is left as it was.
+
+    Args:
+        pruned: Network after pruning; changed in place.
+        original: Network before pruning; not changed.
+        batches: Calibration data: one tensor, or a finite iterable of inputs (tensors, tuples of
+            positional inputs, dicts of keyword inputs) or of pairs (input, label), whose label is
+            ignored. All of it is kept in memory.
+        method: ``"least_squares"``, or ``"batch_norm"`` to re-estimate running statistics only.
+        ridge: Strength of the ridge, relative to the mean energy of the layer's inputs. Raised for
+            a layer, in steps of ten, where its held-back error gains by it.
+        one_sided_steps: Majorise-minimise steps where a ReLU or ReLU6 follows.
+        refit_producers: Also refit layers whose own inputs were not pruned, but drifted.
+        refit_classifier: Also refit layers that make the network's output. None: only where their
+            inputs were pruned.
+        held_back: Share of the samples to judge by, in [0, 1). 0: nothing is judged, and what
+            ``method`` gives is kept.
+        memory_limit: Bytes of working memory besides networks, data and one layer's moments. Less
+            memory takes more time. None: half of what is free.
+        progress: Show a progress bar on a terminal.
+        plan: The plan ``pruned`` was made by, or anything with its ``kept``. None: the plan that
+            ``pruned`` carries.
+
+    Returns:
+        What was done, layer by layer, and the output deviations of all variants.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range, the data can't be used, or weights or
+            data are not finite.
+        PlanMismatchError: ``pruned`` was not made from ``original`` by the plan.
+        AnalysisError: the forward of ``original`` raised.
+    """
+    start = time.perf_counter()
+    _check_options(method, ridge, one_sided_steps, held_back, memory_limit)
+    kept = _kept(pruned, plan)
+    device = _check_networks(pruned, original, kept)
+    items = read_batches(batches, original, device=device)
+    ledger = Ledger()
+    session = _Session(pruned, original, items, kept, held_back, memory_limit, device)
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            steady_calls(original),
+            steady_calls(pruned),
+            torch.no_grad(),
+        ):
+            session.prepare()
+            layers: list[LayerReport] = []
+            variants = _Variants(session, ledger)
+            variants.try_batch_norm(required=method == "batch_norm")
+            if method == "least_squares":
+                options = FitOptions(
+                    ridge, one_sided_steps, session.memory.piece, session.round_off
+                )
+                chosen, layers = session.choose(refit_producers, refit_classifier)
+                layers = session.fit(chosen, options, ledger, progress) + layers
+                variants.measure("least_squares")
+            result, reason = variants.settle(method, judged=bool(session.data.held_back))
+    except BaseException:
+        ledger.restore()
+        raise
+    report = CompensationReport(
+        method=method,
+        kept=result,
+        reason=reason,
+        images=session.data.fit_samples,
+        held_back_images=session.data.held_back_samples,
+        deviations=variants.deviations,
+        layers=tuple(layers),
+        seconds=time.perf_counter() - start,
+    )
+    _log.info("%s", report)
+    return report
+
+
+class _Session:
+    """The networks, the data, and what is known of the calls."""
+
+    def __init__(
+        self,
+        pruned: nn.Module,
+        original: nn.Module,
+        items: list[Any],
+        kept: Mapping[str, Mapping[int, Tensor]],
+        held_back: float,
+        memory_limit: int | None,
+        device: torch.device,
+    ) -> None:
+        self.pruned = pruned
+        self.original = original
+        self._items = items
+        self._kept = kept
+        self._held_back = held_back
+        self._limit = memory_limit
+        self._device = device
+
+    def prepare(self) -> None:
+        """Traces both networks on a few samples, finds the targets and cuts the data."""
+        few = first_samples(self._items[0], _SURVEYED)
+        trace = record_calls(self.original, few)
+        surveys = _surveyed(self.original, few), _surveyed(self.pruned, few)
+        _check_same_calls(trace, surveys)
+        self.targets, self.skipped = find_targets(trace, surveys[1], self._kept)
+        samples = sum(sample_count(item) for item in self._items)
+        self.memory = plan_memory(
+            surveys, sample_count(few), samples, self.targets, self._limit, self._device
+        )
+        self.data: Calibration = split_batches(
+            self._items, held_back=self._held_back, batch_size=self.memory.batch_size
+        )
+        self._items = []
+        dtype = next((t.dtype for t in output_tensors(surveys[1].output)), torch.float32)
+        self.round_off = _ROUND_OFF.get(dtype, 1e-3)
+        self._reference = [
+            output_tensors(run_model(self.original, batch)) for batch in self._judges()
+        ]
+
+    def _judges(self) -> tuple[Any, ...]:
+        return self.data.held_back or self.data.fit
+
+    def deviation(self) -> Deviation:
+        """How far the pruned network's outputs are off as it is now."""
+        meter = DeviationMeter()
+        for reference, batch in zip(self._reference, self._judges(), strict=True):
+            meter.add(reference, output_tensors(run_model(self.pruned, batch)))
+        return meter.deviation()
+
+    def choose(
+        self, refit_producers: bool, refit_classifier: bool | None
+    ) -> tuple[list[Target], list[LayerReport]]:
+        """The targets with the layers that are to be fitted, and reports of the others."""
+        chosen: list[Target] = []
+        left: list[LayerReport] = []
+        for target in self.targets:
+            layers = []
+            for layer in target.layers:
+                wanted = layer.inputs_pruned or refit_producers
+                if target.is_output:
+                    wanted = layer.inputs_pruned if refit_classifier is None else refit_classifier
+                if wanted:
+                    layers.append(layer)
+                else:
+                    left.append(skipped_report(layer, target, "not asked for"))
+            if layers:
+                chosen.append(
+                    Target(target.call, target.module, layers, target.bounds, target.is_output)
+                )
+        left += [_unfitted(layer) for layer in self.skipped]
+        return chosen, left
+
+    def fit(
+        self, targets: Sequence[Target], options: FitOptions, ledger: Ledger, progress: bool
+    ) -> list[LayerReport]:
+        """Fits all targets in order."""
+        reports: list[LayerReport] = []
+        runs = Lockstep(
+            self.original,
+            self.pruned,
+            self.data.fit,
+            self.data.held_back,
+            targets,
+            self.memory.resident_from,
+            self._device,
+        )
+        with runs:
+            for target in _with_progress(targets, progress):
+                for report in fit_target(target, runs, options, ledger):
+                    reports.append(report)
+                    _log.debug("%s", report)
+        return reports
+
+
+class _Variants:
+    """What the network could be left with, how good each is, and how to get there."""
+
+    def __init__(self, session: _Session, ledger: Ledger) -> None:
+        self._session = session
+        self._ledger = ledger
+        self._batch_norm: list[tuple[Tensor, Tensor]] = []
+        self.deviations: dict[str, Deviation] = {}
+        self.measure("plain")
+
+    def measure(self, name: str) -> None:
+        self.deviations[name] = self._session.deviation()
+
+    def try_batch_norm(self, *, required: bool) -> None:
+        """Measures what re-estimated batch-norm statistics give, and takes them back."""
+        norms = measured_batch_norms(self._session.pruned)
+        if not norms:
+            if required:
+                raise InvalidArgumentError(
+                    'method: "batch_norm" needs batch norms with running statistics, and pruned '
+                    'has none; use "least_squares"'
+                )
+            return
+        try:
+            reestimate(self._session.pruned, self._session.data.fit, self._ledger)
+        except ValueError as error:
+            self._ledger.restore()
+            if required:
+                raise InvalidArgumentError(
+                    f"batches: too few samples for batch-norm statistics: {error}"
+                ) from error
+            return
+        self.measure("batch_norm")
+        statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+        self._batch_norm = [(t, t.clone()) for t in statistics if t is not None]
+        self._ledger.restore()
+
+    def settle(self, method: str, *, judged: bool) -> tuple[str, str]:
+        """Leaves the network with the best variant; its name and the reason."""
+        best = method
+        if judged:
+            for name, deviation in self.deviations.items():
+                if name != best and not self.deviations[best].better_than(deviation):
+                    best = name
+            measured = "; ".join(f"{name}: {d}" for name, d in self.deviations.items())
+            reason = f"smallest deviation on the held-back samples: {measured}"
+        else:
+            reason = "asked for, and no samples were held back to judge it"
+        if best != "least_squares":
+            self._ledger.restore()
+        if best == "batch_norm":
+            for tensor, value in self._batch_norm:
+                tensor.copy_(value)
+        return best, reason
+
+
+def _check_options(
+    method: str, ridge: float, one_sided_steps: int, held_back: float, memory_limit: int | None
+) -> None:
+    if method not in _METHODS:
+        raise InvalidArgumentError(f"method: expected one of {_METHODS}, got {method!r}")
+    if not 0 <= ridge < float("inf"):
+        raise InvalidArgumentError(f"ridge: expected a finite number >= 0, got {ridge}")
+    if not isinstance(one_sided_steps, int) or one_sided_steps < 0:
+        raise InvalidArgumentError(
+            f"one_sided_steps: expected an integer >= 0, got {one_sided_steps!r}"
+        )
+    if not 0 <= held_back < 1:
+        raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
+    if memory_limit is not None and memory_limit <= 0:
+        raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")
+
+
+def _kept(pruned: nn.Module, plan: _HasKept | None) -> Mapping[str, Mapping[int, Tensor]]:
+    if plan is None:
+        from ..plan import plan_of
+
+        plan = plan_of(pruned)
+    if plan is None:
+        raise InvalidArgumentError(
+            "pruned: it carries no plan, so its channels can't be matched with the original's; "
+            "pass the plan it was made by as plan="
+        )
+    return plan.kept
+
+
+def _check_networks(
+    pruned: nn.Module, original: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]
+) -> torch.device:
+    """Refuses networks that are no pair, hold NaN or share memory; returns their device."""
+    states = {"pruned": _tensors(pruned), "original": _tensors(original)}
+    for name, state in states.items():
+        for entry, tensor in state.items():
+            if tensor.is_meta:
+                raise InvalidArgumentError(f"{name}: {entry} is on the meta device, without values")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InvalidArgumentError(f"{name}: {entry} contains NaN or infinity")
+    for entry, tensor in states["original"].items():
+        shape = list(tensor.shape)
+        for axis, indices in kept.get(entry, {}).items():
+            shape[axis] = len(indices)
+        found = states["pruned"].get(entry)
+        if found is None or list(found.shape) != shape:
+            raise PlanMismatchError(
+                f"pruned: by the plan {entry} has the shape {shape}, here it is "
+                f"{'missing' if found is None else list(found.shape)}; original, pruned and plan "
+                "must belong together"
+            )
+    memory = {t.untyped_storage().data_ptr() for t in states["original"].values() if t.numel()}
+    for entry, tensor in states["pruned"].items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in memory:
+            raise InvalidArgumentError(
+                f"pruned: {entry} shares memory with the original, which must stay as it is; "
+                "apply the plan without inplace=True, or to a copy"
+            )
+    devices = {str(tensor.device) for state in states.values() for tensor in state.values()}
+    if len(devices) != 1:
+        raise InvalidArgumentError(
+            f"original: both networks must be on one device, got {sorted(devices)}"
+        )
+    return torch.device(devices.pop())
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        entry: tensor.detach()
+        for entry, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _surveyed(model: nn.Module, inputs: Any) -> Survey:
+    try:
+        return survey_calls(model, inputs)
+    except Exception as error:
+        raise InvalidArgumentError(f"pruned: its forward raised: {error}") from error
+
+
+def _check_same_calls(trace: CallTrace, surveys: tuple[Survey, Survey]) -> None:
+    for i, call in enumerate(trace.calls):
+        names = [s.calls[i].name if i < len(s.calls) else "nothing" for s in surveys]
+        if set(names) != {call.name}:
+            raise PlanMismatchError(
+                f"pruned: it must make the same calls as the original, but call {i} "
+                f"({call.module or 'the root module'}, {call.source}) is {names[0]} in the "
+                f"original and {names[1]} in the pruned network"
+            )
+
+
+def _unfitted(layer: Skipped) -> LayerReport:
+    return LayerReport(
+        module=layer.module,
+        entry=layer.entry,
+        kind=layer.kind,
+        target="",
+        rows=0,
+        columns=0,
+        skipped=layer.reason,
+    )
+
+
+def _with_progress(targets: Sequence[Target], progress: bool) -> Iterable[Target]:
+    if not progress or not sys.stderr.isatty():
+        return targets
+    return _progress_bar(targets)
+
+
+def _progress_bar(targets: Sequence[Target]) -> Iterator[Target]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("compensating", total=len(targets))
+        for target in targets:
+            bar.update(task, description=f"compensating {target.module or 'root'}")
+            yield target
+            bar.advance(task)

@@ -1,0 +1,156 @@
+"""Original and pruned network on the same batches, held at the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgumentError
+from .paused_runs import PausedRun
+from .targets import Layer, Target
+
+__all__ = ["Lockstep", "Observation"]
+
+
+@dataclass
+class Observation:
+    """What one batch shows at a target.
+
+    Attributes:
+        original: The target's value in the original network, restricted to the kept channels.
+        pruned: Its value in the pruned network with the current weights.
+        inputs: Call index of a layer -> its input in the pruned network; None where that has been
+            overwritten since.
+        held_back: Whether the batch only judges and takes no part in the fit.
+    """
+
+    original: Tensor
+    pruned: Tensor
+    inputs: dict[int, Tensor | None]
+    held_back: bool
+
+
+class Lockstep:
+    """Pairs of forwards, one pair a batch.
+
+    Pairs either *stay*, paused from target to target with their activations in memory, or, for
+    targets before ``resident_from``, are run anew up to the target each time and dropped again.
+
+    Both networks must be in eval mode. Use as a context manager.
+
+    Args:
+        original: Network before pruning.
+        pruned: Network after pruning; its weights may change while a pair is paused.
+        fit: Inputs of the batches to fit on.
+        held_back: Inputs of the batches to judge by.
+        targets: All targets, in order.
+        resident_from: Call index of the first target from which on the pairs stay.
+        device: Where the networks live.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        pruned: nn.Module,
+        fit: Sequence[Any],
+        held_back: Sequence[Any],
+        targets: Sequence[Target],
+        resident_from: int,
+        device: torch.device,
+    ) -> None:
+        self._original = original
+        self._pruned = pruned
+        self._batches = [(x, False) for x in fit] + [(x, True) for x in held_back]
+        self._targets = targets
+        self._resident_from = resident_from
+        self._device = device
+        self._resident: list[tuple[PausedRun, PausedRun]] | None = None
+        self._at: int | None = None
+        self._values: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Lockstep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pair in self._resident or []:
+            for run in pair:
+                run.close()
+
+    def _pair(self, batch: int, targets: Sequence[Target]) -> tuple[PausedRun, PausedRun]:
+        inputs = self._batches[batch][0]
+        captures = {layer.call for target in targets for layer in target.layers}
+        return (
+            PausedRun(self._original, inputs, (), self._device),
+            PausedRun(self._pruned, inputs, captures, self._device),
+        )
+
+    def _advance(self, batch: int, pair: tuple[PausedRun, PausedRun], call: int) -> Any:
+        try:
+            return pair[0].advance(call), pair[1].advance(call)
+        except Exception as error:
+            raise InvalidArgumentError(
+                f"batches: the forward failed on calibration batch {batch}: {error}"
+            ) from error
+
+    def observe(self, target: Target) -> Iterator[Observation]:
+        """The batches at ``target``, one after the other. May be repeated."""
+        if target.call < self._resident_from:
+            for batch, (_, held_back) in enumerate(self._batches):
+                pair = self._pair(batch, [target])
+                try:
+                    original, pruned = self._advance(batch, pair, target.call)
+                    yield self._observation(target, pair[1], original, pruned, held_back)
+                finally:
+                    for run in pair:
+                        run.close()
+            return
+        if self._resident is None:
+            staying = [t for t in self._targets if t.call >= self._resident_from]
+            self._resident = [self._pair(batch, staying) for batch in range(len(self._batches))]
+        if self._at != target.call:
+            self._values = [
+                self._advance(batch, pair, target.call) for batch, pair in enumerate(self._resident)
+            ]
+            self._at = target.call
+        for batch, (_, held_back) in enumerate(self._batches):
+            yield self._observation(
+                target, self._resident[batch][1], *self._values[batch], held_back
+            )
+
+    def _observation(
+        self, target: Target, run: PausedRun, original: Tensor, pruned: Tensor, held_back: bool
+    ) -> Observation:
+        first = target.layers[0]
+        if first.kept_rows is not None:
+            axis = first.geometry.channel_axis(original.ndim)
+            original = original.index_select(axis, first.kept_rows)
+        inputs = {layer.call: run.captured_input(layer.call) for layer in target.layers}
+        return Observation(original, pruned, inputs, held_back)
+
+    def carry(self, target: Target, layer: Layer, change: Callable[[Tensor], Tensor]) -> None:
+        """Lets paused forwards go on with what a layer's new weights would have given.
+
+        Args:
+            target: Where the forwards are paused.
+            layer: The layer whose weights were changed.
+            change: Input of the layer -> change of the target's value.
+        """
+        if target.call < self._resident_from or self._resident is None:
+            return
+        for (_, run), (_, value) in zip(self._resident, self._values, strict=True):
+            x = run.captured_input(layer.call)
+            if x is not None:
+                with torch.inference_mode(value.is_inference()):
+                    value.add_(change(x).to(value.dtype))
+
+    def leave(self, target: Target) -> None:
+        """Lets go of what was kept for ``target``."""
+        for _, run in self._resident or []:
+            for layer in target.layers:
+                run.release(layer.call)
+        self._values = []
+        self._at = None

@@ -1,0 +1,64 @@
+"""How far two networks' outputs are apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..analysis.calls import tensors_in
+from ..errors import InvalidArgumentError
+from .report import Deviation
+
+__all__ = ["DeviationMeter", "output_tensors"]
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a model's output, copied: a forward may reuse its memory."""
+    return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
+
+
+class DeviationMeter:
+    """Adds up squared errors and divergences over batches."""
+
+    def __init__(self) -> None:
+        self._error = self._energy = self._divergence = 0.0
+        self._logits = 0
+
+    def add(self, original: list[Tensor], pruned: list[Tensor]) -> None:
+        """Adds one batch of outputs.
+
+        Raises:
+            InvalidArgumentError: the networks return tensors of different shapes.
+        """
+        shapes = [[tuple(t.shape) for t in outputs] for outputs in (original, pruned)]
+        if shapes[0] != shapes[1] or not shapes[0]:
+            raise InvalidArgumentError(
+                "pruned: its outputs must have the shapes of the original's, which returns "
+                f"{shapes[0]}; it returns {shapes[1]}"
+            )
+        for a, b in zip(original, pruned, strict=True):
+            self._error += float((a - b).square().sum(dtype=torch.float64))
+            self._energy += float(a.square().sum(dtype=torch.float64))
+        a, b = original[0], pruned[0]
+        if len(original) == 1 and a.ndim == 2 and a.shape[1] > 1:
+            log_a, log_b = F.log_softmax(a.double(), 1), F.log_softmax(b.double(), 1)
+            self._divergence += float((log_a.exp() * (log_a - log_b)).sum())
+            self._logits += a.shape[0]
+
+    def deviation(self) -> Deviation:
+        """The deviation over everything added so far."""
+        relative = math.inf
+        if self._energy > 0:
+            relative = (self._error / self._energy) ** 0.5
+        elif self._error == 0:
+            relative = 0.0
+        if math.isnan(relative):
+            relative = math.inf
+        kl = max(0.0, self._divergence / self._logits) if self._logits else None
+        if kl is not None and math.isnan(kl):
+            kl = math.inf
+        return Deviation(relative, kl)

@@ -1,0 +1,171 @@
+"""Forwards that stop at chosen calls, so that two networks can be walked through side by side.
+
+Every forward runs in a thread of its own, but only ever one of them at a time: control is handed
+over and handed back. Threads are what lets a plain Python forward stop in the middle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.calls import CallMode, run_model
+
+__all__ = ["PausedRun"]
+
+
+class _Cancelled(BaseException):
+    """Unwinds a forward that is no longer needed; not an Exception, so model code lets it pass."""
+
+
+class _PausingMode(CallMode):
+    def __init__(self, run: PausedRun) -> None:
+        super().__init__()
+        self._run = run
+
+    def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._run.on_call(index, args, kwargs)
+
+    def after(
+        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        self._run.on_output(index, output)
+        return output
+
+
+@contextlib.contextmanager
+def _on_stream(stream: Any) -> Iterator[None]:
+    """CUDA's current device and stream belong to a thread: take over those of the caller."""
+    if stream is None:
+        yield
+    else:
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            yield
+
+
+class PausedRun:
+    """One forward of ``model`` that can be advanced from call to call.
+
+    The model must be in eval mode already. Use as a context manager, or call :meth:`close`.
+
+    Args:
+        model: Network to run.
+        inputs: Tensor, tuple of positional inputs or dict of keyword inputs.
+        captures: Call indices whose first argument is kept from before the call.
+        device: Where the model lives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        captures: Collection[int],
+        device: torch.device,
+    ) -> None:
+        self._captures = frozenset(captures)
+        self._stop_at: int | None = None
+        self._cancelled = False
+        self._finished = False
+        self._error: BaseException | None = None
+        self._value: Any = None
+        self._to_run = threading.Semaphore(0)
+        self._to_caller = threading.Semaphore(0)
+        self.captured: dict[int, tuple[Tensor, int]] = {}
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._thread = threading.Thread(
+            target=self._main,
+            args=(model, inputs, stream),
+            name="chanprune-forward",
+            daemon=True,
+        )
+        self._started = False
+
+    def _main(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        stream: Any,
+    ) -> None:
+        try:
+            with _on_stream(stream), torch.no_grad(), _PausingMode(self):
+                self._value = run_model(model, inputs)
+        except _Cancelled:
+            pass
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            self._error = error
+        finally:
+            self._finished = True
+            self._to_caller.release()
+
+    def on_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._cancelled:
+            raise _Cancelled
+        if index in self._captures:
+            x = args[0] if args else kwargs["input"]
+            self.captured[index] = (x, _version(x))
+
+    def on_output(self, index: int, output: Any) -> None:
+        if index != self._stop_at:
+            return
+        self._value = output
+        self._to_caller.release()
+        self._to_run.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def _hand_over(self, stop_at: int | None) -> Any:
+        self._stop_at = stop_at
+        if self._started:
+            self._to_run.release()
+        else:
+            self._started = True
+            self._thread.start()
+        self._to_caller.acquire()
+        if self._error is not None:
+            raise self._error
+        value, self._value = self._value, None
+        return value
+
+    def advance(self, pause: int) -> Tensor:
+        """Runs on until call ``pause`` has been made.
+
+        Returns:
+            The call's output: the very tensor the forward goes on with.
+        """
+        value = self._hand_over(pause)
+        if self._finished:
+            raise RuntimeError(f"the forward ended before call {pause}")
+        result: Tensor = value
+        return result
+
+    def finish(self) -> Any:
+        """Runs to the end and returns the model's output."""
+        return self._hand_over(None)
+
+    def captured_input(self, index: int) -> Tensor | None:
+        """First argument of call ``index``; None if it has been overwritten since."""
+        x, version = self.captured[index]
+        return x if version == _version(x) else None
+
+    def release(self, index: int) -> None:
+        """Lets go of the captured argument of call ``index``."""
+        self.captured.pop(index, None)
+
+    def close(self) -> None:
+        """Ends the forward wherever it is."""
+        self._cancelled = True
+        if self._started and not self._finished:
+            self._to_run.release()
+        if self._started:
+            self._thread.join()
+        self.captured.clear()
+        self._value = None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
