@@ -1,0 +1,23 @@
+"""Structured channel pruning for PyTorch that keeps the accuracy.
+
+    pruned = chanprune_ext.prune(model, example_inputs, ratio=0.5)
+"""
+
+from chanprune_ext.allocation import Budget
+from chanprune_ext.analysis import register_rule
+from chanprune_ext.errors import ChanpruneError
+from chanprune_ext.plan import PruningPlan, plan_of
+from chanprune_ext.pruning import plan, prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "ChanpruneError",
+    "PruningPlan",
+    "__version__",
+    "plan",
+    "plan_of",
+    "prune",
+    "register_rule",
+]

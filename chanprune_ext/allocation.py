@@ -1,0 +1,304 @@
+"""How many units each group keeps, and which ones.
+
+Without coupling between sizes a group's count follows from its ratio alone. Where sizes are linked
+(chunks that stay equal, one attribute that serves two layers) the counts of all linked groups are
+solved together as a small integer program.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
+from chanprune_ext.links import solve_linked_counts
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis import Analysis, CouplingGroup
+    from chanprune_ext.analysis.groups import Sizes
+
+__all__ = ["Budget", "Selection", "allocate"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost, as fractions of the original.
+
+    Attributes:
+        macs: Fraction of the multiply-accumulates to keep, in (0, 1].
+        params: Fraction of the parameters to keep, in (0, 1].
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("macs", "params"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InvalidArgumentError(f"Budget.{name} must be in (0, 1], got {value}")
+        if self.macs is None and self.params is None:
+            raise InvalidArgumentError("Budget needs macs or params, for example Budget(macs=0.5)")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The arguments of :func:`chanprune_ext.plan` that say how much to remove and where."""
+
+    ratio: float
+    ratios: Mapping[str, float]
+    scope: str
+    threshold: float | None
+    budget: Budget | None
+    round_to: int
+    ignore: tuple[str, ...]
+    max_ratio: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("ratio", self.ratio), *((f"ratios[{g!r}]", r) for g, r in self.ratios.items())):
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise InvalidArgumentError(
+                    f"{name} must be in [0, 1): the fraction of channels to remove; got {value!r}"
+                )
+        if self.scope not in ("local", "global"):
+            raise InvalidArgumentError(f"scope must be 'local' or 'global', got {self.scope!r}")
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise InvalidArgumentError(f"round_to must be an int >= 1, got {self.round_to!r}")
+        if not 0 < self.max_ratio < 1:
+            raise InvalidArgumentError(f"max_ratio must be in (0, 1), got {self.max_ratio!r}")
+        if self.threshold is not None and self.budget is not None:
+            raise InvalidArgumentError("give either threshold or budget, not both")
+
+
+def allocate(
+    analysis: Analysis,
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    parameter_names: Sequence[str],
+    held: frozenset[int] = frozenset(),
+) -> dict[int, np.ndarray]:
+    """Choose the units to remove.
+
+    Args:
+        analysis: Groups of the model.
+        scores: One score per unit of each group, high = keep.
+        selection: What the user asked for.
+        parameter_names: Parameters that a params budget counts.
+        held: Indices of groups that must stay whole.
+
+    Returns:
+        Group index -> bool (units,), True where a unit is removed. Never all of a group.
+
+    Raises:
+        InvalidArgumentError: A glob names no group.
+        NothingToPruneError: No group may be pruned.
+    """
+    ratios = _ratios(analysis, selection)
+    active = _active_groups(analysis, ratios, selection, held)
+    if not active:
+        raise NothingToPruneError(_why_nothing(analysis, selection, held))
+    if selection.budget is not None:
+        return _meet_budget(analysis, scores, selection, active, parameter_names)
+    if selection.threshold is not None:
+        wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
+        wanted = {i: max(w, _floor(analysis.groups[i], selection)) for i, w in wanted.items()}
+    elif selection.scope == "global":
+        wanted = _global_counts(active, scores, selection, ratios)
+    else:
+        wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active}
+    return _select(analysis, scores, active, wanted, selection.round_to)
+
+
+def _select(
+    analysis: Analysis,
+    scores: Sequence[np.ndarray],
+    active: Sequence[CouplingGroup],
+    wanted: Mapping[int, float],
+    round_to: int,
+) -> dict[int, np.ndarray]:
+    """Whole counts near the wanted ones, then the lowest scores of each group."""
+    buckets = solve_linked_counts(analysis, active, wanted, round_to)
+    removed: dict[int, np.ndarray] = {}
+    for group in active:
+        mask = np.zeros(group.units, dtype=bool)
+        score = scores[group.index]
+        for units, keep in buckets[group.index]:
+            # Stable: of equal scores the later channel goes.
+            order = units[np.argsort(-score[units], kind="stable")]
+            mask[order[keep:]] = True
+        if mask.any():
+            removed[group.index] = mask
+    return removed
+
+
+def _floor(group: CouplingGroup, selection: Selection) -> float:
+    return max(1.0, np.ceil(group.units * (1 - selection.max_ratio)))
+
+
+def _global_counts(
+    active: Sequence[CouplingGroup],
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    ratios: Mapping[int, float],
+) -> dict[int, float]:
+    """One threshold over all groups; scores are made comparable by each group's mean."""
+    named = {g.index for g in active if ratios[g.index] != selection.ratio}
+    pool = [g for g in active if g.index not in named]
+    wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active if g.index in named}
+    if pool:
+        ranked = np.concatenate([_normalised(scores[g.index]) for g in pool])
+        owner = np.concatenate([np.full(g.units, k) for k, g in enumerate(pool)])
+        order = np.argsort(ranked, kind="stable")
+        goal = int(np.floor(selection.ratio * len(ranked) + 0.5))
+        spare = np.array([g.units - _floor(g, selection) for g in pool])
+        taken = np.zeros(len(pool), dtype=int)
+        count = 0
+        for position in order:
+            if count >= goal:
+                break
+            k = owner[position]
+            if taken[k] < spare[k]:
+                taken[k] += 1
+                count += 1
+        wanted.update({g.index: float(g.units - taken[k]) for k, g in enumerate(pool)})
+    return wanted
+
+
+def _normalised(score: np.ndarray) -> np.ndarray:
+    mean = float(np.mean(np.abs(score)))
+    return score / mean if mean > 0 else score
+
+
+def _meet_budget(
+    analysis: Analysis,
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    active: Sequence[CouplingGroup],
+    parameter_names: Sequence[str],
+) -> dict[int, np.ndarray]:
+    """The smallest common ratio whose plan fits the budget, found by bisection."""
+    budget = selection.budget
+    assert budget is not None
+    whole = analysis.sizes(analysis.removed_labels({}))
+    goals: list[tuple[Callable[[Sizes], int], float]] = []
+    if budget.macs is not None:
+        goals.append((lambda s: s.macs(), budget.macs * whole.macs()))
+    if budget.params is not None:
+        goals.append((lambda s: s.params(parameter_names), budget.params * whole.params(parameter_names)))
+
+    def attempt(ratio: float) -> tuple[dict[int, np.ndarray], bool]:
+        if selection.scope == "global":
+            trial = Selection(
+                ratio, {}, "global", None, None, selection.round_to, (), selection.max_ratio
+            )
+            wanted = _global_counts(active, scores, trial, {g.index: ratio for g in active})
+        else:
+            wanted = {
+                g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active
+            }
+        removed = _select(analysis, scores, active, wanted, selection.round_to)
+        sizes = analysis.sizes(analysis.removed_labels(removed))
+        return removed, all(cost(sizes) <= goal for cost, goal in goals)
+
+    best, fits = attempt(selection.max_ratio)
+    if not fits:
+        sizes = analysis.sizes(analysis.removed_labels(best))
+        raise InvalidArgumentError(
+            f"budget cannot be met: with at most {selection.max_ratio:.0%} of each group removed "
+            f"the model keeps {sizes.macs() / max(whole.macs(), 1):.3f} of its MACs and "
+            f"{sizes.params(parameter_names) / max(whole.params(parameter_names), 1):.3f} of its "
+            f"parameters; raise max_ratio or ask for less"
+        )
+    low, high = 0.0, selection.max_ratio
+    for _ in range(16):
+        middle = (low + high) / 2
+        removed, fits = attempt(middle)
+        if fits:
+            high, best = middle, removed
+        else:
+            low = middle
+    return best
+
+
+# -- which groups take part ----------------------------------------------------------------------
+
+
+def _matches(names: Sequence[str], glob: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for name in names)
+
+
+def _ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
+    """The ratio of every group: the default, or that of the last glob naming one of its producers."""
+    ratios = {g.index: float(selection.ratio) for g in analysis.groups}
+    frozen = {f.entry.rpartition(".")[0] or f.entry for f in analysis.frozen}
+    for glob, ratio in selection.ratios.items():
+        found = [g.index for g in analysis.groups if _matches(g.producers, glob)]
+        if not found:
+            why = next((str(f) for f in analysis.frozen if _matches([_module(f.entry)], glob)), None)
+            raise InvalidArgumentError(
+                f"ratios[{glob!r}] names no group: "
+                + (why or f"no module that makes channels matches; there are {_examples(analysis)}")
+            )
+        ratios.update(dict.fromkeys(found, float(ratio)))
+    for glob in selection.ignore:
+        if not any(_matches(g.producers, glob) for g in analysis.groups) and not any(
+            fnmatch.fnmatchcase(name, glob) for name in frozen
+        ):
+            raise InvalidArgumentError(
+                f"ignore {glob!r} names no module that makes channels; there are "
+                f"{_examples(analysis)}"
+            )
+    return ratios
+
+
+def _module(entry: str) -> str:
+    return entry.rpartition(".")[0] or entry
+
+
+def _examples(analysis: Analysis) -> str:
+    names = [name for g in analysis.groups for name in g.producers]
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none"
+
+
+def _active_groups(
+    analysis: Analysis, ratios: Mapping[int, float], selection: Selection, held: frozenset[int]
+) -> list[CouplingGroup]:
+    """Groups that may shrink; of two factors of one dimension (groups x width) the finer one."""
+    candidates = [
+        g
+        for g in analysis.groups
+        if g.units > 1
+        and g.index not in held
+        and not any(_matches(g.producers, glob) for glob in selection.ignore)
+        and (
+            selection.budget is not None
+            or selection.threshold is not None
+            or ratios[g.index] > 0
+        )
+    ]
+    chosen: dict[int, CouplingGroup] = {}
+    rivals: dict[int, set[int]] = {}
+    for a, b in analysis.conflicts:
+        rivals.setdefault(a, set()).add(b)
+        rivals.setdefault(b, set()).add(a)
+    for group in sorted(candidates, key=lambda g: (-g.units, g.index)):
+        if not rivals.get(group.index, set()) & chosen.keys():
+            chosen[group.index] = group
+    return [chosen[i] for i in sorted(chosen)]
+
+
+def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) -> str:
+    if not analysis.groups:
+        reasons = "; ".join(str(f) for f in analysis.frozen[:3])
+        return "the model has no channels that may be removed" + (f": {reasons}" if reasons else "")
+    if held:
+        return "every group that was asked for is held back by sizes that cannot change"
+    return (
+        f"nothing to prune: of {len(analysis.groups)} groups none has a ratio above 0 and is not "
+        f"ignored (ratio={selection.ratio}, ratios={dict(selection.ratios)}, "
+        f"ignore={list(selection.ignore)})"
+    )

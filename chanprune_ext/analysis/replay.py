@@ -1,0 +1,139 @@
+"""Run a plan on stand-in tensors and check that the network makes the same calls as before."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from chanprune_ext.analysis.calls import CallMode, ModulePath, steady_calls, tensors_in
+from chanprune_ext.analysis.trace import call_substituted, substitute, substrate_mode, tensors_of
+from chanprune_ext.errors import VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import numpy as np
+
+    from chanprune_ext.analysis.groups import Analysis, Sizes
+    from chanprune_ext.analysis.provenance import Attribute
+
+__all__ = ["patched_attributes", "replay", "set_attributes"]
+
+
+def set_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> list[tuple[Any, str, Any]]:
+    """Set ints stored on modules; returns ``(module, name, old value)`` of each for undoing."""
+    done: list[tuple[Any, str, Any]] = []
+    for attribute, value in values.items():
+        module = model.get_submodule(attribute.module)
+        old = getattr(module, attribute.name)
+        done.append((module, attribute.name, old))
+        if attribute.position is None:
+            setattr(module, attribute.name, value)
+        else:
+            items = list(old)
+            items[attribute.position] = value
+            setattr(module, attribute.name, type(old)(items))
+    return done
+
+
+@contextlib.contextmanager
+def patched_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> Iterator[None]:
+    """Set ints stored on modules for a while."""
+    done = set_attributes(model, values)
+    try:
+        yield
+    finally:
+        for module, name, old in reversed(done):
+            setattr(module, name, old)
+
+
+class _ReplayMode(CallMode):
+    """Compares every call with the traced one, and its shapes with the predicted ones."""
+
+    def __init__(self, analysis: Analysis, sizes: Sizes, path: ModulePath) -> None:
+        super().__init__()
+        self.calls = analysis.trace.calls
+        self.sizes = sizes
+        self.path = path
+
+    def after(
+        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        where = f"call {index} ({name}) in '{self.path.current}'"
+        if index >= len(self.calls):
+            raise VerificationError(f"the pruned model makes one call more than before: {where}")
+        expected = self.calls[index]
+        if name != expected.name:
+            raise VerificationError(
+                f"the pruned model takes another path: {where}, before {expected.name} in "
+                f"'{expected.module}'"
+            )
+        floats = tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float))
+        if floats != expected.floats:
+            raise VerificationError(
+                f"a constant computed from a size has changed from {expected.floats} to {floats}: "
+                f"{where}"
+            )
+        results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
+        shapes = [tuple(t.shape) for t in results]
+        predicted = [tuple(self.sizes.of(s) for s in dims) for dims in expected.outputs]
+        if shapes != predicted:
+            raise VerificationError(
+                f"the pruned model makes shapes {shapes} where {predicted} was predicted: {where}"
+            )
+        return output
+
+
+def replay(
+    analysis: Analysis,
+    model: nn.Module,
+    example_inputs: Any,
+    masks: Mapping[str, Mapping[int, np.ndarray]],
+    attributes: Mapping[Attribute, int],
+    sizes: Sizes,
+) -> None:
+    """Prove on stand-ins that a removal leaves a network that runs as predicted.
+
+    Raises:
+        VerificationError: A call, a shape or a constant differs; the message names the place.
+    """
+    with (
+        steady_calls(model),
+        ModulePath(model) as path,
+        substrate_mode(analysis.trace.substrate) as stand_in,
+    ):
+        tensors = {
+            name: _narrowed(stand_in(t), masks.get(name, {}))
+            for name, t in tensors_of(model).items()
+        }
+        inputs = substitute(example_inputs, stand_in)
+        mode = _ReplayMode(analysis, sizes, path)
+        try:
+            with patched_attributes(model, attributes), mode:
+                call_substituted(model, tensors, inputs)
+        except VerificationError:
+            raise
+        except Exception as error:
+            raise VerificationError(
+                f"the pruned model does not run, in module '{path.current}': {error}"
+            ) from error
+        if mode.next_index != len(analysis.trace.calls):
+            raise VerificationError(
+                f"the pruned model makes {mode.next_index} calls, before "
+                f"{len(analysis.trace.calls)}"
+            )
+
+
+def _narrowed(tensor: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
+    for dim, mask in masks.items():
+        if tensor.is_meta:
+            shape = list(tensor.shape)
+            shape[dim] = int(mask.sum())
+            tensor = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        else:
+            index = torch.from_numpy(mask.nonzero()[0]).to(tensor.device)
+            tensor = tensor.index_select(dim, index)
+    return tensor

@@ -1,0 +1,239 @@
+"""Whole counts for groups whose sizes are linked, solved as one small integer program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis import Analysis, CouplingGroup
+    from chanprune_ext.analysis.trace import Slots
+
+__all__ = ["solve_linked_counts"]
+
+Buckets = dict[int, list[tuple[np.ndarray, int]]]
+
+
+class _Linear:
+    """Surviving sizes as linear functions of "unit u is kept", over the units of active groups."""
+
+    def __init__(self, analysis: Analysis, active: Sequence[CouplingGroup]) -> None:
+        self.analysis = analysis
+        starts = np.cumsum([0, *(g.units for g in active)])
+        self.units = int(starts[-1])
+        self.start = {g.index: int(s) for g, s in zip(active, starts, strict=False)}
+        self.unit_of_label = np.full(analysis.trace.store.size, -1, dtype=np.int64)
+        for group in active:
+            first = self.start[group.index]
+            self.unit_of_label[group.roots] = np.arange(first, first + group.units)
+
+    def size(self, slots: Slots) -> tuple[np.ndarray, float] | None:
+        """Coefficients and constant; None where two active groups multiply."""
+        coefficients = np.zeros(self.units)
+        resolved = self.analysis.trace.store.resolve(slots)
+        if not len(resolved):
+            return coefficients, float(slots.shape[1])
+        owners = np.where(resolved > 0, self.unit_of_label[resolved], -1)
+        top = owners.max(axis=0)
+        if ((owners >= 0) & (owners != top)).any():
+            return None
+        np.add.at(coefficients, top[top >= 0], 1.0)
+        return coefficients, float((top < 0).sum())
+
+    def of(self, expr: Expr) -> tuple[np.ndarray, float] | None:
+        """An expression as a linear function; None where it is not one."""
+        if isinstance(expr, Const):
+            return np.zeros(self.units), float(expr.value)
+        if isinstance(expr, Dim):
+            return self.size(expr.slots)
+        if isinstance(expr, Attribute):
+            return None
+        left, right = self.of(expr.left), self.of(expr.right)
+        if left is None or right is None:
+            return None
+        if expr.symbol in "+-":
+            sign = 1.0 if expr.symbol == "+" else -1.0
+            return left[0] + sign * right[0], left[1] + sign * right[1]
+        if not right[0].any() and right[1]:
+            if expr.symbol == "*":
+                return left[0] * right[1], left[1] * right[1]
+            if expr.symbol == "//":
+                return left[0] / right[1], left[1] / right[1]
+        if not left[0].any() and expr.symbol == "*":
+            return right[0] * left[1], right[1] * left[1]
+        return None
+
+    def rows(self) -> list[np.ndarray]:
+        """Rows r with ``r @ kept == r @ 1``: every linear link between sizes."""
+        rows: dict[bytes, np.ndarray] = {}
+
+        def add(row: np.ndarray) -> None:
+            if np.abs(row).max(initial=0.0) > 1e-9:
+                rows.setdefault(np.round(row, 6).tobytes(), row)
+
+        bound: dict[tuple[str, str, int | None], np.ndarray] = {}
+        for equation in self.analysis.trace.equations:
+            found = self._row(equation, bound)
+            if found is not None:
+                add(found)
+        return list(rows.values())
+
+    def _row(
+        self, equation: Equation, bound: dict[tuple[str, str, int | None], np.ndarray]
+    ) -> np.ndarray | None:
+        right = self.size(equation.slots)
+        if right is None:
+            return None
+        if isinstance(equation.expr, Attribute):
+            # All dimensions bound to one attribute keep equal sizes.
+            key = (equation.expr.module, equation.expr.name, equation.expr.position)
+            first = bound.setdefault(key, right[0])
+            return right[0] - first
+        left = self.of(equation.expr)
+        return None if left is None else left[0] - right[0]
+
+
+def solve_linked_counts(
+    analysis: Analysis,
+    active: Sequence[CouplingGroup],
+    wanted: Mapping[int, float],
+    round_to: int,
+) -> Buckets:
+    """Whole numbers of units to keep, near ``wanted``, that satisfy every linear size link.
+
+    Args:
+        analysis: The model's groups and equations.
+        active: Groups that may shrink.
+        wanted: Group index -> units to keep, a real number.
+        round_to: Kept channels of a group are a multiple of this where the group is wide enough.
+
+    Returns:
+        Group index -> [(units, how many of them to keep), ...]: the units of one entry are alike in
+        every link, so any of them will do. A group that cannot shrink keeps all its units.
+    """
+    linear = _Linear(analysis, active)
+    rows = linear.rows()
+    linked = np.zeros(linear.units, dtype=bool)
+    for row in rows:
+        linked |= row != 0
+    free: list[CouplingGroup] = []
+    tied: list[CouplingGroup] = []
+    for group in active:
+        first = linear.start[group.index]
+        (tied if linked[first : first + group.units].any() else free).append(group)
+    result: Buckets = {
+        g.index: [(np.arange(g.units), rounded_count(g, wanted[g.index], round_to))] for g in free
+    }
+    if tied:
+        result.update(_solve(linear, rows, tied, wanted, round_to))
+    return result
+
+
+def rounded_count(group: CouplingGroup, wanted: float, round_to: int) -> int:
+    """The count nearest to ``wanted`` whose channels are a multiple of ``round_to``."""
+    step = _step(group, round_to)
+    if step > group.units:
+        return group.units
+    # Of two equally near counts the larger: never more is removed than asked for.
+    count = int(np.floor(wanted / step + 0.5)) * step
+    while count > group.units:
+        count -= step
+    return max(count, step)
+
+
+def _step(group: CouplingGroup, round_to: int) -> int:
+    return round_to // int(np.gcd(round_to, group.multiplicity))
+
+
+def _solve(
+    linear: _Linear,
+    rows: list[np.ndarray],
+    tied: Sequence[CouplingGroup],
+    wanted: Mapping[int, float],
+    round_to: int,
+) -> Buckets:
+    """Minimise the weighted distance to the wanted counts subject to the links."""
+    matrix = np.stack(rows)
+    buckets: list[tuple[int, np.ndarray]] = []
+    for group in tied:
+        first = linear.start[group.index]
+        columns = np.round(matrix[:, first : first + group.units], 6)
+        _, kind = np.unique(columns, axis=1, return_inverse=True)
+        kind = np.asarray(kind).ravel()
+        buckets.extend((group.index, np.flatnonzero(kind == k)) for k in range(kind.max() + 1))
+    for step in {round_to, 1}:
+        counts = _integer_program(linear, matrix, tied, buckets, wanted, step)
+        if counts is not None:
+            result: Buckets = {}
+            for (index, units), count in zip(buckets, counts, strict=True):
+                result.setdefault(index, []).append((units, int(count)))
+            return result
+    return {g.index: [(np.arange(g.units), g.units)] for g in tied}
+
+
+def _integer_program(
+    linear: _Linear,
+    matrix: np.ndarray,
+    tied: Sequence[CouplingGroup],
+    buckets: list[tuple[int, np.ndarray]],
+    wanted: Mapping[int, float],
+    round_to: int,
+) -> list[int] | None:
+    """Variables: kept units per bucket, |distance| per bucket, multiples per group."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    n, m = len(buckets), len(tied)
+    steps = [_step(g, round_to) for g in tied]
+    rounding = [s > 1 and s <= g.units for s, g in zip(steps, tied, strict=True)]
+    size = 2 * n + m
+    sizes = np.array([len(units) for _, units in buckets], dtype=float)
+    group_units = {g.index: g.units for g in tied}
+    goal = np.array(
+        [wanted[i] * len(units) / group_units[i] for i, units in buckets], dtype=float
+    )
+    blocks: list[tuple[np.ndarray, float, float]] = []
+    for row in matrix:
+        line = np.zeros(size)
+        for b, (index, units) in enumerate(buckets):
+            line[b] = row[linear.start[index] + units[0]]
+        total = float(line[:n] @ sizes)
+        blocks.append((line, total, total))
+    for b in range(n):
+        for sign in (1.0, -1.0):
+            line = np.zeros(size)
+            line[b], line[n + b] = sign, -1.0
+            blocks.append((line, -np.inf, sign * goal[b]))
+    for k, group in enumerate(tied):
+        line = np.zeros(size)
+        for b, (index, _) in enumerate(buckets):
+            if index == group.index:
+                line[b] = 1.0
+        blocks.append((line.copy(), 1.0, float(group.units)))
+        if rounding[k]:
+            line[2 * n + k] = -float(steps[k])
+            blocks.append((line, 0.0, 0.0))
+    weight = np.array([float(group_channels(tied, i)) for i, _ in buckets])
+    solution = milp(
+        # Distance first; among equal plans the one that keeps more.
+        np.r_[-1e-4 * weight, weight, np.zeros(m)],
+        constraints=LinearConstraint(
+            np.stack([b[0] for b in blocks]), [b[1] for b in blocks], [b[2] for b in blocks]
+        ),
+        integrality=np.r_[np.ones(n), np.zeros(n), np.ones(m)],
+        bounds=Bounds(
+            np.zeros(size), np.r_[sizes, np.full(n, np.inf), np.full(m, np.inf)]
+        ),
+        options={"time_limit": 20.0},
+    )
+    if solution.x is None:
+        return None
+    return [round(v) for v in solution.x[:n]]
+
+
+def group_channels(groups: Sequence[CouplingGroup], index: int) -> int:
+    """Channels one unit of a group stands for."""
+    return next(g.multiplicity for g in groups if g.index == index)

@@ -1,0 +1,291 @@
+"""A pruning plan: an immutable, serialisable record of every channel that stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from chanprune_ext.analysis.groups import Frozen
+from chanprune_ext.analysis.provenance import Attribute
+from chanprune_ext.analysis.trace import tensors_of
+from chanprune_ext.errors import CheckpointError, OutputError, PlanMismatchError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["GroupSummary", "PruningPlan", "plan_of", "structure_of"]
+
+FORMAT = 1
+_ATTRIBUTE = "_chanprune_plan"
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """What a plan does to one coupling group.
+
+    Attributes:
+        name: The first module that makes the channels.
+        producers: All modules that make them.
+        consumers: All modules that read them.
+        width_before: Channels of the first producer that belong to the group.
+        width_after: How many of them stay.
+        normalised: A layer takes statistics over the channels.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    width_before: int
+    width_after: int
+    normalised: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PruningPlan:
+    """Which indices of which parameters stay, and everything needed to apply that again.
+
+    Attributes:
+        kept: Parameter or buffer name -> {dim: kept indices, int64, sorted, unique}; only what
+            changes is listed.
+        attributes: Ints stored on modules that must change -> new value.
+        groups: Every prunable coupling group, with its width before and after.
+        frozen: Output channels that no plan may remove, and why.
+        params_before, params_after: Elements of all parameters.
+        macs_before, macs_after: Multiply-accumulates of one forward on the example inputs.
+        criterion: Name of the criterion.
+        options: The selection arguments the plan was made with.
+        fingerprint: Structure of the model the plan belongs to.
+        inputs: Shapes and dtypes of the example inputs, nested as they were given.
+        example_inputs: The inputs themselves; not saved.
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    attributes: Mapping[Attribute, int]
+    groups: tuple[GroupSummary, ...]
+    frozen: tuple[Frozen, ...]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    criterion: str
+    options: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
+    inputs: Any
+    example_inputs: Any = field(default=None, repr=False)
+
+    @property
+    def pruned(self) -> dict[str, dict[int, Tensor]]:
+        """Parameter or buffer name -> {dim: removed indices, int64, sorted}."""
+        removed: dict[str, dict[int, Tensor]] = {}
+        for entry, dims in self.kept.items():
+            shape = self.fingerprint["tensors"][entry]
+            for dim, kept in dims.items():
+                mask = torch.ones(shape[dim], dtype=torch.bool)
+                mask[kept] = False
+                removed.setdefault(entry, {})[dim] = mask.nonzero().flatten()
+        return removed
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        inplace: bool = False,
+        optimizer: Optimizer | None = None,
+        verify: str | None = "replay",
+        example_inputs: Any = None,
+    ) -> nn.Module:
+        """Prune ``model`` by this plan, all or nothing. See :func:`chanprune_ext.surgery.apply_plan`."""
+        from chanprune_ext.surgery import apply_plan
+
+        return apply_plan(
+            self,
+            model,
+            inplace=inplace,
+            optimizer=optimizer,
+            verify=verify,
+            example_inputs=example_inputs,
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`PlanMismatchError`, naming the first difference, unless the plan fits."""
+        difference = _first_difference(self.fingerprint, structure_of(model))
+        if difference is None:
+            for attribute in self.attributes:
+                value = getattr(model.get_submodule(attribute.module), attribute.name, None)
+                if attribute.position is not None and isinstance(value, (tuple, list)):
+                    value = value[attribute.position]
+                if value != attribute.value:
+                    difference = f"{attribute} is {value}, the plan expects {attribute.value}"
+                    break
+        if difference is not None:
+            hint = " (this model has been pruned already)" if plan_of(model) is not None else ""
+            raise PlanMismatchError(f"the plan was made for another model{hint}: {difference}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers, strings, lists and dicts."""
+        return {
+            "format": FORMAT,
+            "kept": {
+                entry: {str(dim): index.tolist() for dim, index in dims.items()}
+                for entry, dims in self.kept.items()
+            },
+            "attributes": [
+                {**asdict(attribute), "new": new} for attribute, new in self.attributes.items()
+            ],
+            "groups": [asdict(g) for g in self.groups],
+            "frozen": [asdict(f) for f in self.frozen],
+            "params": [self.params_before, self.params_after],
+            "macs": [self.macs_before, self.macs_after],
+            "criterion": self.criterion,
+            "options": dict(self.options),
+            "fingerprint": dict(self.fingerprint),
+            "inputs": self.inputs,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: A field is missing or of the wrong kind.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise CheckpointError(
+                    f"the plan has format {data['format']}, this version reads format {FORMAT}"
+                )
+            attributes = {}
+            for item in data["attributes"]:
+                fields = {k: v for k, v in item.items() if k != "new"}
+                attributes[Attribute(**fields)] = int(item["new"])
+            return cls(
+                kept={
+                    entry: {
+                        int(dim): torch.tensor(index, dtype=torch.int64)
+                        for dim, index in dims.items()
+                    }
+                    for entry, dims in data["kept"].items()
+                },
+                attributes=attributes,
+                groups=tuple(
+                    GroupSummary(
+                        **{**g, "producers": tuple(g["producers"]), "consumers": tuple(g["consumers"])}
+                    )
+                    for g in data["groups"]
+                ),
+                frozen=tuple(Frozen(**f) for f in data["frozen"]),
+                params_before=int(data["params"][0]),
+                params_after=int(data["params"][1]),
+                macs_before=int(data["macs"][0]),
+                macs_after=int(data["macs"][1]),
+                criterion=data["criterion"],
+                options=data["options"],
+                fingerprint=data["fingerprint"],
+                inputs=data["inputs"],
+            )
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"not a pruning plan: {type(error).__name__}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        path = Path(path)
+        temporary: str | None = None
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+            ) as file:
+                temporary = file.name
+                json.dump(self.to_dict(), file)
+            Path(temporary).replace(path)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise OutputError(f"cannot write the plan to '{path}': {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            CheckpointError: The file is missing, truncated or not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read a plan from '{path}': {error}") from error
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        rows = [
+            (g.name, ", ".join(_short(g.producers)), str(g.width_before), str(g.width_after))
+            for g in self.groups
+        ]
+        header = ("group", "made by", "width", "kept")
+        widths = [max(len(r[i]) for r in (header, *rows)) for i in range(4)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append("")
+        lines.extend(
+            f"{name}: {before:,} -> {after:,} (x{after / max(before, 1):.3f})"
+            for name, before, after in (
+                ("params", self.params_before, self.params_after),
+                ("MACs", self.macs_before, self.macs_after),
+            )
+        )
+        lines.extend(str(f) for f in self.frozen)
+        return "\n".join(lines)
+
+
+def _short(names: tuple[str, ...]) -> Iterator[str]:
+    yield from names[:3]
+    if len(names) > 3:
+        yield f"{len(names) - 3} more"
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan a pruned model was made by; None for any other model."""
+    plan = model.__dict__.get(_ATTRIBUTE)
+    return plan if isinstance(plan, PruningPlan) else None
+
+
+def attach_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Remember on a pruned model the plan it was made by."""
+    model.__dict__[_ATTRIBUTE] = plan
+
+
+def structure_of(model: nn.Module) -> dict[str, Any]:
+    """What must agree between two models for a plan to mean the same in both."""
+    return {
+        "class": type(model).__name__,
+        "modules": {name: type(m).__name__ for name, m in model.named_modules() if name},
+        "tensors": {name: list(t.shape) for name, t in tensors_of(model).items()},
+    }
+
+
+def _first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    if expected["class"] != found["class"]:
+        return f"its class is {found['class']}, the plan's is {expected['class']}"
+    for kind, noun in (("tensors", "parameter"), ("modules", "module")):
+        for name, value in expected[kind].items():
+            if name not in found[kind]:
+                return f"it has no {noun} '{name}'"
+            if found[kind][name] != value:
+                return f"{noun} '{name}' is {found[kind][name]}, the plan expects {value}"
+        for name in found[kind]:
+            if name not in expected[kind]:
+                return f"it has a {noun} '{name}' that the plan does not know"
+    return None

@@ -1,0 +1,221 @@
+"""From a model to a plan, and to a pruned model: analyse, score, allocate, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chanprune_ext.allocation import Budget, Selection, allocate
+from chanprune_ext.analysis import Analysis, analyse
+from chanprune_ext.analysis.equations import solve_attributes
+from chanprune_ext.analysis.replay import replay
+from chanprune_ext.analysis.trace import substitute
+from chanprune_ext.criteria import Criterion, score_groups
+from chanprune_ext.errors import NothingToPruneError, VerificationError
+from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
+from chanprune_ext.verification import input_shapes
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.groups import Sizes
+    from chanprune_ext.analysis.provenance import Attribute, Equation
+
+__all__ = ["plan", "prune"]
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float | None = None,
+    *,
+    criterion: str | Criterion = "l1",
+    scope: str = "local",
+    ratios: Mapping[str, float] | None = None,
+    threshold: float | None = None,
+    budget: Budget | None = None,
+    round_to: int = 1,
+    ignore: Sequence[str] = (),
+    max_ratio: float = 0.9,
+    seed: int = 0,
+) -> PruningPlan:
+    """Decide which channels of ``model`` to remove. The model is left untouched.
+
+    Args:
+        model: Any eager module with convolutions or linear layers.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
+        ratio: Fraction of the channels to remove from every group, in [0, 1). Default 0.5. With
+            ``ratios`` it is the default for groups that no glob names; 0 leaves those alone.
+        criterion: ``"l1"``, ``"l2"``, ``"linf"``, ``"bn_scale"``, ``"random"``, or a function
+            ``(model, groups, seed)`` returning one array of scores per group.
+        scope: ``"local"`` removes the ratio from each group; ``"global"`` ranks all channels
+            together, scores divided by their group's mean.
+        ratios: Glob on the names of the modules that make a group's channels -> ratio; a later
+            glob overrides an earlier one.
+        threshold: Remove every channel whose score is below this, instead of a ratio.
+        budget: Meet a budget on MACs and/or parameters with one common ratio (or, with
+            ``scope="global"``, one common threshold), instead of a ratio.
+        round_to: Make kept widths multiples of this where a group is wide enough.
+        ignore: Globs on the names of modules whose channels must all stay.
+        max_ratio: Most that global ranking, a threshold or a budget may take from one group.
+        seed: Seed of criteria that draw numbers.
+
+    Returns:
+        A verified plan: the pruned network has been run on stand-in tensors.
+
+    Raises:
+        InvalidArgumentError: An argument is out of range or names no group.
+        NothingToPruneError: No channel may be removed.
+        AnalysisError: The model's forward raised.
+        VerificationError: The pruned network would not run as predicted.
+    """
+    selection = Selection(
+        ratio=0.5 if ratio is None else ratio,
+        ratios=dict(ratios or {}),
+        scope=scope,
+        threshold=threshold,
+        budget=budget,
+        round_to=round_to,
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        max_ratio=max_ratio,
+    )
+    analysis = analyse(model, example_inputs)
+    scores = score_groups(model, analysis.groups, criterion, seed)
+    names = [name for name, _ in model.named_parameters()]
+    removed, sizes, attributes = _consistent_removal(analysis, scores, selection, names)
+    if not removed:
+        raise NothingToPruneError(
+            f"nothing would be removed: every group keeps all its channels under ratio="
+            f"{selection.ratio}, round_to={round_to}; ask for a larger ratio or a smaller round_to"
+        )
+    masks = analysis.kept_masks(analysis.removed_labels(removed))
+    replay(analysis, model, example_inputs, masks, attributes, sizes)
+    whole = analysis.sizes(analysis.removed_labels({}))
+    return PruningPlan(
+        kept={
+            entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
+            for entry, dims in masks.items()
+        },
+        attributes=attributes,
+        groups=_summaries(analysis, removed),
+        frozen=analysis.frozen,
+        params_before=whole.params(names),
+        params_after=sizes.params(names),
+        macs_before=whole.macs(),
+        macs_after=sizes.macs(),
+        criterion=criterion if isinstance(criterion, str) else criterion.__name__,
+        options={
+            "ratio": selection.ratio,
+            "ratios": dict(selection.ratios),
+            "scope": scope,
+            "threshold": threshold,
+            "budget": None if budget is None else {"macs": budget.macs, "params": budget.params},
+            "round_to": round_to,
+            "ignore": list(selection.ignore),
+            "max_ratio": max_ratio,
+            "seed": seed,
+            "substrate": analysis.trace.substrate,
+        },
+        fingerprint=structure_of(model),
+        inputs=input_shapes(example_inputs),
+        example_inputs=substitute(example_inputs, Tensor.detach),
+    )
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float | None = None,
+    *,
+    inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    verify: str | None = "replay",
+    **options: Any,
+) -> nn.Module:
+    """Remove channels from ``model``: :func:`plan` and :meth:`PruningPlan.apply` in one call.
+
+    Args:
+        model: Any eager module; left untouched unless ``inplace``.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
+        ratio: Fraction of the channels to remove from every group, in [0, 1). Default 0.5.
+        inplace: Change ``model`` itself.
+        optimizer: An optimizer over the model's parameters, to be carried over.
+        verify: ``"replay"``, ``"numeric"`` or None, as for :meth:`PruningPlan.apply`.
+        **options: Further arguments of :func:`plan`.
+
+    Returns:
+        A smaller module of the same class. Its plan is ``chanprune_ext.plan_of(module)``.
+
+    Example:
+        >>> pruned = chanprune_ext.prune(resnet50(), torch.randn(1, 3, 224, 224), ratio=0.5)
+    """
+    made = plan(model, example_inputs, ratio, **options)
+    return made.apply(model, inplace=inplace, optimizer=optimizer, verify=verify)
+
+
+def _consistent_removal(
+    analysis: Analysis,
+    scores: list[np.ndarray],
+    selection: Selection,
+    names: list[str],
+) -> tuple[dict[int, np.ndarray], Sizes, dict[Attribute, int]]:
+    """Allocate, solve the attributes, and hold back groups whose sizes nothing can satisfy."""
+    held: frozenset[int] = frozenset()
+    while True:
+        removed = allocate(analysis, scores, selection, names, held)
+        labels = analysis.removed_labels(removed)
+        sizes = analysis.sizes(labels)
+        attributes, violated = solve_attributes(analysis, sizes)
+        if not violated:
+            return removed, sizes, attributes
+        culprits = _groups_in(analysis, violated) & removed.keys()
+        if not culprits:
+            event = analysis.trace.events[violated[0].reason]
+            raise VerificationError(f"no plan satisfies the sizes at {event}")
+        held |= culprits
+
+
+def _groups_in(analysis: Analysis, equations: list[Equation]) -> set[int]:
+    """Groups whose removal changes a size of any of these equations."""
+    from chanprune_ext.analysis.provenance import Dim, Op
+
+    owner = np.full(analysis.trace.store.size, -1, dtype=np.int64)
+    for group in analysis.groups:
+        owner[group.roots] = group.index
+    found: set[int] = set()
+    for equation in equations:
+        stack: list[Any] = [equation.expr]
+        slots = [equation.slots]
+        while stack:
+            expr = stack.pop()
+            if isinstance(expr, Dim):
+                slots.append(expr.slots)
+            elif isinstance(expr, Op):
+                stack += [expr.left, expr.right]
+        for each in slots:
+            resolved = analysis.trace.store.resolve(each)
+            found.update(int(i) for i in np.unique(owner[resolved]) if i >= 0)
+    return found
+
+
+def _summaries(
+    analysis: Analysis, removed: Mapping[int, np.ndarray]
+) -> tuple[GroupSummary, ...]:
+    summaries = []
+    for group in analysis.groups:
+        kept = group.units - int(removed[group.index].sum()) if group.index in removed else group.units
+        summaries.append(
+            GroupSummary(
+                group.name,
+                group.producers,
+                group.consumers,
+                group.units * group.multiplicity,
+                kept * group.multiplicity,
+                group.normalised,
+            )
+        )
+    return tuple(summaries)
+
+
