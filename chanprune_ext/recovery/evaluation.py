@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import ImageDataset, make_loader
 from ..errors import DataError
-from .outputs import checked_labels, logits_of, split_batch
+from .outputs import check_labels, logits, moved, split_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -76,6 +76,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
+    channels_last: bool = False,
     workers: int = 0,
 ) -> Evaluation:
     """Measures accuracy and cross-entropy without changing the model.
@@ -87,6 +88,7 @@ def evaluate(
         batch_size (int): images a batch, if ``data`` is a dataset. Default: 256.
         device (torch.device or str, optional): where the images go; the model must be there.
             Default: where the model is.
+        channels_last (bool): feed images in NHWC layout. Default: False.
         workers (int): decoding processes, if ``data`` is a dataset. Default: 0.
 
     Returns:
@@ -106,11 +108,11 @@ def evaluate(
     with evaluating(model):
         for batch in data:
             images, labels = split_batch(batch)
-            logits = logits_of(model(images.to(target))).float()
-            checked_labels(labels, logits.shape[1])
-            labels = labels.to(target)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            scores = logits(model, moved(images, target, channels_last=channels_last)).float()
+            check_labels(labels, scores.shape[1])
+            labels = labels.to(scores.device)
+            loss += F.cross_entropy(scores, labels, reduction="sum").item()
+            best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
             top1 += best[:, 0].sum().item()
             top5 += best.sum().item()
             n += len(labels)

@@ -1,4 +1,4 @@
-"""What a classifier returns and what its batches look like, checked before any kernel sees it."""
+"""What goes into a classifier and what comes out, checked before any kernel sees it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,44 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DataError, InvalidArgumentError
 
-__all__ = ["checked_labels", "logits_of", "split_batch"]
+__all__ = ["check_labels", "logits", "moved", "split_batch"]
+
+
+def moved(inputs: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """A model's inputs (tensor, tuple, list or dict of tensors) on ``device``.
+
+    Args:
+        inputs (Any): what one batch feeds to the model.
+        device (torch.device): where it goes.
+        channels_last (bool): also lay four-dimensional tensors out as NHWC. Default: False.
+
+    Raises:
+        DataError: there is something else than tensors in it.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = inputs.to(device, non_blocking=True)
+        nhwc = channels_last and inputs.ndim == 4
+        return inputs.contiguous(memory_format=torch.channels_last) if nhwc else inputs
+    if isinstance(inputs, Mapping):
+        return {k: moved(v, device, channels_last=channels_last) for k, v in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(moved(value, device, channels_last=channels_last) for value in inputs)
+    raise DataError(f"images: expected tensors in a batch, got {type(inputs).__name__}")
+
+
+def logits(model: nn.Module, inputs: Any) -> Tensor:
+    """Runs ``model`` on a tensor, on positional (tuple) or on keyword (dict) inputs.
+
+    Returns:
+        Tensor[N, K]: what :func:`logits_of` finds in the output.
+    """
+    if isinstance(inputs, Mapping):
+        return logits_of(model(**inputs))
+    return logits_of(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -58,7 +91,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     return images, labels.long()
 
 
-def checked_labels(labels: Tensor, classes: int) -> None:
+def check_labels(labels: Tensor, classes: int) -> None:
     """Raises DataError unless every one of the integer ``labels [N]`` is in ``[0, classes)``."""
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= classes:

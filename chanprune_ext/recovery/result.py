@@ -1,0 +1,80 @@
+"""What a recovery run reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+    from .recipe import Recipe
+
+__all__ = ["EpochRecord", "RecoveryResult"]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One pass over the training data.
+
+    Attributes:
+        epoch (int): counted from 1.
+        loss (float): mean training loss of the pass.
+        lr (float): learning rate of its last update.
+        val (Evaluation | None): on the validation data after the pass.
+        seconds (float): wall time of the pass, without validation.
+        images (int): images trained on.
+    """
+
+    epoch: int
+    loss: float
+    lr: float
+    val: Evaluation | None
+    seconds: float
+    images: int
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """History of a run, and which of its weights the student holds now.
+
+    Attributes:
+        history (tuple[EpochRecord, ...]): one record an epoch.
+        before (Evaluation | None): the student on the validation data before the first update.
+        kept_epoch (int): the epoch whose weights the student holds; 0 means those it came with.
+        recipe (Recipe): the settings of the run.
+    """
+
+    history: tuple[EpochRecord, ...]
+    before: Evaluation | None
+    kept_epoch: int
+    recipe: Recipe
+
+    @property
+    def last(self) -> Evaluation | None:
+        """Validation after the last epoch."""
+        return self.history[-1].val
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Epoch with the highest validation accuracy, the earliest of several; 0 for the start."""
+        if self.before is None:
+            return None
+        scores = [self.before.top1, *(record.val.top1 for record in self.history if record.val)]
+        return scores.index(max(scores))
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The highest validation accuracy. Chosen by looking at it, hence a little optimistic."""
+        epoch = self.best_epoch
+        if epoch is None:
+            return None
+        return self.before if epoch == 0 else self.history[epoch - 1].val
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all training passes."""
+        return sum(record.seconds for record in self.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above as plain numbers, strings, lists and dicts, for a report in JSON."""
+        return {**asdict(self), "best_epoch": self.best_epoch, "seconds": self.seconds}
