@@ -120,6 +120,7 @@ class Tracer:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     order: dict[str, None] = field(default_factory=dict)
     unknown: list[Event] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
     call_args: tuple[Any, ...] = ()
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     call_name: str = ""
@@ -195,6 +196,11 @@ class Tracer:
             return anonymous(n)
         first = self.store.fresh(n)
         return np.arange(first, first + n, dtype=np.int64)[None]
+
+    def at_output(self) -> None:
+        """What follows happens where the model returns."""
+        self.op_name = self.call_name = "output"
+        self._where = ("", "model output")
 
     def unify(self, a: Slots, b: Slots) -> None:
         """Index i of ``a`` is removed if and only if index i of ``b`` is."""
@@ -383,16 +389,12 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
                 parameters[name] = dims
                 tracer.set(stand_ins[name], dims, (name, tuple(range(len(dims)))))
         inputs = substitute(example_inputs, stand_in)
-        mode = _ProvenanceMode(tracer)
-        try:
-            with traced_attributes(model), _RuleMode(tracer), mode:
-                output = call_substituted(model, stand_ins, inputs)
-        except Exception as error:
-            error.add_note(f"at module '{path.current}'") if hasattr(error, "add_note") else None
-            raise
-        tracer.op_name, tracer.call_name, tracer._where = "output", "output", ("", "model output")
-        for tensor in tensors_in(output):
-            tracer.freeze_tensor(tensor, "the model's output")
+        calls = _watch(tracer, model, stand_ins, inputs)
+        costs = list(tracer.costs)
+        unused = [name for name, t in stand_ins.items() if id(t) not in tracer.used]
+        unused = [name for name in unused if name in parameters]
+        if unused:
+            _watch_training(tracer, model, stand_ins, inputs, unused)
     return Trace(
         store=tracer.store,
         parameters=parameters,
@@ -401,11 +403,58 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
         order=list(tracer.order),
         events=tracer.events,
         equations=tracer.equations,
-        costs=tracer.costs,
-        calls=mode.calls,
+        costs=costs,
+        calls=calls,
         unknown=tracer.unknown,
         substrate=substrate,
     )
+
+
+def _watch(
+    tracer: Tracer, model: nn.Module, stand_ins: Mapping[str, Tensor], inputs: Any
+) -> list[TracedCall]:
+    """One forward under all three layers; its outputs must keep their shape."""
+    mode = _ProvenanceMode(tracer)
+    try:
+        with traced_attributes(model), _RuleMode(tracer), mode:
+            output = call_substituted(model, stand_ins, inputs)
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"in module '{tracer.path.current}'")
+        raise
+    tracer.at_output()
+    for tensor in tensors_in(output):
+        tracer.freeze_tensor(tensor, "the model's output")
+    return mode.calls
+
+
+def _watch_training(
+    tracer: Tracer,
+    model: nn.Module,
+    stand_ins: Mapping[str, Tensor],
+    inputs: Any,
+    unused: Sequence[str],
+) -> None:
+    """Follow the training-mode forward too, for parts (auxiliary heads) that only run there.
+
+    Everything learnt only restricts, so both modes stay right. Batch statistics of a single value
+    are refused by torch: a second try doubles the batch.
+    """
+    for module in model.modules():
+        module.training = True
+    doubled = substitute(inputs, lambda t: torch.cat([t, t]) if t.dim() else t)
+    for batch in (inputs, doubled):
+        try:
+            _watch(tracer, model, stand_ins, batch)
+        except Exception as error:  # noqa: BLE001, PERF203 - the user's forward may raise anything
+            failure = error
+        else:
+            return
+    raise AnalysisError(
+        f"parameters such as '{unused[0]}' ({len(unused)} in all) are not used in eval mode, and the "
+        f"training-mode forward, which may use them, raised: {failure}. Give example_inputs that "
+        f"the model can train on (larger, say), or remove the unused parts first."
+    ) from failure
 
 
 def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
@@ -419,9 +468,9 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     for substrate in substrates:
         try:
             return _run(model, example_inputs, substrate)
-        except AssertionError:
+        except AnalysisError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001, PERF203 - the user's forward may raise anything
             failure = error
     notes = "; ".join(getattr(failure, "__notes__", ()))
     raise AnalysisError(

@@ -10,13 +10,12 @@ from chanprune_ext.analysis.rules import (
     reshape,
     spatial,
 )
-from chanprune_ext.analysis.rules.registry import apply_rule, is_known, register_rule
+from chanprune_ext.analysis.rules.registry import apply_rule, register_rule
 
 __all__ = [
     "apply_rule",
     "contraction",
     "creation",
-    "is_known",
     "movement",
     "normalisation",
     "pointwise",

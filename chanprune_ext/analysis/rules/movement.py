@@ -49,6 +49,19 @@ def transpose(
     _moved(tracer, args[0], output, order)
 
 
+@rule("aten::as_strided_")
+def restride(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """Only as torch's own pooling uses it: the same shape, strides changed on dims of size 1."""
+    dims, origin = tracer.recorded(output)
+    strides = [st for n, st in zip(output.shape, output.stride(), strict=True) if n > 1]
+    same = tuple(slots.shape[1] for slots in dims) == tuple(output.shape)
+    if not same or strides != sorted(strides, reverse=True):
+        raise ValueError("strides set by hand")
+    tracer.set(output, dims, origin)
+
+
 @rule("aten::unsqueeze", "aten::unsqueeze_")
 def unsqueeze(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -214,6 +227,21 @@ def split(
         dims[dim] = whole[:, start : start + size]
         start += size
         tracer.set(out, dims)
+
+
+@rule("aten::glu")
+def glu(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """The first half times a gate from the second: index i goes in both."""
+    source = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % source.dim()
+    dims = list(tracer.dims(source))
+    half = output.shape[dim]
+    value, gate = dims[dim][:, :half], dims[dim][:, half:]
+    tracer.unify(value, gate)
+    dims[dim] = value
+    tracer.set(output, dims)
 
 
 @rule("aten::flip")

@@ -34,35 +34,25 @@ def broadcast_dims(tracer: Tracer, inputs: list[Tensor], shape: tuple[int, ...])
     return dims
 
 
-@rule(
-    "pointwise",
-    "aten::_prelu_kernel",
-    "aten::prelu",
-    "aten::copy_",
-    "aten::copy",
-    "aten::where",
-    "aten::clone",
-    "aten::_to_copy",
-    "aten::masked_fill",
-    "aten::masked_fill_",
-    "aten::lerp",
-    "aten::native_dropout",
-    "aten::bernoulli",
-    "aten::bernoulli_",
-    "aten::alias",
-    "aten::detach",
-    "aten::detach_",
-    "aten::lift",
-    "aten::lift_fresh",
-    "aten::lift_fresh_copy",
-    "aten::contiguous",
-    "aten::rrelu_with_noise",
-    "aten::hardtanh_",
-    "aten::fill_",
-    "aten::fill",
-    "aten::zero_",
-    "aten::nan_to_num",
+# Element-wise operations that torch does not tag as such, each with its in-place form.
+_UNTAGGED = (
+    *(
+        "hardswish",
+        "hardsigmoid",
+        "mish",
+        "threshold",
+        "prelu",
+        "log_sigmoid_forward",
+        "softshrink",
+    ),
+    *("rrelu", "rrelu_with_noise", "celu", "selu", "hardshrink", "copy", "where", "clone", "fill"),
+    *("zero", "masked_fill", "nan_to_num", "lerp", "bernoulli", "native_dropout", "isnan", "isinf"),
+    *("alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "_to_copy", "contiguous"),
+    "_prelu_kernel",
 )
+
+
+@rule("pointwise", *(f"aten::{n}{end}" for n in _UNTAGGED for end in ("", "_")))
 def pointwise(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:

@@ -13,7 +13,7 @@ from chanprune_ext.analysis.calls import tensors_in
 if TYPE_CHECKING:
     from chanprune_ext.analysis.trace import Tracer
 
-__all__ = ["apply_rule", "is_known", "register_rule", "rule"]
+__all__ = ["apply_rule", "register_rule", "rule"]
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -51,9 +51,17 @@ def register_rule(name: str) -> Callable[[Rule], Rule]:
     return rule(name)
 
 
-def is_known(func: Any) -> bool:
-    """Whether the operation has a rule of its own or is element-wise."""
-    return func._schema.name in _RULES or torch.Tag.pointwise in func.tags
+def _is_pointwise(func: Any) -> bool:
+    """Whether torch tags the operation, or the one it is the in-place form of, as element-wise."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    namespace, _, name = func._schema.name.partition("::")
+    if not name.endswith("_"):
+        return False
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
 
 
 def apply_rule(
@@ -63,10 +71,11 @@ def apply_rule(
     name = func._schema.name
     tracer.op_name = name
     inputs = tensors_in((args, kwargs))
+    tracer.used.update(map(id, inputs))
     if name not in _CREATORS and not any(tracer.labelled(t) for t in inputs):
         return
     function = _RULES.get(name)
-    if function is None and torch.Tag.pointwise in func.tags:
+    if function is None and _is_pointwise(func):
         function = _RULES["pointwise"]
     if function is None:
         _give_up(tracer, name, inputs, "no rule for", output)

@@ -24,21 +24,8 @@ def merge(tracer: Tracer, dims: Sequence[Slots]) -> Slots:
 
 def split(tracer: Tracer, slots: Slots, sizes: Sequence[int]) -> list[Slots]:
     """The slots of one dimension seen as several: factors of a grid of channels."""
-    if sum(n > 1 for n in sizes) <= 1 or not len(slots):
-        return (
-            [slots.reshape(-1, n) if n > 1 else np.empty((0, n), dtype=np.int64) for n in sizes]
-            if len(slots)
-            else [np.empty((0, n), dtype=np.int64) for n in sizes]
-        )
-    parts: list[list[Slots]] = [[] for _ in sizes]
     reason = tracer.reason("a reshape mixes these channels with a fixed size")
-    for row in tracer.store.resolve(slots):
-        for part, piece in zip(parts, tracer.store.split(row, list(sizes), reason), strict=True):
-            part.append(piece)
-    return [
-        np.concatenate(part) if part else np.empty((0, n), dtype=np.int64)
-        for part, n in zip(parts, sizes, strict=True)
-    ]
+    return list(tracer.store.split(slots, list(sizes), reason))
 
 
 def reshaped(tracer: Tracer, dims: Sequence[Slots], shape: Sequence[int]) -> list[Slots]:
@@ -58,10 +45,10 @@ def reshaped(tracer: Tracer, dims: Sequence[Slots], shape: Sequence[int]) -> lis
             else:
                 right *= shape[j]
                 j += 1
-        sources = [s for s in dims[first:i] if s.shape[1] != 1]
-        targets = list(shape[start:j])
+        # A dim of size 1 may carry a label (cut from a wider one), so it is merged like any other.
+        sources = dims[first:i]
         merged = merge(tracer, sources) if sources else np.empty((0, 1), dtype=np.int64)
-        result.extend(split(tracer, merged, targets))
+        result.extend(split(tracer, merged, shape[start:j]))
     return result
 
 
