@@ -59,7 +59,10 @@ class Selection:
     max_ratio: float
 
     def __post_init__(self) -> None:
-        for name, value in (("ratio", self.ratio), *((f"ratios[{g!r}]", r) for g, r in self.ratios.items())):
+        for name, value in (
+            ("ratio", self.ratio),
+            *((f"ratios[{g!r}]", r) for g, r in self.ratios.items()),
+        ):
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise InvalidArgumentError(
                     f"{name} must be in [0, 1): the fraction of channels to remove; got {value!r}"
@@ -188,7 +191,9 @@ def _meet_budget(
     if budget.macs is not None:
         goals.append((lambda s: s.macs(), budget.macs * whole.macs()))
     if budget.params is not None:
-        goals.append((lambda s: s.params(parameter_names), budget.params * whole.params(parameter_names)))
+        goals.append(
+            (lambda s: s.params(parameter_names), budget.params * whole.params(parameter_names))
+        )
 
     def attempt(ratio: float) -> tuple[dict[int, np.ndarray], bool]:
         if selection.scope == "global":
@@ -197,9 +202,7 @@ def _meet_budget(
             )
             wanted = _global_counts(active, scores, trial, {g.index: ratio for g in active})
         else:
-            wanted = {
-                g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active
-            }
+            wanted = {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active}
         removed = _select(analysis, scores, active, wanted, selection.round_to)
         sizes = analysis.sizes(analysis.removed_labels(removed))
         return removed, all(cost(sizes) <= goal for cost, goal in goals)
@@ -238,7 +241,9 @@ def _ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
     for glob, ratio in selection.ratios.items():
         found = [g.index for g in analysis.groups if _matches(g.producers, glob)]
         if not found:
-            why = next((str(f) for f in analysis.frozen if _matches([_module(f.entry)], glob)), None)
+            why = next(
+                (str(f) for f in analysis.frozen if _matches([_module(f.entry)], glob)), None
+            )
             raise InvalidArgumentError(
                 f"ratios[{glob!r}] names no group: "
                 + (why or f"no module that makes channels matches; there are {_examples(analysis)}")
@@ -274,11 +279,7 @@ def _active_groups(
         if g.units > 1
         and g.index not in held
         and not any(_matches(g.producers, glob) for glob in selection.ignore)
-        and (
-            selection.budget is not None
-            or selection.threshold is not None
-            or ratios[g.index] > 0
-        )
+        and (selection.budget is not None or selection.threshold is not None or ratios[g.index] > 0)
     ]
     chosen: dict[int, CouplingGroup] = {}
     rivals: dict[int, set[int]] = {}

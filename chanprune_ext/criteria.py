@@ -38,9 +38,7 @@ def _norms(
             if wanted(member, tensors[member.entry]):
                 keys.setdefault((member.entry, member.dim), len(keys))
     weights = [tensors[entry].detach() for entry, _ in keys]
-    norms = [
-        n.cpu().double().numpy() for n in channel_norms(weights, [dim for _, dim in keys], p)
-    ]
+    norms = [n.cpu().double().numpy() for n in channel_norms(weights, [dim for _, dim in keys], p)]
     scores = []
     for group in groups:
         parts = [

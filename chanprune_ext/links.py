@@ -192,9 +192,7 @@ def _integer_program(
     size = 2 * n + m
     sizes = np.array([len(units) for _, units in buckets], dtype=float)
     group_units = {g.index: g.units for g in tied}
-    goal = np.array(
-        [wanted[i] * len(units) / group_units[i] for i, units in buckets], dtype=float
-    )
+    goal = np.array([wanted[i] * len(units) / group_units[i] for i, units in buckets], dtype=float)
     blocks: list[tuple[np.ndarray, float, float]] = []
     for row in matrix:
         line = np.zeros(size)
@@ -224,9 +222,7 @@ def _integer_program(
             np.stack([b[0] for b in blocks]), [b[1] for b in blocks], [b[2] for b in blocks]
         ),
         integrality=np.r_[np.ones(n), np.zeros(n), np.ones(m)],
-        bounds=Bounds(
-            np.zeros(size), np.r_[sizes, np.full(n, np.inf), np.full(m, np.inf)]
-        ),
+        bounds=Bounds(np.zeros(size), np.r_[sizes, np.full(n, np.inf), np.full(m, np.inf)]),
         options={"time_limit": 20.0},
     )
     if solution.x is None:

@@ -177,7 +177,11 @@ class PruningPlan:
                 attributes=attributes,
                 groups=tuple(
                     GroupSummary(
-                        **{**g, "producers": tuple(g["producers"]), "consumers": tuple(g["consumers"])}
+                        **{
+                            **g,
+                            "producers": tuple(g["producers"]),
+                            "consumers": tuple(g["consumers"]),
+                        }
                     )
                     for g in data["groups"]
                 ),
@@ -236,7 +240,9 @@ class PruningPlan:
         ]
         header = ("group", "made by", "width", "kept")
         widths = [max(len(r[i]) for r in (header, *rows)) for i in range(4)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)
+        ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append("")
         lines.extend(

@@ -200,12 +200,12 @@ def _groups_in(analysis: Analysis, equations: list[Equation]) -> set[int]:
     return found
 
 
-def _summaries(
-    analysis: Analysis, removed: Mapping[int, np.ndarray]
-) -> tuple[GroupSummary, ...]:
+def _summaries(analysis: Analysis, removed: Mapping[int, np.ndarray]) -> tuple[GroupSummary, ...]:
     summaries = []
     for group in analysis.groups:
-        kept = group.units - int(removed[group.index].sum()) if group.index in removed else group.units
+        kept = (
+            group.units - int(removed[group.index].sum()) if group.index in removed else group.units
+        )
         summaries.append(
             GroupSummary(
                 group.name,
@@ -217,5 +217,3 @@ def _summaries(
             )
         )
     return tuple(summaries)
-
-

@@ -66,7 +66,11 @@ def apply_plan(
     tensors = tensors_of(model)
     names = [name for name in plan.kept if name in tensors]
     sliced = dict(
-        zip(names, sliced_like([tensors[n] for n in names], [plan.kept[n] for n in names]), strict=True)
+        zip(
+            names,
+            sliced_like([tensors[n] for n in names], [plan.kept[n] for n in names]),
+            strict=True,
+        )
     )
     gradients = {
         n: tensors[n].grad for n in names if tensors[n].is_leaf and tensors[n].grad is not None
@@ -74,7 +78,9 @@ def apply_plan(
     new_gradients = dict(
         zip(
             gradients,
-            sliced_like([g for g in gradients.values() if g is not None], [plan.kept[n] for n in gradients]),
+            sliced_like(
+                [g for g in gradients.values() if g is not None], [plan.kept[n] for n in gradients]
+            ),
             strict=True,
         )
     )
@@ -101,9 +107,7 @@ def sliced_like(tensors: Sequence[Tensor], kept: Sequence[Mapping[int, Tensor]])
     rows = [k.get(0) for k in kept]
     cols = [k.get(1) for k in kept]
     with torch.no_grad():
-        results = [
-            t.detach() for t in slice_channels([t.detach() for t in tensors], rows, cols)
-        ]
+        results = [t.detach() for t in slice_channels([t.detach() for t in tensors], rows, cols)]
         for i, (result, dims) in enumerate(zip(results, kept, strict=True)):
             for dim, index in dims.items():
                 if dim > 1:
