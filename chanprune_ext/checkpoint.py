@@ -1,0 +1,289 @@
+"""Saving a pruned network in one file, and getting it back from the unpruned class.
+
+The file is a plain safetensors file: any reader sees the tensors. Its metadata carry the pruning
+plan as JSON, from which :func:`load` rebuilds the narrow architecture. Nothing in it is code, and
+nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import CheckpointError, InvalidArgumentError, OutputError, PlanMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["load", "load_weights", "save", "write_atomically"]
+
+FORMAT = "chanprune"
+VERSION = 1
+# Batch norm counts its batches in a buffer that many published files leave out.
+OPTIONAL_SUFFIX = "num_batches_tracked"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model, pruned or not, as one safetensors file, whole or not at all.
+
+    Args:
+        model (nn.Module): the model; its state dict must hold nothing but tensors. Tensors that
+            share their memory (tied weights) are stored once.
+        path (str or PathLike): the file; an existing one is replaced.
+
+    Raises:
+        InvalidArgumentError: the state dict holds something that safetensors can't.
+        OutputError: the file can't be written; a file that was there is as it was.
+    """
+    from .plan import plan_of
+
+    tensors, aliases = _without_duplicates(model.state_dict())
+    plan = plan_of(model)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "aliases": json.dumps(aliases),
+    }
+    if plan is not None:
+        metadata["plan"] = json.dumps(plan.to_dict())
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+
+
+def load(path: str | os.PathLike[str], plain_model: nn.Module) -> nn.Module:
+    """Rebuilds a saved model from an unpruned one of the same class.
+
+    Args:
+        path (str or PathLike): a file written by :func:`save`.
+        plain_model (nn.Module): the architecture before pruning, with any weights; it is not
+            changed.
+
+    Returns:
+        nn.Module: a new model with the saved widths, weights and dtypes, on the devices of
+        ``plain_model``.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or foreign, or belongs to another
+            architecture; the message names the first difference.
+    """
+    from .plan import PruningPlan
+
+    path = Path(path)
+    tensors, metadata = _read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not written by chanprune_ext.save; read plain weights with load_weights"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"{path}: has format version {metadata.get('version')}, this release reads {VERSION}"
+        )
+    try:
+        _add_aliases(tensors, metadata)
+        plan = PruningPlan.from_dict(json.loads(metadata["plan"])) if "plan" in metadata else None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}") from error
+    try:
+        model = copy.deepcopy(plain_model) if plan is None else plan.apply(plain_model)
+    except PlanMismatchError as error:
+        raise CheckpointError(
+            f"{path}: holds a pruned {metadata.get('class')}, which plain_model does not become: "
+            f"{error}"
+        ) from error
+    targets = _state_of(model)
+    _check_fit(path, targets, tensors)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if targets[name].dtype != value.dtype:
+                targets[name].data = targets[name].data.to(value.dtype)
+            targets[name].copy_(value)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Reads plain weights, as the rest of the world saves them, into ``model``.
+
+    Args:
+        model (nn.Module): receives the weights, in its own dtype and on its own device.
+        path (str or PathLike): ``.safetensors``, or what ``torch.save`` wrote: a state dict, also
+            under the key ``state_dict`` or ``model``, also with the prefix ``module.``. Batch
+            counters (``num_batches_tracked``) may be missing.
+
+    Returns:
+        nn.Module: ``model``.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, holds other things than tensors, or does
+            not fit; the message names the first difference, and the model is as it was.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        if "plan" in metadata:
+            raise CheckpointError(
+                f"{path}: holds a pruned model; read it with chanprune_ext.load(path, plain_model)"
+            )
+        if metadata.get("format") == FORMAT:
+            _add_aliases(tensors, metadata)
+    else:
+        tensors = _read_pickled(path)
+    targets = _state_of(model)
+    for name, target in targets.items():
+        if name.endswith(OPTIONAL_SUFFIX):
+            tensors.setdefault(name, target.detach())
+    _check_fit(path, targets, tensors)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            targets[name].copy_(value)
+    return model
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path``, then puts it in its place.
+
+    Args:
+        path (str or PathLike): where the file shall be.
+        write (Callable): receives the name of an empty file and writes the content into it.
+
+    Raises:
+        OutputError: it can't be written, for example because the disk is full. The temporary file
+            is gone and a file that was there before is as it was.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: can't be written, it is a folder; give a file name")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # the writer may have put a file of its own there, closed to others
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path}: can't be written ({error}); check that the folder exists, may be written to "
+            "and has room"
+        ) from error
+    finally:
+        with suppress(OSError):  # nothing to remove where not even the folder exists
+            temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the new name survive a power cut, where the system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and the names of those that are the same memory as a stored one."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise InvalidArgumentError(
+                f"model: its state dict entry {name!r} is a {type(tensor).__name__}; only tensors "
+                "can be saved"
+            )
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            raise InvalidArgumentError(
+                f"model: its state dict entry {name!r} is a meta, sparse or quantised tensor, "
+                "which can't be saved; load the weights or convert it first"
+            )
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        # A copy where memory is shared only in part: safetensors refuses overlapping tensors.
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
+    return tensors, aliases
+
+
+def _add_aliases(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    aliases = json.loads(metadata.get("aliases", "{}"))
+    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: can't be read as a safetensors file ({error}); it is missing, truncated or "
+            "of another kind"
+        ) from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: can't be read as weights ({reason}); it is missing, truncated, or holds "
+            "other things than tensors: save model.state_dict() alone"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: expected a state dict, got {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: expected tensors in the state dict, {name!r} is {type(value).__name__}"
+            )
+    if all(name.startswith("module.") for name in content):
+        return {name.removeprefix("module."): value for name, value in content.items()}
+    return dict(content)
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict's own tensors, not copies, without what modules add that is no tensor."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _check_fit(path: Path, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for the first entry that is missing, different or left over."""
+    for name, target in targets.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: has no {name!r}, which the model needs")
+        found = tensors[name]
+        if found.shape != target.shape:
+            raise CheckpointError(
+                f"{path}: {name!r} has shape {list(found.shape)}, the model expects "
+                f"{list(target.shape)}"
+            )
+        if found.is_floating_point() != target.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name!r} has dtype {found.dtype}, the model expects {target.dtype}"
+            )
+    for name in tensors:
+        if name not in targets:
+            raise CheckpointError(f"{path}: holds {name!r}, which the model does not have")
