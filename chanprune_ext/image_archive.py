@@ -100,9 +100,11 @@ class ImageArchive:
                     for member in archive
                     if member.isreg() and not member.issparse() and _is_image(member.name)
                 )
-            end = self._blob.stat().st_size
-            if any(offset + size > end for _, offset, size in found):
-                raise EOFError("the last image ends beyond the end of the file")
+                with self._blob.open("rb") as file:
+                    # tarfile takes a header that is cut short for the end of the archive
+                    file.seek(archive.offset)
+                    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                        raise EOFError("no end mark where the members end")
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             raise DataError(
                 f"{self.path}: not a complete tar archive ({error}); copy or download it again"
