@@ -3,7 +3,7 @@
 Environment:
     FORCE_CUDA            "1" builds the CUDA module or fails, "0" never builds it. Default: built
                           when torch is a CUDA build and an nvcc of the same major version is found.
-    TORCH_CUDA_ARCH_LIST  CUDA architectures; default: those of the visible GPUs, or if there is none
+    TORCH_CUDA_ARCH_LIST  CUDA architectures; default: those of the visible GPUs, else
                           "8.0;9.0+PTX".
     CHANPRUNE_CXX_FLAGS   extra compiler and linker flags of the C++ modules, for example
                           "-fsanitize=address -DCHANPRUNE_NO_CLONES".
@@ -39,9 +39,13 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     *CHECKS_AND_PLANS,
     "csrc/cuda/module.cpp",
+    "csrc/cuda/build_facts.cu",
     "csrc/cuda/channel_norms.cu",
+    "csrc/cuda/channel_norms_host.cpp",
     "csrc/cuda/slice_channels.cu",
+    "csrc/cuda/slice_channels_host.cpp",
     "csrc/cuda/kd_kl_div.cu",
+    "csrc/cuda/kd_kl_div_host.cpp",
 ]
 COUPLING_SOURCES = ["csrc/coupling/label_store.cpp", "csrc/coupling/bindings.cpp"]
 
@@ -130,7 +134,7 @@ def native_extensions() -> list[Extension]:
             include_dirs=[str(Path("csrc").resolve())],
             extra_compile_args={
                 "cxx": [*CXX_FLAGS, target, "-DUSE_CUDA", *EXTRA_FLAGS],
-                "nvcc": ["-O3", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"],
+                "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
             },
             extra_link_args=["-s"],
             py_limited_api=True,

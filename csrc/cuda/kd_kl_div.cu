@@ -1,0 +1,490 @@
+// kd_kl_div and its backward on CUDA. A warp owns a short row, a block a long one; every logit is
+// read once per pass. Row losses are added in a fixed order by one block: no atomics, no host
+// synchronisation.
+#include <algorithm>
+#include <limits>
+
+#include "cuda/element.cuh"
+#include "cuda/kd_kl_div_kernels.h"
+
+namespace chanprune {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int64_t kWarpRow = 1024;  // classes up to which a warp owns a row
+constexpr int kReduceThreads = 1024;
+constexpr int kPacksPerThread = 4;  // of a long row in the backward
+
+// The options in the accumulation type, as kernels take them.
+template <typename A>
+struct KdFactors {
+  A inverse_temperature;
+  A soft;       // forward: soft_weight T^2; backward: soft_weight T
+  A hard;       // hard_weight
+  A smoothing;  // label_smoothing
+  A row_scale;  // 1 or 1/B
+  int64_t ignore_index;
+};
+
+template <typename A>
+constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
+template <typename A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
+
+__device__ inline float exponential(float x) { return __expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+
+// ---------------------------------------------------------------------------------------------
+// A row in progress
+// ---------------------------------------------------------------------------------------------
+
+// Maxima so far and sums relative to them; see kd_kl_div.h for the formulae.
+template <typename A>
+struct RowState {
+  A student_max;
+  A teacher_max;
+  A student;
+  A teacher;
+  A cross;
+  A hard;
+  A differences;
+  A seen;
+
+  __device__ static RowState empty() {
+    return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0, 0, 0};
+  }
+
+  // A row that is -inf so far has no maximum to subtract; 0 leaves its terms at e^-inf = 0.
+  __device__ static A reference(A maximum) { return maximum == kMinusInfinity<A> ? 0 : maximum; }
+
+  // Re-expresses the sums relative to larger or equal maxima.
+  __device__ void raise(A new_student_max, A new_teacher_max, A inverse_temperature) {
+    if (new_student_max == student_max && new_teacher_max == teacher_max) {
+      return;
+    }
+    const A ds = student > 0 || hard > 0 ? student_max - new_student_max : 0;
+    const A dt = teacher > 0 ? teacher_max - new_teacher_max : 0;
+    const A shrink = exponential(dt * inverse_temperature);
+    cross = teacher > 0 && shrink > 0 ? shrink * (cross + teacher * (dt - ds) * inverse_temperature)
+                                      : 0;
+    teacher *= shrink;
+    student *= exponential(ds * inverse_temperature);
+    hard *= exponential(ds);
+    differences += seen == 0 ? 0 : seen * (student_max - new_student_max);
+    student_max = new_student_max;
+    teacher_max = new_teacher_max;
+  }
+
+  // Adds one class whose logits do not exceed the maxima.
+  template <bool Hard>
+  __device__ void add(A s, A t, A inverse_temperature) {
+    const A d = s - reference(student_max);
+    const A x = d * inverse_temperature;
+    const A y = (t - reference(teacher_max)) * inverse_temperature;
+    const A ey = exponential(y);
+    student += exponential(x);
+    teacher += ey;
+    cross += ey == 0 ? 0 : ey * (y - x);  // p ln p = 0 at p = 0, also where y or x is -inf
+    if constexpr (Hard) {
+      hard += exponential(d);
+      differences += d;
+      seen += 1;
+    }
+  }
+
+  __device__ void join(RowState other, A inverse_temperature) {
+    const A s = max(student_max, other.student_max);
+    const A t = max(teacher_max, other.teacher_max);
+    raise(s, t, inverse_temperature);
+    other.raise(s, t, inverse_temperature);
+    student += other.student;
+    teacher += other.teacher;
+    cross += other.cross;
+    hard += other.hard;
+    differences += other.differences;
+    seen += other.seen;
+  }
+
+  __device__ RowState from_lane(int mask) const {
+    RowState other;
+    other.student_max = exchange(student_max, mask);
+    other.teacher_max = exchange(teacher_max, mask);
+    other.student = exchange(student, mask);
+    other.teacher = exchange(teacher, mask);
+    other.cross = exchange(cross, mask);
+    other.hard = exchange(hard, mask);
+    other.differences = exchange(differences, mask);
+    other.seen = exchange(seen, mask);
+    return other;
+  }
+};
+
+// One thread's share of a row: `Width` adjacent classes per access, then on by `workers`.
+template <bool Hard, int Width, typename T>
+__device__ RowState<Accumulator<T>> read_share(const T* student, const T* teacher, int64_t classes,
+                                               int worker, int workers,
+                                               Accumulator<T> inverse_temperature) {
+  using A = Accumulator<T>;
+  struct alignas(Width * sizeof(T)) Classes {
+    T values[Width];
+  };
+  auto row = RowState<A>::empty();
+  for (int64_t i = static_cast<int64_t>(worker) * Width; i < classes;
+       i += static_cast<int64_t>(workers) * Width) {
+    const auto s = *reinterpret_cast<const Classes*>(student + i);
+    const auto t = *reinterpret_cast<const Classes*>(teacher + i);
+    A student_max = row.student_max;
+    A teacher_max = row.teacher_max;
+#pragma unroll
+    for (int j = 0; j < Width; ++j) {
+      student_max = max(student_max, load(s.values[j]));
+      teacher_max = max(teacher_max, load(t.values[j]));
+    }
+    row.raise(student_max, teacher_max, inverse_temperature);
+#pragma unroll
+    for (int j = 0; j < Width; ++j) {
+      row.template add<Hard>(load(s.values[j]), load(t.values[j]), inverse_temperature);
+    }
+  }
+  return row;
+}
+
+template <typename A>
+__device__ RowState<A> join_warp(RowState<A> row, A inverse_temperature) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    row.join(row.from_lane(mask), inverse_temperature);
+  }
+  return row;
+}
+
+// Writes loss and statistics of a finished row.
+template <bool Hard, typename T>
+__device__ void finish_row(const RowState<Accumulator<T>>& row, const T* student, int64_t classes,
+                           const int64_t* labels, int64_t b,
+                           const KdFactors<Accumulator<T>>& factors, Accumulator<T>* losses,
+                           Accumulator<T>* statistics) {
+  using A = Accumulator<T>;
+  const A student_log_sum = logarithm(row.student);
+  const A teacher_log_sum = logarithm(row.teacher);
+  const A hard_log_sum = Hard ? logarithm(row.hard) : A(0);
+  A loss = 0;
+  if (factors.soft != 0) {
+    loss = factors.soft * (row.cross / row.teacher - teacher_log_sum + student_log_sum);
+  }
+  if constexpr (Hard) {
+    const int64_t label = labels[b];
+    if (label != factors.ignore_index) {
+      // An out-of-range label cannot be reported from here without a wait; NaN cannot be missed.
+      const bool valid = label >= 0 && label < classes;
+      const A logit = valid ? load(student[label]) : kNaN<A>;
+      A hard = (1 - factors.smoothing) * (hard_log_sum - (logit - row.student_max));
+      if (factors.smoothing > 0) {
+        hard += factors.smoothing * (hard_log_sum - row.differences / static_cast<A>(classes));
+      }
+      loss += factors.hard * hard;
+    }
+  }
+  losses[b] = loss;
+  A* kept = statistics + b * kKdStatistics;
+  kept[kStudentMax] = row.student_max;
+  kept[kStudentLogSum] = student_log_sum;
+  kept[kTeacherMax] = row.teacher_max;
+  kept[kTeacherLogSum] = teacher_log_sum;
+  kept[kHardLogSum] = hard_log_sum;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------
+
+template <bool Hard, int Width, typename T>
+__global__ void __launch_bounds__(kThreads)
+    kd_rows_by_warp(const T* student, const T* teacher, const int64_t* labels, int64_t rows,
+                    int64_t classes, KdFactors<Accumulator<T>> factors, Accumulator<T>* losses,
+                    Accumulator<T>* statistics) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (b >= rows) {
+    return;
+  }
+  const T* s = student + b * classes;
+  const auto share = read_share<Hard, Width, T>(s, teacher + b * classes, classes, lane, kWarp,
+                                                factors.inverse_temperature);
+  const auto row = join_warp(share, factors.inverse_temperature);
+  if (lane == 0) {
+    finish_row<Hard, T>(row, s, classes, labels, b, factors, losses, statistics);
+  }
+}
+
+template <bool Hard, int Width, typename T>
+__global__ void __launch_bounds__(kThreads)
+    kd_rows_by_block(const T* student, const T* teacher, const int64_t* labels, int64_t classes,
+                     KdFactors<Accumulator<T>> factors, Accumulator<T>* losses,
+                     Accumulator<T>* statistics) {
+  using A = Accumulator<T>;
+  __shared__ RowState<A> warp_rows[kWarps];
+  const int64_t b = blockIdx.x;
+  const T* s = student + b * classes;
+  const auto share =
+      read_share<Hard, Width, T>(s, teacher + b * classes, classes, static_cast<int>(threadIdx.x),
+                                 kThreads, factors.inverse_temperature);
+  const auto warp_row = join_warp(share, factors.inverse_temperature);
+  if (threadIdx.x % kWarp == 0) {
+    warp_rows[threadIdx.x / kWarp] = warp_row;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    RowState<A> row = warp_rows[0];
+    for (int w = 1; w < kWarps; ++w) {
+      row.join(warp_rows[w], factors.inverse_temperature);
+    }
+    finish_row<Hard, T>(row, s, classes, labels, b, factors, losses, statistics);
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kReduceThreads)
+    sum_losses_kernel(const A* losses, int64_t rows, double scale, A* loss) {
+  __shared__ double shares[kReduceThreads];
+  double share = 0;
+  for (int64_t b = threadIdx.x; b < rows; b += kReduceThreads) {
+    share += losses[b];
+  }
+  shares[threadIdx.x] = share;
+  __syncthreads();
+  for (int width = kReduceThreads / 2; width > 0; width /= 2) {
+    if (static_cast<int>(threadIdx.x) < width) {
+      shares[threadIdx.x] += shares[threadIdx.x + width];
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    *loss = static_cast<A>(shares[0] * scale);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------
+
+// What the gradient of a row needs beside its logits.
+template <typename A>
+struct RowFactors {
+  A student_max;
+  A student_log_sum;
+  A teacher_max;
+  A teacher_log_sum;
+  A hard_log_sum;
+  A soft;
+  A hard;
+  A at_label;  // taken off the label's own class
+  A uniform;
+  int64_t label;
+};
+
+template <bool Hard, typename A>
+__device__ RowFactors<A> row_factors(const A* grad, bool per_row, const A* statistics,
+                                     const int64_t* labels, int64_t b, int64_t classes,
+                                     const KdFactors<A>& factors) {
+  const A* kept = statistics + b * kKdStatistics;
+  const A upstream = factors.row_scale * grad[per_row ? b : 0];
+  RowFactors<A> row{kept[kStudentMax],
+                    kept[kStudentLogSum],
+                    kept[kTeacherMax],
+                    kept[kTeacherLogSum],
+                    kept[kHardLogSum],
+                    upstream * factors.soft,
+                    0,
+                    0,
+                    factors.smoothing / static_cast<A>(classes),
+                    -1};
+  if constexpr (Hard) {
+    const int64_t label = labels[b];
+    if (label != factors.ignore_index) {
+      const bool valid = label >= 0 && label < classes;
+      row.hard = valid ? upstream * factors.hard : kNaN<A>;
+      row.at_label = row.hard * (1 - factors.smoothing);
+      row.label = label;
+    }
+  }
+  return row;
+}
+
+template <bool Hard, typename A>
+__device__ A derivative(const RowFactors<A>& row, A s, A t, int64_t k, A inverse_temperature) {
+  const A d = s - row.student_max;
+  const A p = exponential(d * inverse_temperature - row.student_log_sum);
+  const A q = exponential((t - row.teacher_max) * inverse_temperature - row.teacher_log_sum);
+  A result = row.soft * (p - q);
+  if constexpr (Hard) {
+    result += row.hard * (exponential(d - row.hard_log_sum) - row.uniform);
+    result -= k == row.label ? row.at_label : A(0);
+  }
+  return result;
+}
+
+// Grid: x over rows (a warp or a block each), y over shares of long rows.
+template <bool Hard, int Width, bool ByWarp, typename T>
+__global__ void __launch_bounds__(kThreads)
+    kd_backward_kernel(const Accumulator<T>* grad, bool per_row, const T* student, const T* teacher,
+                       const Accumulator<T>* statistics, const int64_t* labels, int64_t rows,
+                       int64_t classes, KdFactors<Accumulator<T>> factors, T* result) {
+  using A = Accumulator<T>;
+  struct alignas(Width * sizeof(T)) Classes {
+    T values[Width];
+  };
+  const int64_t b = ByWarp ? static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp
+                           : static_cast<int64_t>(blockIdx.x);
+  if (b >= rows) {
+    return;
+  }
+  const int worker = static_cast<int>(threadIdx.x) % (ByWarp ? kWarp : kThreads);
+  const int64_t step = static_cast<int64_t>(ByWarp ? kWarp : kThreads) * Width;
+  const auto row = row_factors<Hard, A>(grad, per_row, statistics, labels, b, classes, factors);
+  const int64_t at = b * classes;
+  const int64_t stride = step * gridDim.y;
+  for (int64_t i = blockIdx.y * step + static_cast<int64_t>(worker) * Width; i < classes;
+       i += stride) {
+    const auto s = *reinterpret_cast<const Classes*>(student + at + i);
+    const auto t = *reinterpret_cast<const Classes*>(teacher + at + i);
+    Classes out;
+#pragma unroll
+    for (int j = 0; j < Width; ++j) {
+      store(&out.values[j], derivative<Hard>(row, load(s.values[j]), load(t.values[j]), i + j,
+                                             factors.inverse_temperature));
+    }
+    *reinterpret_cast<Classes*>(result + at + i) = out;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launch
+// ---------------------------------------------------------------------------------------------
+
+template <typename A>
+KdFactors<A> factors_of(const KdBatch& batch, double soft) {
+  const KdOptions& options = batch.options;
+  return {static_cast<A>(1.0 / options.temperature), static_cast<A>(soft),
+          static_cast<A>(options.hard_weight),       static_cast<A>(options.label_smoothing),
+          static_cast<A>(batch.row_scale),           options.ignore_index};
+}
+
+// Rows can be read in 16-byte packs when every row starts on one.
+template <typename T>
+bool rows_are_packed(const KdBatch& batch) {
+  const auto start =
+      reinterpret_cast<uintptr_t>(batch.student) | reinterpret_cast<uintptr_t>(batch.teacher);
+  return batch.classes % Pack<T>::kSize == 0 && start % 16 == 0;
+}
+
+unsigned blocks_of_warps(int64_t rows) {
+  return static_cast<unsigned>((rows + kWarps - 1) / kWarps);
+}
+
+template <bool Hard, int Width, typename T>
+void launch_rows(const KdBatch& batch, void* losses, void* statistics, cudaStream_t stream) {
+  using A = Accumulator<T>;
+  const KdOptions& options = batch.options;
+  const auto* student = static_cast<const T*>(batch.student);
+  const auto* teacher = static_cast<const T*>(batch.teacher);
+  const auto factors =
+      factors_of<A>(batch, options.soft_weight * options.temperature * options.temperature);
+  if (batch.classes <= kWarpRow) {
+    kd_rows_by_warp<Hard, Width, T><<<blocks_of_warps(batch.rows), kThreads, 0, stream>>>(
+        student, teacher, batch.labels, batch.rows, batch.classes, factors, static_cast<A*>(losses),
+        static_cast<A*>(statistics));
+  } else {
+    kd_rows_by_block<Hard, Width, T><<<static_cast<unsigned>(batch.rows), kThreads, 0, stream>>>(
+        student, teacher, batch.labels, batch.classes, factors, static_cast<A*>(losses),
+        static_cast<A*>(statistics));
+  }
+}
+
+template <bool Hard, int Width, typename T>
+void launch_gradient(const KdBatch& batch, const void* grad, const void* statistics, void* result,
+                     cudaStream_t stream) {
+  using A = Accumulator<T>;
+  const bool per_row = batch.options.reduction == KdReduction::kNone;
+  const auto factors = factors_of<A>(batch, batch.options.soft_weight * batch.options.temperature);
+  const bool by_warp = batch.classes <= kWarpRow;
+  const int64_t share = static_cast<int64_t>(kThreads) * Width * kPacksPerThread;
+  const auto shares =
+      static_cast<unsigned>(std::min<int64_t>(65535, (batch.classes + share - 1) / share));
+  const auto kernel = by_warp ? &kd_backward_kernel<Hard, Width, true, T>
+                              : &kd_backward_kernel<Hard, Width, false, T>;
+  const dim3 grid =
+      by_warp ? dim3(blocks_of_warps(batch.rows)) : dim3(static_cast<unsigned>(batch.rows), shares);
+  kernel<<<grid, kThreads, 0, stream>>>(
+      static_cast<const A*>(grad), per_row, static_cast<const T*>(batch.student),
+      static_cast<const T*>(batch.teacher), static_cast<const A*>(statistics), batch.labels,
+      batch.rows, batch.classes, factors, static_cast<T*>(result));
+}
+
+template <typename T>
+void run_rows(const KdBatch& batch, void* losses, void* statistics, cudaStream_t stream) {
+  constexpr int kPack = Pack<T>::kSize;
+  const bool packed = rows_are_packed<T>(batch);
+  const auto run = batch.options.hard
+                       ? (packed ? &launch_rows<true, kPack, T> : &launch_rows<true, 1, T>)
+                       : (packed ? &launch_rows<false, kPack, T> : &launch_rows<false, 1, T>);
+  run(batch, losses, statistics, stream);
+}
+
+template <typename T>
+void run_backward(const KdBatch& batch, const void* grad, const void* statistics, void* result,
+                  cudaStream_t stream) {
+  constexpr int kPack = Pack<T>::kSize;
+  const bool packed = rows_are_packed<T>(batch);
+  const auto run =
+      batch.options.hard
+          ? (packed ? &launch_gradient<true, kPack, T> : &launch_gradient<true, 1, T>)
+          : (packed ? &launch_gradient<false, kPack, T> : &launch_gradient<false, 1, T>);
+  run(batch, grad, statistics, result, stream);
+}
+
+}  // namespace
+
+void launch_kd_rows(LogitKind dtype, const KdBatch& batch, void* losses, void* statistics,
+                    cudaStream_t stream) {
+  switch (dtype) {
+    case LogitKind::kFloat:
+      return run_rows<float>(batch, losses, statistics, stream);
+    case LogitKind::kDouble:
+      return run_rows<double>(batch, losses, statistics, stream);
+    case LogitKind::kHalf:
+      return run_rows<__half>(batch, losses, statistics, stream);
+    case LogitKind::kBFloat16:
+      return run_rows<__nv_bfloat16>(batch, losses, statistics, stream);
+  }
+}
+
+void launch_kd_sum(LogitKind dtype, const KdBatch& batch, const void* losses, void* loss,
+                   cudaStream_t stream) {
+  if (dtype == LogitKind::kDouble) {
+    sum_losses_kernel<double><<<1, kReduceThreads, 0, stream>>>(static_cast<const double*>(losses),
+                                                                batch.rows, batch.row_scale,
+                                                                static_cast<double*>(loss));
+  } else {
+    sum_losses_kernel<float><<<1, kReduceThreads, 0, stream>>>(
+        static_cast<const float*>(losses), batch.rows, batch.row_scale, static_cast<float*>(loss));
+  }
+}
+
+void launch_kd_backward(LogitKind dtype, const KdBatch& batch, const void* grad,
+                        const void* statistics, void* result, cudaStream_t stream) {
+  switch (dtype) {
+    case LogitKind::kFloat:
+      return run_backward<float>(batch, grad, statistics, result, stream);
+    case LogitKind::kDouble:
+      return run_backward<double>(batch, grad, statistics, result, stream);
+    case LogitKind::kHalf:
+      return run_backward<__half>(batch, grad, statistics, result, stream);
+    case LogitKind::kBFloat16:
+      return run_backward<__nv_bfloat16>(batch, grad, statistics, result, stream);
+  }
+}
+
+}  // namespace chanprune
