@@ -1,7 +1,4 @@
-"""What was built, what was loaded, and what the machine made of it.
-
-`python -m chanprune_ext.ops.build_info` prints it.
-"""
+"""What was built, what was loaded, and what the machine made of it."""
 
 from __future__ import annotations
 
@@ -74,17 +71,3 @@ def build_info() -> dict[str, Any]:
         info["cuda_toolkit"] = facts["toolkit"]
         info["cuda_archs"] = facts["archs"].split(",")
     return info
-
-
-def _main() -> None:
-    for key, value in build_info().items():
-        if isinstance(value, dict):
-            print(f"{key}:")
-            for name, text in value.items():
-                print(f"  {name}: {text}")
-        else:
-            print(f"{key}: {value}")
-
-
-if __name__ == "__main__":
-    _main()
