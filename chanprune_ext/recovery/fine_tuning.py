@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -158,22 +157,27 @@ def recover(
 
 
 def _training_loader(train: Dataset[Any] | Iterable[Any], recipe: Recipe) -> Iterable[Any]:
+    length = _length(train)
     if isinstance(train, Dataset):
-        images = len(train) if isinstance(train, Sized) else 0
-        full = images >= recipe.batch_size  # a small last batch would upset batch norm
         train = make_loader(
             train,
             recipe.batch_size,
             shuffle=True,
-            drop_last=full,
+            # a small last batch would upset batch norm
+            drop_last=length >= recipe.batch_size,
             seed=recipe.seed,
             workers=recipe.workers,
         )
-    if not isinstance(train, Sized):
+    elif length == 0:
+        raise DataError("train: expected at least one batch, got none")
+    return train
+
+
+def _length(train: Any) -> int:
+    try:
+        return len(train)
+    except TypeError:
         raise InvalidArgumentError(
             f"train: expected a dataset or batches with a length, got {type(train).__name__}; the "
             "learning rate schedule needs to know how many updates there will be"
-        )
-    if len(train) == 0:
-        raise DataError("train: expected at least one batch, got none")
-    return train
+        ) from None
