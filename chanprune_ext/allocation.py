@@ -8,7 +8,6 @@ solved together as a small integer program.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
 
@@ -235,7 +236,7 @@ def _matches(names: Sequence[str], glob: str) -> bool:
 
 
 def _ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
-    """The ratio of every group: the default, or that of the last glob naming one of its producers."""
+    """Every group's ratio: the default, or that of the last glob naming one of its producers."""
     ratios = {g.index: float(selection.ratio) for g in analysis.groups}
     frozen = {f.entry.rpartition(".")[0] or f.entry for f in analysis.frozen}
     for glob, ratio in selection.ratios.items():

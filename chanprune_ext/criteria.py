@@ -1,8 +1,8 @@
 """How important is a channel: one score per unit of each coupling group, high = keep.
 
-A unit's score aggregates all members that make its channels: the norm of everything a removal would
-delete on the producing side. Criteria work on many groups at once, so that all weights of a model are
-read in one call of the native op.
+A unit's score aggregates all members that make its channels: the norm of everything a removal
+would delete on the producing side. Criteria work on many groups at once, so that all weights of a
+model are read in one call of the native op.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _scales_channels(member: Any, tensor: Tensor) -> bool:
 
 
 def l1(model: nn.Module, groups: Sequence[CouplingGroup], seed: int) -> Scores:
-    """Sum of absolute weights of the filters (Li et al., Pruning Filters for Efficient ConvNets)."""
+    """Sum of absolute weights (Li et al., Pruning Filters for Efficient ConvNets)."""
     return _norms(model, groups, 1.0, _makes_channels)
 
 
@@ -142,8 +142,8 @@ def score_groups(
     for group, score in zip(groups, scores, strict=True):
         if score.shape != (group.units,) or not np.isfinite(score).all():
             raise InvalidArgumentError(
-                f"criterion gave scores of shape {score.shape} for group '{group.name}', or not all "
-                f"finite; expected {group.units} finite numbers"
+                f"criterion gave scores of shape {score.shape} for group '{group.name}', or not "
+                f"all finite; expected {group.units} finite numbers"
             )
     return scores
 

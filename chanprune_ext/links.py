@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,8 @@ import numpy as np
 from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.trace import Slots
 

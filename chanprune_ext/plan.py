@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,9 @@ from chanprune_ext.analysis.trace import tensors_of
 from chanprune_ext.errors import CheckpointError, OutputError, PlanMismatchError
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
+
     from torch.optim import Optimizer
 
 __all__ = ["GroupSummary", "PruningPlan", "plan_of", "structure_of"]
@@ -102,7 +103,7 @@ class PruningPlan:
         verify: str | None = "replay",
         example_inputs: Any = None,
     ) -> nn.Module:
-        """Prune ``model`` by this plan, all or nothing. See :func:`chanprune_ext.surgery.apply_plan`."""
+        """Prune ``model``, all or nothing: see :func:`chanprune_ext.surgery.apply_plan`."""
         from chanprune_ext.surgery import apply_plan
 
         return apply_plan(

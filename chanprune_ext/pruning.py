@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
 from chanprune_ext.verification import input_shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from chanprune_ext.analysis.groups import Sizes
     from chanprune_ext.analysis.provenance import Attribute, Equation
 

@@ -251,8 +251,8 @@ def _sliced_value(
             moved = {d - (d > missing): i for d, i in kept.items() if d != missing}
             return sliced_like([value], [moved])[0] if moved else value
     raise InvalidArgumentError(
-        f"optimizer state '{key}' of '{name}' has shape {tuple(value.shape)}, which does not follow "
-        f"from the parameter's {shape}; make a new optimizer for the pruned model instead"
+        f"optimizer state '{key}' of '{name}' has shape {tuple(value.shape)}, which does not "
+        f"follow from the parameter's {shape}; make a new optimizer for the pruned model instead"
     )
 
 

@@ -43,7 +43,7 @@ def analyse(model: nn.Module, example_inputs: Any) -> Analysis:
         )
     tensors = tensors_of(model)
     for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(tensor):
             raise InvalidArgumentError(
                 f"model has a lazy parameter '{name}' without a shape; run the model once first"
             )

@@ -1,8 +1,8 @@
 """The sequence of torch-level calls one forward makes, recorded once and tapped later by position.
 
 A forward of an eager model is a fixed sequence of calls into torch as long as nothing but widths
-changes. Numbering that sequence gives every intermediate tensor a name that is the same in a network
-and in its pruned copy, whether the tensor was made by a module or by a bare ``x + y`` in a forward.
+changes. Numbering that sequence gives every intermediate tensor a name that is the same in a
+network and in its pruned copy, whether it was made by a module or by a bare ``x + y``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from chanprune_ext.errors import AnalysisError
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 __all__ = [
     "Call",
@@ -31,10 +36,10 @@ __all__ = [
     "tap_calls",
 ]
 
-_TORCH_DIRECTORY = os.path.dirname(torch.__file__) + os.sep
-_PACKAGE_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH_DIRECTORY = f"{Path(torch.__file__).parent}{os.sep}"
+_PACKAGE_DIRECTORY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 # Files of this package that user models may come from: their lines are worth naming.
-_MODEL_FILES = frozenset({os.path.join(_PACKAGE_DIRECTORY, "models.py")})
+_MODEL_FILES = frozenset({f"{_PACKAGE_DIRECTORY}models.py"})
 
 # Python-level questions about a tensor: they compute nothing and get no position in the sequence.
 _QUERIES = frozenset(
@@ -176,7 +181,7 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
 
 def source_line() -> tuple[str, int]:
     """File and line of the nearest frame outside torch and outside this package's machinery."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name in _MODEL_FILES or not (
@@ -184,7 +189,7 @@ def source_line() -> tuple[str, int]:
             or name.endswith(("contextlib.py", "functools.py"))
         ):
             return name, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "?", 0
 
 
@@ -196,10 +201,11 @@ class CallMode(TorchFunctionMode):
         self.next_index = 0
 
     def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a question about a tensor."""
         return func(*args, **kwargs)
 
     def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pass
+        """Called with the arguments of call ``index`` before it runs."""
 
     def after(
         self,
@@ -209,6 +215,7 @@ class CallMode(TorchFunctionMode):
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
+        """Called with the output of call ``index``; returns what the caller gets."""
         return output
 
     def __torch_function__(
@@ -386,7 +393,7 @@ class _Recorder(CallMode):
                 index=index,
                 name=name,
                 module=self.path.current,
-                source=f"{os.path.basename(file)}:{line}",
+                source=f"{Path(file).name}:{line}",
                 inputs=inputs,
                 outputs=outputs,
                 parameters={

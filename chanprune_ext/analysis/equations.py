@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from chanprune_ext.analysis.groups import Analysis, Sizes
+from typing import TYPE_CHECKING
+
 from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.groups import Analysis, Sizes
 
 __all__ = ["solve_attributes"]
 

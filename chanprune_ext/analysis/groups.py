@@ -1,17 +1,21 @@
 """Coupling groups: the channels of a network that can only leave together, and their sizes.
 
-A *unit* is one class of labels: removing it removes certain indices of certain parameter dimensions.
-Units that touch the same dimensions in the same way form a group, the thing a ratio applies to.
+A *unit* is one class of labels: removing it removes certain indices of certain parameter
+dimensions. Units that touch the same dimensions in the same way form a group, the thing a ratio
+applies to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chanprune_ext.analysis.trace import NORMALISED, Slots, Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["Analysis", "CouplingGroup", "Frozen", "Member", "build_analysis"]
 
@@ -78,7 +82,7 @@ class CouplingGroup:
     @property
     def multiplicity(self) -> int:
         """Channels of the first producer that one unit stands for."""
-        return next(m.indices.shape[1] for m in self.members if m.role == "out")
+        return int(next(m.indices.shape[1] for m in self.members if m.role == "out"))
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Frozen:
 
     def __str__(self) -> str:
         where = f" in '{self.module}'" if self.module else ""
-        return f"{self.channels} channels of '{self.entry}' are kept: {self.why}{where} ({self.source})"
+        kept = f"{self.channels} channels of '{self.entry}' are kept"
+        return f"{kept}: {self.why}{where} ({self.source})"
 
 
 @dataclass(eq=False)
@@ -127,7 +132,8 @@ class Analysis:
         """Bool (n,): which indices of a dimension survive."""
         if not len(slots):
             return np.ones(slots.shape[1], dtype=bool)
-        return ~removed[self.trace.store.resolve(slots)].any(axis=0)
+        gone: np.ndarray = removed[self.trace.store.resolve(slots)].any(axis=0)
+        return ~gone
 
     def kept_masks(self, removed: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
         """Masks of every parameter dimension that loses an index."""

@@ -1,19 +1,22 @@
 """Integers that remember where they came from, and the equations written with them.
 
 While a model is traced, every size read off a tensor and every int stored on a module is a
-:class:`TracedInt`. Arithmetic builds an expression, so that ``x.view(b, g, c // g, h, w)`` turns into
-equations between kept channel counts and module attributes, instead of numbers that happen to match.
+:class:`TracedInt`. Arithmetic builds an expression, so that ``x.view(b, g, c // g, h, w)`` turns
+into equations between kept channel counts and module attributes, instead of numbers that happen to
+match.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from torch import nn
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from torch import nn
 
 __all__ = [
     "Attribute",
@@ -58,7 +61,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An int stored on a module: ``module.name`` or, with ``position``, ``module.name[position]``."""
+    """An int stored on a module: ``module.name``, or ``module.name[position]``."""
 
     module: str
     name: str
@@ -79,7 +82,7 @@ class Op:
     right: Expr
 
 
-Expr = Union[Const, Dim, Attribute, Op]
+Expr: TypeAlias = "Const | Dim | Attribute | Op"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Size arguments of Python-level calls, turned into equations on surviving channels.
 
-Rules see plain numbers. Here the caller's own arguments are read: a size that came from a shape or an
-attribute becomes an equation, a bare number freezes what a plan would change under it.
+Rules see plain numbers. Here the caller's own arguments are read: a size that came from a shape or
+an attribute becomes an equation, a bare number freezes what a plan would change under it.
 """
 
 from __future__ import annotations

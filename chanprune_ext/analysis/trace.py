@@ -1,17 +1,17 @@
 """One run of a model in which every tensor dimension carries channel labels.
 
-Three layers watch the same forward: module hooks know where it is, a function mode sees Python-level
-calls with their size arguments, a dispatch mode applies one rule per ATen operation. The model is run
-on meta tensors where that works, on fake tensors where devices are mixed, and on real tensors where
-shapes depend on values.
+Three layers watch the same forward: module hooks know where it is, a function mode sees
+Python-level calls with their size arguments, a dispatch mode applies one rule per ATen operation.
+The model is run on meta tensors where that works, on fake tensors where devices are mixed, and on
+real tensors where shapes depend on values.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """Multiply-accumulates of one contraction: ``constant`` times the surviving sizes of ``dims``."""
+    """Multiply-accumulates of a contraction: ``constant`` times the surviving sizes of ``dims``."""
 
     module: str
     constant: int
@@ -185,7 +185,7 @@ class Tracer:
         """A fresh event at the place that is running now."""
         if self._where is None:
             file, line = source_line()
-            self._where = (self.path.current, f"{os.path.basename(file)}:{line}")
+            self._where = (self.path.current, f"{Path(file).name}:{line}")
         module, source = self._where
         self.events.append(Event(self.op_name or self.call_name, module, source, detail))
         return len(self.events) - 1
@@ -196,6 +196,11 @@ class Tracer:
             return anonymous(n)
         first = self.store.fresh(n)
         return np.arange(first, first + n, dtype=np.int64)[None]
+
+    def enter_call(self) -> None:
+        """A Python-level call starts: forget where the last one was."""
+        self.op_name = ""
+        self._where = None
 
     def at_output(self) -> None:
         """What follows happens where the model returns."""
@@ -248,11 +253,11 @@ class Tracer:
         self.costs.append(Cost(self.path.current, fixed, tuple(kept)))
 
 
-class _RuleMode(TorchDispatchMode):
+class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of each ATen operation after it has run."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
 
     def __torch_dispatch__(
@@ -310,8 +315,7 @@ class _ProvenanceMode(CallMode):
         tracer = self.tracer
         outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
         tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
-        tracer._where = None
-        tracer.op_name = ""
+        tracer.enter_call()
         output = func(*plain(args), **plain(kwargs))
         tracer.op_name = ""
         record_equations(tracer, name, args, kwargs, output)
@@ -446,14 +450,14 @@ def _watch_training(
     for batch in (inputs, doubled):
         try:
             _watch(tracer, model, stand_ins, batch)
-        except Exception as error:  # noqa: BLE001, PERF203 - the user's forward may raise anything
+        except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
         else:
             return
     raise AnalysisError(
-        f"parameters such as '{unused[0]}' ({len(unused)} in all) are not used in eval mode, and the "
-        f"training-mode forward, which may use them, raised: {failure}. Give example_inputs that "
-        f"the model can train on (larger, say), or remove the unused parts first."
+        f"parameters such as '{unused[0]}' ({len(unused)} in all) are not used in eval mode, and "
+        f"the training-mode forward, which may use them, raised: {failure}. Give example_inputs "
+        f"that the model can train on (larger, say), or remove the unused parts first."
     ) from failure
 
 
@@ -470,10 +474,10 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
             return _run(model, example_inputs, substrate)
         except AnalysisError:
             raise
-        except Exception as error:  # noqa: BLE001, PERF203 - the user's forward may raise anything
+        except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
     notes = "; ".join(getattr(failure, "__notes__", ()))
     raise AnalysisError(
         f"the model's forward raised while tracing ({notes or 'at its start'}): "
-        f"{type(failure).__name__}: {failure}. Check that example_inputs are inputs the model takes."
+        f"{type(failure).__name__}: {failure}. Check that example_inputs are what the model takes."
     ) from failure

@@ -1,16 +1,16 @@
-"""Sums over channels: convolutions and matrix products. What is contracted is removed on both sides."""
+"""Sums over channels: convolutions and matrix products; what is contracted goes on both sides."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chanprune_ext.analysis.trace import Slots, Tracer
 
 
@@ -23,7 +23,7 @@ def convolution(
     A grouped one sees its channels as (groups, channels of a group) on both sides: either a whole
     group goes, or the same position of every group.
     """
-    x, weight, bias, stride, padding, _, transposed, output_padding, groups = args[:9]
+    x, weight, bias, stride, padding, _, transposed, _output_padding, groups = args[:9]
     batch, channels, *space = tracer.dims(x)
     first, second, *kernel = tracer.dims(weight)
     for slots in kernel:
@@ -55,8 +55,8 @@ def convolution(
 
     dims: list[Slots] = [batch, out_slots]
     for axis, slots in enumerate(space):
-        pick = lambda v, axis=axis: v[axis] if len(v) > 1 else v[0]  # noqa: E731
-        pointwise = weight.shape[2 + axis] == 1 and pick(stride) == 1 and pick(padding) == 0
+        step, pad = (v[axis] if len(v) > 1 else v[0] for v in (stride, padding))
+        pointwise = weight.shape[2 + axis] == 1 and step == 1 and pad == 0
         if pointwise and output.shape[2 + axis] == slots.shape[1]:
             dims.append(slots)
         else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chanprune_ext.analysis.trace import Slots, Tracer
 
 _POSITION = "a fixed position of these channels is read"

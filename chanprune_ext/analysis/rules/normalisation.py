@@ -1,4 +1,4 @@
-"""Normalisation layers: their vectors go with the channels; statistics over channels are flagged."""
+"""Normalisation layers: vectors go with the channels; statistics over channels are flagged."""
 
 from __future__ import annotations
 

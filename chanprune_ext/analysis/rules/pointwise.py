@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chanprune_ext.analysis.trace import Slots, Tracer
 
 

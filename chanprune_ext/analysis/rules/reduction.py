@@ -1,4 +1,4 @@
-"""Statistics over dimensions, and operations in which every index of a dimension sees the others."""
+"""Statistics over dimensions, and operations in which every index of a dim sees the others."""
 
 from __future__ import annotations
 
