@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 __all__ = [
     "format_accuracy",
     "format_bytes",
     "format_count",
     "format_milliseconds",
-    "standard_error",
 ]
 
 _COUNT_UNITS = ("", " k", " M", " G", " T")
@@ -36,11 +33,6 @@ def format_accuracy(accuracy: float, error: float | None = None) -> str:
     if error is None:
         return f"{accuracy * 100:.1f} %"
     return f"{accuracy * 100:.1f} ± {error * 100:.1f} %"
-
-
-def standard_error(accuracy: float, samples: int) -> float:
-    """Standard error of an accuracy (a fraction) measured on ``samples`` independent examples."""
-    return math.sqrt(max(accuracy * (1.0 - accuracy), 0.0) / samples)
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:

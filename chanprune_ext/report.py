@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chanprune_ext.checkpoint import write_atomically
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
+from chanprune_ext.ops import build_info
 from chanprune_ext.quantities import (
     format_accuracy,
     format_bytes,
@@ -29,13 +29,14 @@ from chanprune_ext.quantities import (
 )
 
 __all__ = [
-    "EpochRecord",
     "LayerWidth",
     "RunReport",
     "Stage",
     "StageLatency",
+    "TrainingEpoch",
     "environment",
     "load_report",
+    "make_folder",
     "render_html",
     "write_report",
 ]
@@ -105,7 +106,7 @@ class LayerWidth:
 
 
 @dataclass(frozen=True)
-class EpochRecord:
+class TrainingEpoch:
     """One epoch of recovery; the loss is a mean over the epoch, the accuracy a fraction."""
 
     epoch: int
@@ -139,7 +140,7 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     conditions: str = ""
     widths: tuple[LayerWidth, ...] = ()
-    history: tuple[EpochRecord, ...] = ()
+    history: tuple[TrainingEpoch, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -170,7 +171,7 @@ class RunReport:
         try:
             values["stages"] = tuple(_stage_from(stage) for stage in values["stages"])
             values["widths"] = tuple(LayerWidth(**width) for width in values["widths"])
-            values["history"] = tuple(EpochRecord(**epoch) for epoch in values["history"])
+            values["history"] = tuple(TrainingEpoch(**epoch) for epoch in values["history"])
             values["notes"] = tuple(values["notes"])
             return cls(**values)
         except (KeyError, TypeError) as error:
@@ -179,13 +180,21 @@ class RunReport:
 
 def environment() -> dict[str, str]:
     """Names the software and the machine a run happened on."""
-    versions = {"chanprune_ext": _own_version(), "torch": torch.__version__}
-    versions["python"] = platform.python_version()
-    versions["platform"] = f"{platform.system()} {platform.machine()}"
-    versions["cpu"] = f"{_cpu_name()}, {os.cpu_count()} logical cores"
+    build = build_info()
+    native = f"CPU, {build['simd_level']}" if build["cpu"] else "none, pure torch instead"
+    if build["cuda"]:
+        native += f"; CUDA {build['cuda_toolkit']}"
+    facts = {
+        "chanprune_ext": build["version"],
+        "native operators": native,
+        "torch": build["torch"],
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{_cpu_name()}, {os.cpu_count()} logical cores",
+    }
     if torch.cuda.is_available():
-        versions["gpu"] = torch.cuda.get_device_name()
-    return versions
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
 
 
 def render_html(report: RunReport) -> str:
@@ -235,10 +244,14 @@ def write_report(report: RunReport, folder: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: The folder or a file cannot be written; no partial file is left.
     """
-    page = render_html(report)
-    target = Path(folder)
-    _write_text(target / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
-    return _write_text(target / "report.html", page)
+    texts = {
+        "report.json": json.dumps(report.to_dict(), indent=2) + "\n",
+        "report.html": render_html(report),
+    }
+    target = make_folder(folder)
+    for name, text in texts.items():
+        _write_text(target / name, text)
+    return target / "report.html"
 
 
 def load_report(path: str | os.PathLike[str]) -> RunReport:
@@ -254,39 +267,30 @@ def load_report(path: str | os.PathLike[str]) -> RunReport:
     return RunReport.from_dict(data)
 
 
-def _write_text(path: Path, text: str) -> Path:
-    """Writes a text file whole or not at all."""
-    temporary = None
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Makes a folder for results, with its parents, where there is none.
+
+    Raises:
+        OutputError: It cannot be made, or is a file.
+    """
+    path = Path(folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as stream:
-            temporary = Path(stream.name)
-            stream.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"cannot write {os.fspath(path)!r}: {error.strerror or error}; "
-            "give a folder that can be written"
+            f"{path}: cannot be made a folder ({error.strerror}); give another place"
         ) from error
     return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
 
 
 def _stage_from(data: Mapping[str, Any]) -> Stage:
     values = dict(data)
     latency = values.pop("latency", None)
     return Stage(**values, latency=StageLatency(**latency) if latency else None)
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("chanprune_ext")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,39 @@
+"""The ``chanprune`` command. One file per sub-command; this one puts them together."""
+
+# Typer reads annotations at run time, so the files of this package do not postpone them.
+
+from typing import Annotated
+
+import typer
+
+from chanprune_ext.cli.demo import demo
+from chanprune_ext.cli.errors import ErrorReportingGroup
+from chanprune_ext.cli.evaluate import evaluate
+from chanprune_ext.cli.info import info
+from chanprune_ext.cli.prune import prune
+from chanprune_ext.cli.recover import recover
+from chanprune_ext.cli.report import report
+from chanprune_ext.cli.reproduce import reproduce
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    cls=ErrorReportingGroup,
+    help="Makes trained PyTorch networks smaller by removing channels, and gives accuracy back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (before the command).")
+    ] = False,
+) -> None:
+    """Makes trained PyTorch networks smaller by removing channels, and gives accuracy back."""
+
+
+for command in (demo, reproduce, prune, recover, evaluate, report, info):
+    app.command()(command)

@@ -1,0 +1,75 @@
+"""Arguments and options that several commands share, each written once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "BatchSize",
+    "ClassFile",
+    "Data",
+    "Device",
+    "InputShape",
+    "ModelArguments",
+    "ModelSpec",
+    "OutFile",
+    "OutFolder",
+    "Seed",
+    "Weights",
+]
+
+DATA_HELP = (
+    "A .npz file, a folder or tar archive of images in one folder a class, 'cifar10:<root>', "
+    "or 'digits'."
+)
+
+ModelSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="resnet20 to resnet110 (CIFAR), torchvision:<name>, or <module>:<callable>.",
+        show_default=False,
+    ),
+]
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="NAME=VALUE",
+        help="Argument of the model's constructor; may be repeated.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Trained weights: a state dict as .safetensors or .pt, or a file that 'prune' wrote.",
+        show_default=False,
+    ),
+]
+Data = Annotated[str | None, typer.Option(help=DATA_HELP, show_default=False)]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,C,H,W",
+        help="Shape of the example input; taken from the data where they are given.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Device = Annotated[
+    str, typer.Option(help="Where to run: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if any.")
+]
+ClassFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with one class folder name a line, in label order.", show_default=False
+    ),
+]
+OutFolder = Annotated[Path, typer.Option(help="Folder for the results; made where missing.")]
+OutFile = Annotated[
+    Path,
+    typer.Option(help="Where the model goes, as one .safetensors file.", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]

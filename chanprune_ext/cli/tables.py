@@ -1,0 +1,57 @@
+"""The tables that commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from chanprune_ext.quantities import (
+    format_accuracy,
+    format_bytes,
+    format_count,
+    format_milliseconds,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from chanprune_ext.report import Stage
+
+__all__ = ["facts_table", "stage_table"]
+
+
+def stage_table(stages: Sequence[Stage], title: str) -> Table:
+    """Table of a run, narrow enough for 80 columns; MACs and latency relative to the first row."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    for heading in ("top-1", "params", "MACs", "latency", "file"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    first = stages[0]
+    for stage in stages:
+        latency = size = "-"
+        if stage.latency is not None:
+            median = format_milliseconds(stage.latency.median_ms)
+            latency = f"{median} {stage.latency.speedup:.2f}x"
+        if stage.file_bytes is not None:
+            size = format_bytes(stage.file_bytes)
+        table.add_row(
+            stage.name,
+            format_accuracy(stage.accuracy, stage.standard_error),
+            format_count(stage.params),
+            f"{format_count(stage.macs)} {stage.macs / first.macs:.2f}x",
+            latency,
+            size,
+        )
+    return table
+
+
+def facts_table(facts: Mapping[str, object]) -> Table:
+    """Two columns, name and value, without borders."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table

@@ -1,0 +1,195 @@
+"""One whole job: prune a trained classifier, compensate, recover, measure every stage, report.
+
+The demo and the published results are this function with other inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from chanprune_ext.checkpoint import save
+from chanprune_ext.compensation import compensate
+from chanprune_ext.latency import measure_latency
+from chanprune_ext.pruning import plan
+from chanprune_ext.recovery import evaluate, recover
+from chanprune_ext.report import (
+    LayerWidth,
+    RunReport,
+    Stage,
+    StageLatency,
+    TrainingEpoch,
+    environment,
+    make_folder,
+    write_report,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from chanprune_ext.data import ImageDataset
+    from chanprune_ext.recovery import RecoveryResult
+
+__all__ = ["Job", "layer_widths", "run_job", "training_epochs"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prune, on what data, and how.
+
+    Attributes:
+        title: Heading of the report.
+        model: The trained classifier; it is not changed.
+        train: Images to recover on.
+        test: Images every accuracy is measured on; nothing is chosen by them.
+        calibration: Unlabelled batches for compensation, none of them from ``test``.
+        plan_options: Options of :func:`chanprune_ext.plan`.
+        recover_options: Options of :func:`chanprune_ext.recover`.
+        stage_notes: One line for the report on each stage: the original, the pruned, the
+            compensated and the distilled model.
+        notes: What the reader of the report must know.
+        latency_batch: Images per batch while latency is measured.
+        latency_rounds: Interleaved rounds of that measurement.
+    """
+
+    title: str
+    model: nn.Module
+    train: ImageDataset
+    test: ImageDataset
+    calibration: Sequence[Tensor]
+    plan_options: Mapping[str, Any]
+    recover_options: Mapping[str, Any]
+    stage_notes: tuple[str, str, str, str] = ("", "", "", "")
+    notes: tuple[str, ...] = ()
+    latency_batch: int = 64
+    latency_rounds: int = 30
+
+
+def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) -> RunReport:
+    """Runs a job and writes models, plan, ``report.json`` and ``report.html`` into ``out``.
+
+    Args:
+        job: The work.
+        out: Folder for the results, made where missing.
+        command: The command line to put into the report.
+        say: Receives one line as each step begins.
+
+    Returns:
+        The report, with four stages: original, pruned by the criterion alone, compensated, and
+        distilled.
+
+    Raises:
+        ChanpruneError: A step failed, or a result cannot be written.
+    """
+    make_folder(out)  # a place that cannot be written shows now and not after the training
+    say("analysing the model and choosing channels")
+    made = plan(job.model, torch.zeros(1, *job.test.shape), **job.plan_options)
+    plain = made.apply(job.model)
+
+    say("compensating: no labels, no gradients")
+    compensated = copy.deepcopy(plain)
+    compensation = compensate(compensated, job.model, job.calibration)
+
+    say("recovering: distillation from the original")
+    recovered = copy.deepcopy(compensated)
+    recovery = recover(
+        recovered, teacher=job.model, train=job.train, val=job.test, **job.recover_options
+    )
+
+    say("measuring accuracy, latency and file sizes")
+    models = {
+        "original": job.model,
+        f"plain {made.criterion.upper()}": plain,
+        "compensated": compensated,
+        "distilled": recovered,
+    }
+    images = torch.stack([job.test[index][0] for index in range(job.latency_batch)])
+    latencies = measure_latency(models, images, rounds=job.latency_rounds)
+    stages = []
+    for (name, model), note in zip(models.items(), job.stage_notes, strict=True):
+        found = evaluate(model, job.test)
+        latency = latencies[name]
+        unpruned = model is job.model
+        stages.append(
+            Stage(
+                name=name,
+                accuracy=found.top1,
+                standard_error=found.standard_error,
+                samples=found.n,
+                params=made.params_before if unpruned else made.params_after,
+                macs=made.macs_before if unpruned else made.macs_after,
+                latency=StageLatency(
+                    latency.median_ms,
+                    *latency.quartiles_ms,
+                    speedup=latency.speedup_over(latencies["original"]),
+                ),
+                file_bytes=_saved_size(
+                    model, out / f"{name.replace(' ', '-').lower()}.safetensors"
+                ),
+                note=note,
+            )
+        )
+    made.save(out / "plan.json")
+    report = RunReport(
+        title=job.title,
+        command=command,
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        stages=tuple(stages),
+        versions=environment(),
+        conditions=latencies["original"].conditions(),
+        widths=layer_widths(job.model, recovered),
+        history=training_epochs(recovery),
+        notes=(
+            *job.notes,
+            (
+                f"Compensation took {compensation.seconds:.1f} s and kept {compensation.kept}: "
+                f"{compensation.reason}."
+            ),
+            (
+                f"Recovery took {recovery.seconds:.0f} s of training; the weights measured are "
+                "those of the last epoch."
+            ),
+        ),
+    )
+    write_report(report, out)
+    return report
+
+
+def layer_widths(original: nn.Module, pruned: nn.Module) -> tuple[LayerWidth, ...]:
+    """Output channels of every convolution and linear layer in both models, in module order."""
+    after = dict(pruned.named_modules())
+    widths = []
+    for name, layer in original.named_modules():
+        for attribute in ("out_channels", "out_features"):
+            before = getattr(layer, attribute, None)
+            kept = getattr(after.get(name), attribute, None)
+            if isinstance(before, int) and isinstance(kept, int):
+                widths.append(LayerWidth(name, before, kept))
+    return tuple(widths)
+
+
+def training_epochs(recovery: RecoveryResult) -> tuple[TrainingEpoch, ...]:
+    """The history of a recovery run as the report keeps it."""
+    return tuple(
+        TrainingEpoch(
+            epoch=record.epoch,
+            loss=record.loss,
+            val_accuracy=None if record.val is None else record.val.top1,
+            learning_rate=record.lr,
+        )
+        for record in recovery.history
+    )
+
+
+def _saved_size(model: nn.Module, path: Path) -> int:
+    """Saves a model and returns the size of its file in bytes."""
+    save(model, path)
+    return path.stat().st_size
