@@ -132,8 +132,8 @@ class Analysis:
         """Bool (n,): which indices of a dimension survive."""
         if not len(slots):
             return np.ones(slots.shape[1], dtype=bool)
-        gone: np.ndarray = removed[self.trace.store.resolve(slots)].any(axis=0)
-        return ~gone
+        gone = np.any(removed[self.trace.store.resolve(slots)], axis=0)
+        return np.logical_not(gone)
 
     def kept_masks(self, removed: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
         """Masks of every parameter dimension that loses an index."""

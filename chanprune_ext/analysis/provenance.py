@@ -99,7 +99,7 @@ class TracedInt(int):
 
     expr: Expr
 
-    def __new__(cls, value: int, expr: Expr) -> TracedInt:
+    def __new__(cls, value: int, expr: Expr) -> TracedInt:  # noqa: D102 - documented by the class
         self = super().__new__(cls, value)
         self.expr = expr
         return self
