@@ -1,13 +1,16 @@
 """Structured channel pruning for PyTorch that keeps the accuracy.
 
-pruned = chanprune_ext.prune(model, example_inputs, ratio=0.5)
+    pruned = chanprune_ext.prune(model, example_inputs, ratio=0.5)
 """
 
 from chanprune_ext.allocation import Budget
 from chanprune_ext.analysis import register_rule
+from chanprune_ext.checkpoint import load, save
+from chanprune_ext.compensation import compensate
 from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.plan import PruningPlan, plan_of
 from chanprune_ext.pruning import plan, prune
+from chanprune_ext.recovery import recover
 
 __version__ = "0.1.0"
 
@@ -16,8 +19,12 @@ __all__ = [
     "ChanpruneError",
     "PruningPlan",
     "__version__",
+    "compensate",
+    "load",
     "plan",
     "plan_of",
     "prune",
+    "recover",
     "register_rule",
+    "save",
 ]
