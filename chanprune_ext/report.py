@@ -284,7 +284,10 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+    def fill(file: Path) -> None:
+        file.write_text(text, "utf-8")
+
+    write_atomically(path, fill)
 
 
 def _stage_from(data: Mapping[str, Any]) -> Stage:
