@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from chanprune_ext.allocation import Budget, Selection, allocate
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.equations import solve_attributes
-from chanprune_ext.analysis.replay import replay
+from chanprune_ext.analysis.groups import Frozen
+from chanprune_ext.analysis.provenance import Dim, Op
+from chanprune_ext.analysis.replay import DivergenceError, replay
 from chanprune_ext.analysis.trace import substitute
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import NothingToPruneError, VerificationError
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.groups import Sizes
     from chanprune_ext.analysis.provenance import Attribute, Equation
+    from chanprune_ext.analysis.trace import Event, Slots
 
 __all__ = ["plan", "prune"]
 
@@ -85,23 +89,17 @@ def plan(
     analysis = analyse(model, example_inputs)
     scores = score_groups(model, analysis.groups, criterion, seed)
     names = [name for name, _ in model.named_parameters()]
-    removed, sizes, attributes = _consistent_removal(analysis, scores, selection, names)
-    if not removed:
-        raise NothingToPruneError(
-            f"nothing would be removed: every group keeps all its channels under ratio="
-            f"{selection.ratio}, round_to={round_to}; ask for a larger ratio or a smaller round_to"
-        )
-    masks = analysis.kept_masks(analysis.removed_labels(removed))
-    replay(analysis, model, example_inputs, masks, attributes, sizes)
+    removal = _verified_removal(analysis, model, example_inputs, scores, selection, names)
+    sizes = removal.sizes
     whole = analysis.sizes(analysis.removed_labels({}))
     return PruningPlan(
         kept={
             entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
-            for entry, dims in masks.items()
+            for entry, dims in removal.masks.items()
         },
-        attributes=attributes,
-        groups=_summaries(analysis, removed),
-        frozen=analysis.frozen,
+        attributes=removal.attributes,
+        groups=_summaries(analysis, removal.units),
+        frozen=(*analysis.frozen, *removal.held),
         params_before=whole.params(names),
         params_after=sizes.params(names),
         macs_before=whole.macs(),
@@ -156,49 +154,91 @@ def prune(
     return made.apply(model, inplace=inplace, optimizer=optimizer, verify=verify)
 
 
-def _consistent_removal(
+@dataclass(frozen=True)
+class _Removal:
+    units: dict[int, np.ndarray]
+    masks: dict[str, dict[int, np.ndarray]]
+    sizes: Sizes
+    attributes: dict[Attribute, int]
+    held: tuple[Frozen, ...]
+
+
+def _verified_removal(
     analysis: Analysis,
+    model: nn.Module,
+    example_inputs: Any,
     scores: list[np.ndarray],
     selection: Selection,
     names: list[str],
-) -> tuple[dict[int, np.ndarray], Sizes, dict[Attribute, int]]:
-    """Allocate, solve the attributes, and hold back groups whose sizes nothing can satisfy."""
-    held: frozenset[int] = frozenset()
+) -> _Removal:
+    """Allocate, solve the attributes, replay; hold back the groups that any of these refuses."""
+    held: dict[int, Event] = {}
     while True:
-        removed = allocate(analysis, scores, selection, names, held)
-        labels = analysis.removed_labels(removed)
+        units = allocate(analysis, scores, selection, names, frozenset(held))
+        if not units:
+            raise NothingToPruneError(
+                f"nothing would be removed: every group keeps all its channels under ratio="
+                f"{selection.ratio}, round_to={selection.round_to}; ask for a larger ratio or a "
+                f"smaller round_to"
+            )
+        labels = analysis.removed_labels(units)
         sizes = analysis.sizes(labels)
         attributes, violated = solve_attributes(analysis, sizes)
-        if not violated:
-            return removed, sizes, attributes
-        culprits = _groups_in(analysis, violated) & removed.keys()
-        if not culprits:
+        if violated:
             event = analysis.trace.events[violated[0].reason]
-            raise VerificationError(f"no plan satisfies the sizes at {event}")
-        held |= culprits
+            slots = _slots_of(violated[0])
+            refusal = VerificationError(f"no plan satisfies the sizes at {event}")
+        else:
+            masks = analysis.kept_masks(labels)
+            try:
+                replay(analysis, model, example_inputs, masks, attributes, sizes)
+            except DivergenceError as error:
+                event, slots, refusal = error.where, error.slots, error
+            else:
+                return _Removal(units, masks, sizes, attributes, _held_back(analysis, held))
+        culprits = _groups_in(analysis, slots) & units.keys()
+        if not culprits:
+            raise refusal
+        held.update(dict.fromkeys(culprits, event))
 
 
-def _groups_in(analysis: Analysis, equations: list[Equation]) -> set[int]:
-    """Groups whose removal changes a size of any of these equations."""
-    from chanprune_ext.analysis.provenance import Dim, Op
+def _slots_of(equation: Equation) -> tuple[Slots, ...]:
+    """Every dimension an equation speaks of."""
+    found, stack = [equation.slots], [equation.expr]
+    while stack:
+        expr = stack.pop()
+        if isinstance(expr, Dim):
+            found.append(expr.slots)
+        elif isinstance(expr, Op):
+            stack += [expr.left, expr.right]
+    return tuple(found)
 
+
+def _groups_in(analysis: Analysis, slots: Sequence[Slots]) -> set[int]:
+    """Groups that any of these dimensions loses channels with."""
     owner = np.full(analysis.trace.store.size, -1, dtype=np.int64)
     for group in analysis.groups:
         owner[group.roots] = group.index
     found: set[int] = set()
-    for equation in equations:
-        stack: list[Any] = [equation.expr]
-        slots = [equation.slots]
-        while stack:
-            expr = stack.pop()
-            if isinstance(expr, Dim):
-                slots.append(expr.slots)
-            elif isinstance(expr, Op):
-                stack += [expr.left, expr.right]
-        for each in slots:
-            resolved = analysis.trace.store.resolve(each)
-            found.update(int(i) for i in np.unique(owner[resolved]) if i >= 0)
+    for each in slots:
+        resolved = analysis.trace.store.resolve(each)
+        found.update(int(i) for i in np.unique(owner[resolved]) if i >= 0)
     return found
+
+
+def _held_back(analysis: Analysis, held: Mapping[int, Event]) -> tuple[Frozen, ...]:
+    """Groups a plan had to leave whole, told like frozen channels."""
+    return tuple(
+        Frozen(
+            next(m.entry for m in analysis.groups[index].members if m.role == "out"),
+            analysis.groups[index].units * analysis.groups[index].multiplicity,
+            event.detail or event.op,
+            event.op,
+            event.module,
+            event.source,
+        )
+        for index, event in held.items()
+    )
 
 
 def _summaries(analysis: Analysis, removed: Mapping[int, np.ndarray]) -> tuple[GroupSummary, ...]:

@@ -80,7 +80,8 @@ def solve_attributes(
     """Find the attribute values that a removal asks for.
 
     Returns:
-        Attribute -> new value for those that change, and the equations that nothing satisfies.
+        Attribute -> new value for those that change, and the equations that nothing satisfies:
+        the two sides differ, or a piece cut out of some channels would be left with none.
     """
     values: dict[_Key, int] = {}
     attributes: dict[_Key, Attribute] = {}
@@ -105,7 +106,10 @@ def solve_attributes(
     violated = [
         equation
         for equation in pending
+        # A size of zero never makes a working layer, whatever the equation says.
         if evaluate(equation.expr, sizes, values) != sizes.of(equation.slots)
+        or sizes.of(equation.slots) == 0
+        or (sizes.of(equation.slots) == 0 < equation.slots.shape[1])
     ]
     changed = {
         attributes[key]: value for key, value in values.items() if value != attributes[key].value

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import CallMode, ModulePath, steady_calls, tensors_in
-from chanprune_ext.analysis.trace import call_substituted, substitute, substrate_mode, tensors_of
+from chanprune_ext.analysis.calls import (
+    CallMode,
+    ModulePath,
+    source_line,
+    steady_calls,
+    tensors_in,
+)
+from chanprune_ext.analysis.trace import (
+    Event,
+    call_substituted,
+    substitute,
+    substrate_mode,
+    tensors_of,
+)
 from chanprune_ext.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -19,8 +32,18 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.groups import Analysis, Sizes
     from chanprune_ext.analysis.provenance import Attribute
+    from chanprune_ext.analysis.trace import Slots
 
-__all__ = ["patched_attributes", "replay", "set_attributes"]
+__all__ = ["DivergenceError", "patched_attributes", "replay", "set_attributes"]
+
+
+class DivergenceError(VerificationError):
+    """A replay left the traced path; ``slots`` are the dimensions made at that point."""
+
+    def __init__(self, message: str, where: Event, slots: tuple[Slots, ...] = ()) -> None:
+        super().__init__(message)
+        self.where = where
+        self.slots = slots
 
 
 def set_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> list[tuple[Any, str, Any]]:
@@ -64,16 +87,16 @@ class _ReplayMode(CallMode):
     ) -> Any:
         where = f"call {index} ({name}) in '{self.path.current}'"
         if index >= len(self.calls):
-            raise VerificationError(f"the pruned model makes one call more than before: {where}")
+            raise self.diverged(f"the pruned model makes one call more than before: {where}")
         expected = self.calls[index]
         if name != expected.name:
-            raise VerificationError(
+            raise self.diverged(
                 f"the pruned model takes another path: {where}, before {expected.name} in "
                 f"'{expected.module}'"
             )
         floats = tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float))
         if floats != expected.floats:
-            raise VerificationError(
+            raise self.diverged(
                 f"a constant computed from a size has changed from {expected.floats} to {floats}: "
                 f"{where}"
             )
@@ -81,10 +104,20 @@ class _ReplayMode(CallMode):
         shapes = [tuple(t.shape) for t in results]
         predicted = [tuple(self.sizes.of(s) for s in dims) for dims in expected.outputs]
         if shapes != predicted:
-            raise VerificationError(
+            raise self.diverged(
                 f"the pruned model makes shapes {shapes} where {predicted} was predicted: {where}"
             )
         return output
+
+    def diverged(self, message: str) -> DivergenceError:
+        """The error for the call that is running, with the dimensions it made in the trace."""
+        index = min(self.next_index, len(self.calls)) - 1
+        slots = tuple(s for dims in self.calls[index].outputs for s in dims) if index >= 0 else ()
+        file, line = source_line()
+        name = self.calls[index].name if index >= 0 else ""
+        return DivergenceError(
+            message, Event(name, self.path.current, f"{Path(file).name}:{line}", message), slots
+        )
 
 
 def replay(
@@ -98,7 +131,7 @@ def replay(
     """Prove on stand-ins that a removal leaves a network that runs as predicted.
 
     Raises:
-        VerificationError: A call, a shape or a constant differs; the message names the place.
+        DivergenceError: A call, a shape or a constant differs; the message names the place.
     """
     with (
         steady_calls(model),
@@ -117,11 +150,11 @@ def replay(
         except VerificationError:
             raise
         except Exception as error:
-            raise VerificationError(
+            raise mode.diverged(
                 f"the pruned model does not run, in module '{path.current}': {error}"
             ) from error
         if mode.next_index != len(analysis.trace.calls):
-            raise VerificationError(
+            raise mode.diverged(
                 f"the pruned model makes {mode.next_index} calls, before "
                 f"{len(analysis.trace.calls)}"
             )
