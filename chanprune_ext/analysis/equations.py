@@ -108,8 +108,7 @@ def solve_attributes(
         for equation in pending
         # A size of zero never makes a working layer, whatever the equation says.
         if evaluate(equation.expr, sizes, values) != sizes.of(equation.slots)
-        or sizes.of(equation.slots) == 0
-        or (sizes.of(equation.slots) == 0 < equation.slots.shape[1])
+        or sizes.of(equation.slots) == 0 < equation.slots.shape[1]
     ]
     changed = {
         attributes[key]: value for key, value in values.items() if value != attributes[key].value

@@ -154,7 +154,8 @@ def _equate_slice(tracer: Tracer, item: slice, slots: Any) -> None:
 
 @_on("narrow")
 def _narrow(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    x, dim, start, length = (*args, *kwargs.values())[:4]
+    names = ("input", "dim", "start", "length")
+    x, dim, start, length = (*args, *(kwargs[name] for name in names[len(args) :]))
     slots = tracer.dims(x)[int(dim) % x.dim()]
     if isinstance(start, int) and start > 0:
         tracer.equate(start, slots[:, : int(start)])
@@ -178,15 +179,17 @@ def _split(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output
 
 @_on("chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Pieces of equal size stay equal; uneven ones stay as they are."""
+    """Pieces of equal size stay equal; uneven ones and cuts at given places stay as they are."""
+    x = args[0]
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     if tracer.call_name in ("hsplit", "vsplit", "dsplit"):
-        dim = {"hsplit": 1, "vsplit": 0, "dsplit": 2}[tracer.call_name]
-    dim = int(dim) % args[0].dim()
+        dim = {"hsplit": min(x.dim() - 1, 1), "vsplit": 0, "dsplit": 2}[tracer.call_name]
+    dim = int(dim) % x.dim()
     pieces = [tracer.dims(piece)[dim] for piece in output]
     if not any(len(p) for p in pieces):
         return
-    even = len({p.shape[1] for p in pieces}) == 1
+    count = next(iter(args[1:2]), next(iter(kwargs.values()), None))
+    even = isinstance(count, int) and len({p.shape[1] for p in pieces}) == 1
     for piece in pieces[1:] if even else pieces:
         if even:
             first = TracedInt(pieces[0].shape[1], Dim(pieces[0]))
@@ -196,3 +199,13 @@ def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output
                 tracer.freeze(pieces[0], "chunks of equal size")
         else:
             tracer.freeze(piece, "chunks of unequal size")
+
+
+@_on("layer_norm", "rms_norm")
+def _normalised_shape(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    dims = tracer.dims(output)
+    for size, slots in zip(shape, dims[len(dims) - len(shape) :], strict=True):
+        tracer.equate(size, slots)

@@ -41,6 +41,9 @@ from chanprune_ext.errors import AnalysisError
 __all__ = ["Cost", "Event", "Slots", "Trace", "TracedCall", "Tracer", "substitute", "trace_model"]
 
 Slots = np.ndarray  # int64 (k, n): k label slots for each of the n indices of one dimension
+# The parameter that a tensor computed from parameters alone stands for: its entry, and for each dim
+# the parameter's dim (or None).
+Origin = tuple[str, tuple[int | None, ...]]
 NORMALISED = 1  # flag: some layer computes a statistic over these channels
 
 
@@ -98,9 +101,7 @@ class Trace:
 @dataclass(eq=False)
 class _State:
     dims: tuple[Slots, ...]
-    # Where the tensor is a parameter seen through transposes only: its entry, and for each dim the
-    # parameter's dim (or None).
-    origin: tuple[str, tuple[int | None, ...]] | None = None
+    origin: Origin | None = None
 
 
 def anonymous(n: int) -> Slots:
@@ -142,9 +143,7 @@ class Tracer:
                 self.freeze(slots, "a tensor changes its shape in place")
         return tuple(anonymous(n) for n in tensor.shape)
 
-    def recorded(
-        self, tensor: Tensor
-    ) -> tuple[tuple[Slots, ...], tuple[str, tuple[int | None, ...]] | None]:
+    def recorded(self, tensor: Tensor) -> tuple[tuple[Slots, ...], Origin | None]:
         """Slots and origin as last recorded, though the operation may have changed the shape."""
         state = self._states.get(id(tensor))
         return (self.dims(tensor), None) if state is None else (state.dims, state.origin)
@@ -158,7 +157,7 @@ class Tracer:
         self,
         tensor: Tensor,
         dims: Sequence[Slots],
-        origin: tuple[str, tuple[int | None, ...]] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Give ``tensor`` its slots."""
         sizes = tuple(slots.shape[1] for slots in dims)
@@ -167,8 +166,8 @@ class Tracer:
         self._alive.append(tensor)
         self._states[id(tensor)] = _State(tuple(dims), origin)
 
-    def origin(self, tensor: Tensor) -> tuple[str, tuple[int | None, ...]] | None:
-        """The parameter that ``tensor`` is a (transposed) view of, if it is one."""
+    def origin(self, tensor: Tensor) -> Origin | None:
+        """The parameter that ``tensor`` stands for, if it is computed from parameters alone."""
         state = self._states.get(id(tensor))
         return None if state is None else state.origin
 

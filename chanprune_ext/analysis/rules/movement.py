@@ -94,13 +94,15 @@ def expand(
     """A dim stretched from 1 has the same content everywhere: fresh labels."""
     dims = tracer.dims(args[0])
     offset = output.dim() - len(dims)
-    tracer.set(
-        output,
-        [
-            dims[d - offset] if d >= offset and dims[d - offset].shape[1] == n else tracer.fresh(n)
-            for d, n in enumerate(output.shape)
-        ],
-    )
+    result: list[Slots] = []
+    for d, n in enumerate(output.shape):
+        if d >= offset and dims[d - offset].shape[1] == n:
+            result.append(dims[d - offset])
+            continue
+        if d >= offset:
+            tracer.freeze(dims[d - offset], "one channel is stretched to many")
+        result.append(tracer.fresh(n))
+    tracer.set(output, result)
 
 
 @rule("aten::repeat")
@@ -120,7 +122,7 @@ def repeat(
             continue
         copies = tracer.fresh(count)
         tracer.equate(given[d] if len(given) == len(counts) else count, copies)
-        result.append(merge(tracer, (copies, slots)) if slots.shape[1] > 1 else copies)
+        result.append(merge(tracer, (copies, slots)))
     tracer.set(output, result)
 
 

@@ -31,7 +31,23 @@ def batch_norm(
     for vector in args[1:5]:
         if isinstance(vector, Tensor) and vector.dim() == 1:
             tracer.unify(dims[1], tracer.dims(vector)[0])
-    tracer.set(output[0], dims)
+    # Of a kernel standardised by torch's own batch norm, the result stands for that kernel.
+    computed = any(isinstance(v, Tensor) and tracer.origin(v) is None for v in args[1:5])
+    tracer.set(output[0], dims, None if computed else tracer.origin(args[0]))
+
+
+@rule("aten::_weight_norm_interface")
+def weight_norm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """v, g -> g * v / |v|, a norm for every index of one dim. Zeros add nothing to it: exact."""
+    direction, size = args[:2]
+    dims = tracer.dims(direction)
+    for slots, along in zip(dims, tracer.dims(size), strict=True):
+        if along.shape == slots.shape:
+            tracer.unify(slots, along)
+    tracer.set(output[0], dims, tracer.origin(direction))
+    tracer.set(output[1], tracer.dims(size))
 
 
 @rule("aten::native_layer_norm")
@@ -42,14 +58,11 @@ def layer_norm(
     x, shape, weight, bias = args[:4]
     dims = tracer.dims(x)
     last = dims[len(dims) - len(shape) :]
-    wanted = tracer.argument(1, "normalized_shape")
     for k, slots in enumerate(last):
         tracer.flag_normalised(slots)
         for vector in (weight, bias):
             if isinstance(vector, Tensor):
                 tracer.unify(slots, tracer.dims(vector)[k])
-        if isinstance(wanted, (tuple, list)) and len(wanted) == len(last):
-            tracer.equate(wanted[k], slots)
     tracer.set(output[0], dims)
 
 
@@ -77,13 +90,10 @@ def rms_norm(
     x, shape = args[:2]
     weight = args[2] if len(args) > 2 else None
     dims = tracer.dims(x)
-    wanted = tracer.argument(1, "normalized_shape")
     for k, slots in enumerate(dims[len(dims) - len(shape) :]):
         tracer.flag_normalised(slots)
         if isinstance(weight, Tensor):
             tracer.unify(slots, tracer.dims(weight)[k])
-        if isinstance(wanted, (tuple, list)) and len(wanted) == len(shape):
-            tracer.equate(wanted[k], slots)
     outputs = output if isinstance(output, (tuple, list)) else (output,)
     tracer.set(outputs[0], dims)
     for extra in outputs[1:]:

@@ -10,7 +10,7 @@ from chanprune_ext.analysis.rules.registry import rule
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chanprune_ext.analysis.trace import Slots, Tracer
+    from chanprune_ext.analysis.trace import Origin, Slots, Tracer
 
 
 def broadcast_dims(tracer: Tracer, inputs: list[Tensor], shape: tuple[int, ...]) -> list[Slots]:
@@ -21,9 +21,12 @@ def broadcast_dims(tracer: Tracer, inputs: list[Tensor], shape: tuple[int, ...])
         result: Slots | None = None
         for tensor in inputs:
             k = d - (rank - tensor.dim())
-            if k < 0 or tensor.shape[k] != size:
-                continue  # missing or broadcast from size 1: no coupling
+            if k < 0:
+                continue
             slots = tracer.dims(tensor)[k]
+            if tensor.shape[k] != size:
+                tracer.freeze(slots, "one channel is broadcast against many")
+                continue
             if result is None:
                 result = slots
             else:
@@ -59,5 +62,12 @@ def pointwise(
     inputs = tensors_in((args, kwargs))
     for out in tensors_in(output):
         dims = broadcast_dims(tracer, inputs, tuple(out.shape))
-        same = len(inputs) == 1 and inputs[0].shape == out.shape
-        tracer.set(out, dims, tracer.origin(inputs[0]) if same else None)
+        tracer.set(out, dims, _common_origin(tracer, inputs, out))
+
+
+def _common_origin(tracer: Tracer, inputs: list[Tensor], out: Tensor) -> Origin | None:
+    """What is computed from parameters alone (a scaled kernel, say) stands for the one it fills."""
+    origins = [(tracer.origin(t), t.shape) for t in inputs if t.dim()]
+    if any(origin is None for origin, _ in origins):
+        return None
+    return next((origin for origin, shape in origins if shape == out.shape), None)

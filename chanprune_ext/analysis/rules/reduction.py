@@ -27,16 +27,17 @@ def _reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank
 
 
 def _reduce(tracer: Tracer, x: Tensor, over: set[int], outputs: list[Tensor]) -> None:
-    kept: list[Slots] = []
-    dims = tracer.dims(x)
+    dims, origin = tracer.dims(x), tracer.origin(x)
     for out in outputs:
-        keepdim = out.dim() == x.dim()
-        kept = [
-            np.empty((0, 1), dtype=np.int64) if d in over else slots
-            for d, slots in enumerate(dims)
-            if keepdim or d not in over
+        stays = [d for d in range(x.dim()) if out.dim() == x.dim() or d not in over]
+        kept: list[Slots] = [
+            np.empty((0, 1), dtype=np.int64) if d in over else dims[d] for d in stays
         ]
-        tracer.set(out, kept)
+        tracer.set(
+            out,
+            kept,
+            origin and (origin[0], tuple(None if d in over else origin[1][d] for d in stays)),
+        )
 
 
 @rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any")

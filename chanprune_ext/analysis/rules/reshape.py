@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,12 +65,20 @@ def view(
     if source.dtype != output.dtype or 0 in output.shape:
         raise ValueError("a view of another dtype or of nothing")
     same = source.shape == output.shape
-    dims = tracer.dims(source)
-    tracer.set(
-        output,
-        dims if same else reshaped(tracer, dims, tuple(output.shape)),
-        tracer.origin(source) if same else None,
+    dims, origin = tracer.dims(source), tracer.origin(source)
+    if same or origin is None:
+        tracer.set(output, dims if same else reshaped(tracer, dims, output.shape), origin)
+        return
+    # Dimensions that pass whole are still those of the parameter.
+    before = {
+        (size, math.prod(source.shape[:d])): whose
+        for d, (size, whose) in enumerate(zip(source.shape, origin[1], strict=True))
+    }
+    whole = tuple(
+        before.get((size, math.prod(output.shape[:d]))) if size > 1 else None
+        for d, size in enumerate(output.shape)
     )
+    tracer.set(output, reshaped(tracer, dims, output.shape), (origin[0], whole))
 
 
 @rule("aten::pixel_shuffle")
