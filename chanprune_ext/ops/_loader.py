@@ -65,8 +65,8 @@ def _load_all() -> tuple[LoadedModule, LoadedModule]:
     if broken or unserved_gpu:
         module = cuda if cpu.loaded else cpu
         warnings.warn(
-            f"{module.name} is {module.problem} (torch {torch.__version__}); slower pure-torch "
-            f"code runs instead until you rebuild it with `{_BUILD_COMMAND}`.",
+            f"{module.name} is not in use: {module.problem} (torch {torch.__version__}); slower "
+            f"pure-torch code runs instead until you build it with `{_BUILD_COMMAND}`.",
             stacklevel=2,
         )
     return cpu, cuda

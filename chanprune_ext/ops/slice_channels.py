@@ -185,9 +185,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(*(index for index in (*rows, *cols) if index is not None))
 
 
+def _no_gradient(indices: list[Tensor | None]) -> list[None] | None:
+    """None in the form that register_autograd wants: per tensor only where all are tensors."""
+    return None if any(index is None for index in indices) else [None] * len(indices)
+
+
 def _backward(
     ctx: Any, grads: list[Tensor | None]
-) -> tuple[list[Tensor | None], list[None], list[None]]:
+) -> tuple[list[Tensor | None], list[None] | None, list[None] | None]:
     saved = iter(ctx.saved_tensors)
     indices = [next(saved) if present else None for present in ctx.has_index]
     count = len(ctx.sizes)
@@ -205,7 +210,7 @@ def _backward(
         if row is not None:
             grad = grad.new_zeros(size).index_add(0, row.to(grad.device), grad)
         results.append(grad)
-    return results, [None] * count, [None] * count
+    return results, _no_gradient(indices[:count]), _no_gradient(indices[count:])
 
 
 if CPU_MODULE.loaded:

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strided import FLOATS, LAYOUTS, strided, values
+
+from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.ops import kd_kl_div, kd_kl_div_reference
+
+REDUCTIONS = ["none", "sum", "batchmean"]
+# Classes: one; fewer than a vector; one more than a vector; the chunk of 1024 and its neighbours;
+# several chunks with a remainder.
+CLASSES = [1, 3, 10, 17, 100, 1023, 1024, 1025, 5003]
+# Bounds of the loss of a row (of logits with standard deviation 3) and of its gradient's elements,
+# against float64; a half-typed gradient is rounded to its own type.
+LOSS_TOLERANCE = {torch.float64: 1e-12}
+GRAD_TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}
+
+
+def exact(student, teacher, temperature, labels, options):
+    """The reference in float64."""
+    return kd_kl_div_reference(
+        student.double(), teacher.double(), temperature, labels=labels, **options
+    )
+
+
+def make_labels(shape, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.2, -100, labels)
+
+
+@given(
+    leading=st.lists(st.sampled_from([0, 1, 2, 5]), max_size=2),
+    classes=st.sampled_from(CLASSES),
+    dtype=st.sampled_from(FLOATS),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    temperature=st.sampled_from([0.5, 1.0, 4.0, 20.0]),
+    offset=st.sampled_from([0.0, 40.0]),
+    hard=st.booleans(),
+    weights=st.tuples(st.sampled_from([0.0, 1.0, 0.3]), st.sampled_from([0.0, 0.7])),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    reduction=st.sampled_from(REDUCTIONS),
+    seed=st.integers(0, 99),
+)
+def test_loss_and_gradient_equal_float64_reference(
+    leading, classes, dtype, layouts, temperature, offset, hard, weights, smoothing, reduction, seed
+):
+    shape = [*leading, classes]
+    student = strided((values(shape, dtype, seed) * 3 + offset).to(dtype), layouts[0])
+    teacher = strided((values(shape, dtype, seed + 1) * 3 - offset).to(dtype), layouts[1])
+    labels = make_labels(shape[:-1], classes, seed) if hard else None
+    options = {
+        "soft_weight": weights[0],
+        "hard_weight": weights[1] if hard else 0.0,
+        "label_smoothing": smoothing,
+        "reduction": reduction,
+    }
+    student = student.detach().requires_grad_()
+    wide = student.detach().double().requires_grad_()
+    loss = kd_kl_div(student, teacher, temperature, labels=labels, **options)
+    expected = exact(wide, teacher, temperature, labels, options)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.shape == expected.shape
+    rows = max(1, math.prod(leading)) if reduction == "sum" else 1
+    tolerance = LOSS_TOLERANCE.get(dtype, 3e-5) * rows * max(1.0, temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=tolerance)
+
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(
+        gradient.double(),
+        expected_gradient,
+        rtol=GRAD_TOLERANCE[dtype] * 2,
+        atol=GRAD_TOLERANCE[dtype] * max(1.0, temperature) * 0.1,
+    )
+
+
+def test_equals_the_torch_functions():
+    student, teacher = torch.randn(2, 7, 11).double()
+    labels = torch.randint(0, 11, (7,))
+    soft = F.kl_div(
+        F.log_softmax(student / 3, 1),
+        F.log_softmax(teacher / 3, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    hard = F.cross_entropy(student, labels, label_smoothing=0.1)
+    both = kd_kl_div(
+        student,
+        teacher,
+        3.0,
+        labels=labels,
+        soft_weight=0.4,
+        hard_weight=0.6,
+        label_smoothing=0.1,
+    )
+    torch.testing.assert_close(kd_kl_div(student, teacher, 3.0), 9 * soft)
+    torch.testing.assert_close(both, 0.4 * 9 * soft + 0.6 * hard)
+
+
+def test_reductions_belong_together(native_device):
+    student, teacher = torch.randn(2, 6, 13, device=native_device).double()
+    labels = make_labels((6,), 13, 1).to(native_device)
+    loss = {
+        reduction: kd_kl_div(student, teacher, labels=labels, hard_weight=1.0, reduction=reduction)
+        for reduction in REDUCTIONS
+    }
+    torch.testing.assert_close(loss["none"].sum(), loss["sum"])
+    torch.testing.assert_close(loss["sum"] / 6, loss["batchmean"])
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 3000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_regime(native_device, dtype, classes):
+    student = (torch.randn(9, classes, device=native_device) * 3).to(dtype).requires_grad_()
+    teacher = (torch.randn(9, classes, device=native_device) * 3).to(dtype)
+    labels = make_labels((9,), classes, 0).to(native_device)
+    options = {"hard_weight": 0.5, "label_smoothing": 0.1}
+    wide = student.detach().double().requires_grad_()
+    loss = kd_kl_div(student, teacher, 4.0, labels=labels, **options)
+    expected = exact(wide, teacher, 4.0, labels, options)
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    tolerance = GRAD_TOLERANCE[dtype]
+    torch.testing.assert_close(
+        student.grad.double(), wide.grad, rtol=2 * tolerance, atol=tolerance / 10
+    )
+
+
+def test_gradient_relative_error_in_float32():
+    student, teacher = torch.randn(2, 64, 1000) * 4
+    student.requires_grad_()
+    wide = student.detach().double().requires_grad_()
+    kd_kl_div(student, teacher, 4.0).backward()
+    kd_kl_div_reference(wide, teacher.double(), 4.0).backward()
+    error = (student.grad - wide.grad).norm() / wide.grad.norm()
+    assert error < 1e-6
+
+
+def test_bfloat16_is_computed_in_float32():
+    student, teacher = (torch.randn(2, 64, 1000)).bfloat16()
+    error = kd_kl_div(student, teacher, 4.0).double() / kd_kl_div(
+        student.double(), teacher.double(), 4.0
+    )
+    assert abs(error - 1) < 1e-5
+
+
+def test_teacher_of_another_dtype():
+    student, teacher = torch.randn(2, 4, 9)
+    mixed = kd_kl_div(student.bfloat16(), teacher)
+    torch.testing.assert_close(mixed, kd_kl_div(student.bfloat16().float(), teacher))
+
+
+# ---- classes without probability ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [8, 3000])
+def test_classes_the_teacher_excludes_add_nothing(native_device, classes):
+    student, teacher = torch.randn(2, 3, classes, device=native_device)
+    # The first half, so that whole chunks of a long row are excluded before anything is seen.
+    teacher[:, : classes // 2] = -math.inf
+    student.requires_grad_()
+    loss = kd_kl_div(student, teacher, 2.0, reduction="none")
+    q = (teacher.double() / 2).softmax(1)
+    log_p = (student.double() / 2).log_softmax(1)
+    kept = slice(classes // 2, None)
+    expected = 4 * (q[:, kept] * (q[:, kept].log() - log_p[:, kept])).sum(1)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    loss.sum().backward()
+    torch.testing.assert_close(
+        student.grad.double(), (2 * (log_p.exp() - q)).detach(), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_classes_both_exclude_add_nothing(native_device):
+    student, teacher = torch.randn(2, 3, 40, device=native_device)
+    expected = kd_kl_div(student[:, :30], teacher[:, :30])
+    student[:, 30:] = teacher[:, 30:] = -math.inf
+    student.requires_grad_()
+    loss = kd_kl_div(student, teacher)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert torch.equal(student.grad[:, 30:], torch.zeros(3, 10, device=native_device))
+
+
+@pytest.mark.parametrize("classes", [8, 3000])
+def test_a_class_only_the_student_excludes_is_infinitely_wrong(native_device, classes):
+    student, teacher = torch.randn(2, 2, classes, device=native_device)
+    student[0, : classes // 2] = -math.inf
+    loss = kd_kl_div(student, teacher, reduction="none")
+    assert loss[0] == math.inf
+    assert loss[1].isfinite()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_and_inf_are_not_hidden(native_device, which, bad):
+    logits = torch.randn(2, 3, 50, device=native_device)
+    logits[which, 1, 20] = bad
+    loss = kd_kl_div(logits[0], logits[1], reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_a_row_without_any_class_is_nan(native_device):
+    logits = torch.randn(2, 2, 8, device=native_device)
+    logits[1, 0] = -math.inf
+    loss = kd_kl_div(logits[0], logits[1], reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+
+
+def test_far_logits_do_not_overflow():
+    student = torch.tensor([[300.0, -300.0, 0.0]])
+    teacher = torch.tensor([[-300.0, 300.0, 0.0]])
+    loss = kd_kl_div(student, teacher, 1.0)
+    torch.testing.assert_close(loss, torch.tensor(600.0))
+
+
+# ---- labels -------------------------------------------------------------------------------------
+
+
+def test_ignored_rows_keep_their_soft_term(native_device):
+    student, teacher = torch.randn(2, 4, 6, device=native_device)
+    labels = torch.tensor([1, -7, 3, -7], device=native_device)
+    options = {"labels": labels, "ignore_index": -7, "reduction": "none"}
+    both = kd_kl_div(student, teacher, hard_weight=1.0, **options)
+    soft = kd_kl_div(student, teacher, reduction="none")
+    assert torch.equal(both[[1, 3]], soft[[1, 3]])
+    assert (both[[0, 2]] > soft[[0, 2]]).all()
+
+
+def test_out_of_range_labels_are_named():
+    logits = torch.randn(2, 3, 5)
+    with pytest.raises(InvalidArgumentError, match=r"labels should be in \[0, 5\).*got 5"):
+        kd_kl_div(*logits, labels=torch.tensor([0, 5, 1]), hard_weight=1.0)
+
+
+@pytest.mark.cuda
+def test_out_of_range_labels_give_nan_on_cuda():
+    student, teacher = torch.randn(2, 3, 5, device="cuda")
+    labels = torch.tensor([0, 5, 1], device="cuda")
+    student.requires_grad_()
+    loss = kd_kl_div(student, teacher, labels=labels, hard_weight=1.0, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+    loss.sum().backward()
+    assert student.grad.isnan().all(1).tolist() == [False, True, False]
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def samples(device: torch.device, requires_grad: bool):
+    """Arguments of the operator itself: flat logits, options in order, reduction as a number."""
+    student, teacher = torch.randn(2, 4, 6, device=device)
+    student.requires_grad_(requires_grad)
+    labels = torch.tensor([0, 5, -100, 2], device=device)
+    for reduction in (0, 1, 2):
+        yield student, teacher, None, 4.0, 1.0, 0.0, 0.0, -100, reduction
+        yield student, teacher, labels, 2.0, 0.5, 0.5, 0.1, -100, reduction
+    if not requires_grad:
+        empty = student.new_empty(0, 6)
+        yield empty, empty.clone(), None, 4.0, 1.0, 0.0, 0.0, -100, 2
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(native_device, requires_grad):
+    for arguments in samples(native_device, requires_grad):
+        torch.library.opcheck(torch.ops.chanprune.kd_kl_div, arguments)
+
+
+def test_opcheck_of_the_backward(native_device):
+    for student, teacher, labels, *options in samples(native_device, False):
+        loss, statistics = torch.ops.chanprune.kd_kl_div(student, teacher, labels, *options)
+        torch.library.opcheck(
+            torch.ops.chanprune.kd_kl_div_backward,
+            (torch.ones_like(loss), student, teacher, statistics, labels, *options),
+        )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("hard", [False, True])
+def test_gradcheck(native_device, hard, reduction):
+    student = torch.randn(3, 2, 5, dtype=torch.float64, device=native_device).transpose(0, 1)
+    teacher = torch.randn(2, 3, 5, dtype=torch.float64, device=native_device)
+    labels = torch.tensor([[0, 4, -100], [1, 1, 2]], device=native_device) if hard else None
+    options = {"hard_weight": 0.6, "label_smoothing": 0.2} if hard else {}
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda s: kd_kl_div(s, teacher, 2.5, labels=labels, reduction=reduction, **options),
+        student,
+    )
+
+
+def test_double_backward_is_refused():
+    student, teacher = torch.randn(2, 3, 5)
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(kd_kl_div(student, teacher), student, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_in_one_graph(native_device, backend):
+    student, teacher = torch.randn(2, 8, 10, device=native_device)
+    labels = torch.randint(0, 10, (8,), device=native_device)
+    student.requires_grad_()
+
+    def loss(s, t):
+        return kd_kl_div(s, t, 4.0, labels=labels, hard_weight=0.5, label_smoothing=0.1)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+    (expected,) = torch.autograd.grad(loss(student, teacher), student)
+    (gradient,) = torch.autograd.grad(compiled(student, teacher), student)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_result_does_not_depend_on_threads():
+    student, teacher = torch.randn(2, 300, 1000)
+    before = torch.get_num_threads()
+    once = kd_kl_div(student, teacher)
+    try:
+        torch.set_num_threads(1 if before > 1 else 2)
+        again = kd_kl_div(student, teacher)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(once, again)
+
+
+def test_memory_is_the_gradient_and_little_else():
+    student, teacher = torch.randn(2, 256, 4000)
+    student.requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kd_kl_div(student, teacher).backward()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert allocated < 1.1 * student.numel() * student.element_size()
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+LOGITS = torch.zeros(2, 3)
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((LOGITS, LOGITS[:1]), {}, r"teacher should have the shape.*\(2, 3\).*got \(1, 3\)"),
+        ((LOGITS[:, :0], LOGITS[:, :0]), {}, r"at least one class, got shape \(2, 0\)"),
+        ((torch.tensor(1.0), torch.tensor(1.0)), {}, "at least one class"),
+        ((LOGITS.int(), LOGITS), {}, "student should hold float16.*int32"),
+        ((LOGITS, LOGITS.bool()), {}, "teacher should hold float16.*bool"),
+        ((LOGITS, LOGITS.clone().requires_grad_()), {}, r"teacher\.detach\(\)"),
+        ((LOGITS, LOGITS, 0.0), {}, "temperature should be a finite number above 0, got 0"),
+        ((LOGITS, LOGITS, math.nan), {}, "temperature should be a finite number above 0"),
+        ((LOGITS, LOGITS), {"soft_weight": -1.0}, "finite and not negative"),
+        ((LOGITS, LOGITS), {"hard_weight": 0.5}, "needs labels"),
+        ((LOGITS, LOGITS), {"labels": LABELS[:1]}, r"labels should be int64 .*\(2,\)"),
+        ((LOGITS, LOGITS), {"labels": LABELS.int()}, "labels should be int64 .*int32"),
+        ((LOGITS, LOGITS), {"label_smoothing": 1.5}, r"label_smoothing should be in \[0, 1\]"),
+        ((LOGITS, LOGITS), {"reduction": "mean"}, "none, sum, batchmean, got 'mean'"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        kd_kl_div(*arguments, **options)
+
+
+OPTIONS = (4.0, 1.0, 0.0, 0.0, -100, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((LOGITS[0], LOGITS[0], None, *OPTIONS), r"student should be \[rows, classes\].*got 1"),
+        ((LOGITS, LOGITS[:1], None, *OPTIONS), r"shape of student \[2, 3\]"),
+        ((LOGITS, LOGITS.double(), None, *OPTIONS), "dtype of student float32, got float64"),
+        ((LOGITS, LOGITS, LABELS[:1], *OPTIONS), r"labels should be int64 \[2\]"),
+        ((LOGITS, LOGITS, LABELS + 2, *OPTIONS), "got 3 at row 1"),
+        ((LOGITS, LOGITS, None, -1.0, *OPTIONS[1:]), "temperature should be .*got -1"),
+        ((LOGITS, LOGITS, None, *OPTIONS[:3], 2.0, -100, 2), "label_smoothing should be .*got 2"),
+        ((LOGITS, LOGITS, None, *OPTIONS[:5], 3), "reduction should be .*got 3"),
+    ],
+)
+def test_operator_itself_refuses_bad_arguments(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.chanprune.kd_kl_div(*arguments)
+
+
+def test_operator_refuses_a_teacher_that_wants_gradients():
+    teacher = LOGITS.clone().requires_grad_()
+    with pytest.raises(InvalidArgumentError, match="no gradient for teacher"):
+        torch.ops.chanprune.kd_kl_div(LOGITS, teacher, None, *OPTIONS)
