@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingLoop"]
 
+ACCELERATE_MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
 LOSS_CHECK_INTERVAL = 50  # updates between looks at the loss where looking stalls the device
 
 
@@ -62,6 +63,7 @@ class TrainingLoop:
         self.recipe = recipe
         self.device = device
         self.source = loader
+        self.marks = {m: student.__dict__[m] for m in ACCELERATE_MARKS if m in student.__dict__}
         self.accelerator = Accelerator(device_placement=False)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(
             student, make_optimizer(student, recipe), loader
@@ -87,8 +89,11 @@ class TrainingLoop:
                     bar.validated(record.val)
                     history.append(record)
         finally:
-            # accelerate marks what it has prepared; the student is handed back without the mark
-            self.student.__dict__.pop("_is_accelerate_prepared", None)
+            # accelerate marks what it has prepared, and wraps its forward where the user has asked
+            # accelerate for mixed precision; the student is handed back without either
+            for mark in ACCELERATE_MARKS:
+                self.student.__dict__.pop(mark, None)
+            self.student.__dict__.update(self.marks)
         kept = recipe.epochs
         if self.best is not None:
             kept = self.best[1]
@@ -140,7 +145,7 @@ class TrainingLoop:
                     wanted = _widened(logits(self.teacher, inputs))
             scores = _widened(logits(self.model, inputs))
         check_labels(labels, scores.shape[1])
-        loss = recovery_loss(scores, labels.to(self.device), wanted, recipe)
+        loss = recovery_loss(scores, labels.to(self.device, non_blocking=True), wanted, recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import chanprune_ext as cpx
 from chanprune_ext.data import make_loader, open_dataset
 from chanprune_ext.errors import DataError, InvalidArgumentError, TrainingError
 from chanprune_ext.models import CifarResNet
@@ -209,6 +210,24 @@ def test_modes_gradients_and_frozen_parameters_survive() -> None:
     assert "_is_accelerate_prepared" not in student.__dict__
 
 
+def test_the_student_keeps_its_forward_where_accelerate_is_set_to_mixed_precision() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    student = net()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True)
+        run(student, epochs=1)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not {"forward", "_original_forward"} & student.__dict__.keys()
+    x = points().tensors[0]
+    twin = copy.deepcopy(student)
+    nn.init.zeros_(twin[3].weight)
+    assert torch.equal(twin(x), twin[3].bias.expand(192, 3))
+
+
 class Poisoned(nn.Module):
     """Spoils or fails the training pass of a given number."""
 
@@ -372,3 +391,16 @@ def test_models_that_do_not_fit_are_named() -> None:
     student.requires_grad_(False)
     with pytest.raises(InvalidArgumentError, match="none of its parameters requires a gradient"):
         run(student)
+
+
+def test_a_pruned_network_gets_its_accuracy_back() -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(8, in_channels=1, width=8)
+    train, test = open_dataset("digits", "train", augment=True), open_dataset("digits")
+    options: dict[str, Any] = {"train": train, "val": test, "batch_size": 64}
+    original = run(model, epochs=3, lr=0.1, **options).last
+    pruned = cpx.prune(model, torch.zeros(1, 1, 8, 8), ratio=0.5)
+    result = run(pruned, model, epochs=3, lr=0.05, **options)
+    assert result.before.top1 < 0.7 * original.top1
+    assert result.last.top1 > 0.9 * original.top1
+    assert cpx.plan_of(pruned) is not None
