@@ -269,9 +269,12 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     return plan if isinstance(plan, PruningPlan) else None
 
 
-def attach_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Remember on a pruned model the plan it was made by."""
-    model.__dict__[_ATTRIBUTE] = plan
+def attach_plan(model: nn.Module, plan: PruningPlan | None) -> None:
+    """Remember on a pruned model the plan it was made by; None forgets it."""
+    if plan is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = plan
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ hooks, training flags, tied weights. Gradients and optimizer state are sliced li
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.replay import set_attributes
 from chanprune_ext.analysis.trace import tensors_of
+from chanprune_ext.copying import carry_over, copied
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import slice_channels
-from chanprune_ext.plan import attach_plan
-from chanprune_ext.verification import verify_pruned
+from chanprune_ext.plan import attach_plan, plan_of
+from chanprune_ext.verification import verify_outputs, verify_runs, zeroed_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,42 +65,43 @@ def apply_plan(
         raise InvalidArgumentError(f"verify must be 'replay', 'numeric' or None, got {verify!r}")
     plan.check(model)
     tensors = tensors_of(model)
-    names = [name for name in plan.kept if name in tensors]
-    sliced = dict(
-        zip(
-            names,
-            sliced_like([tensors[n] for n in names], [plan.kept[n] for n in names]),
-            strict=True,
-        )
-    )
-    gradients = {
-        n: tensors[n].grad for n in names if tensors[n].is_leaf and tensors[n].grad is not None
-    }
-    new_gradients = dict(
-        zip(
-            gradients,
-            sliced_like(
-                [g for g in gradients.values() if g is not None], [plan.kept[n] for n in gradients]
-            ),
-            strict=True,
-        )
-    )
+    sliced = _sliced_tensors(plan, tensors)
+    gradients = _sliced_gradients(plan, tensors)
     state = _sliced_state(plan, tensors, optimizer)
-
-    pruned = _copy(model, tensors, sliced, new_gradients, share=inplace)
-    set_attributes(pruned, plan.attributes)
-    refresh_widths(pruned)
-    attach_plan(pruned, plan)
-    if verify is not None:
-        verify_pruned(plan, model, pruned, numeric=verify == "numeric", inputs=example_inputs)
-    if not inplace:
+    expected = zeroed_outputs(plan, model, example_inputs) if verify == "numeric" else None
+    with contextlib.ExitStack() as undo:
+        if inplace:
+            pruned = model
+            _swap(tensors, sliced, gradients, undo)
+        else:
+            pruned = copied(model, _replacements(tensors, sliced, gradients))
+        _set_attributes(plan, pruned, undo)
+        if verify is not None:
+            verify_runs(plan, pruned)
+        if expected is not None:
+            verify_outputs(plan, pruned, expected, example_inputs)
         if optimizer is not None:
-            _rebind(optimizer, state, tensors, tensors_of(pruned))
-        return pruned
-    _commit(plan, model, tensors, sliced, new_gradients)
-    if optimizer is not None:
-        _rebind(optimizer, state, tensors, tensors)
-    return model
+            _rebind(optimizer, state, tensors, tensors_of(pruned), undo)
+        undo.pop_all()
+    return pruned
+
+
+def _sliced_tensors(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = [name for name in plan.kept if name in tensors]
+    results = sliced_like([tensors[n] for n in names], [plan.kept[n] for n in names])
+    return dict(zip(names, results, strict=True))
+
+
+def _sliced_gradients(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {
+        name: gradient
+        for name in plan.kept
+        if name in tensors
+        and tensors[name].is_leaf
+        and (gradient := tensors[name].grad) is not None
+    }
+    results = sliced_like(list(found.values()), [plan.kept[n] for n in found])
+    return dict(zip(found, results, strict=True))
 
 
 def sliced_like(tensors: Sequence[Tensor], kept: Sequence[Mapping[int, Tensor]]) -> list[Tensor]:
@@ -116,79 +118,56 @@ def sliced_like(tensors: Sequence[Tensor], kept: Sequence[Mapping[int, Tensor]])
     return results
 
 
-def _copy(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    sliced: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    *,
-    share: bool,
-) -> nn.Module:
-    """A copy in which sliced tensors take the place of the whole ones.
-
-    With ``share`` the unchanged tensors are the model's own: the copy then only serves to verify,
-    and a model too big to copy is never copied.
-    """
-    memo: dict[int, Any] = {id(t): t for t in tensors.values()} if share else {}
+def _replacements(
+    tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    """``id`` of every tensor that changes -> its smaller successor, a parameter like it or not."""
+    found: dict[int, Tensor] = {}
     for name, new in sliced.items():
         old = tensors[name]
         if isinstance(old, nn.Parameter):
-            replacement = copy.copy(old) if type(old) is not nn.Parameter else None
-            parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-            if replacement is not None:
-                parameter.__class__ = type(old)
-            parameter.__dict__.update(copy.deepcopy(old.__dict__, memo))
-            parameter.grad = gradients.get(name)
-            memo[id(old)] = parameter
-        else:
-            memo[id(old)] = new
-    return copy.deepcopy(model, memo)
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new.__class__ = type(old)
+            new.grad = gradients.get(name)
+        carry_over(old, new, {})
+        found[id(old)] = new
+    return found
 
 
-def _commit(
-    plan: PruningPlan,
-    model: nn.Module,
+def _swap(
     tensors: Mapping[str, Tensor],
     sliced: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
+    undo: contextlib.ExitStack,
 ) -> None:
-    """Swap the data of the model's own tensors; on any error put everything back."""
-    undo: list[tuple[Tensor, Tensor, Tensor | None]] = []
-    attributes: list[tuple[Any, str, Any]] = []
-    try:
-        for name, new in sliced.items():
-            tensor = tensors[name]
-            undo.append((tensor, tensor.data, tensor.grad if tensor.is_leaf else None))
-            if tensor.is_leaf:
-                tensor.grad = None
-            tensor.data = new
-            if name in gradients:
-                tensor.grad = gradients[name]
-        attributes = set_attributes(model, plan.attributes)
-        attributes += refresh_widths(model)
-        attach_plan(model, plan)
-    except BaseException:
-        for module, attribute, value in reversed(attributes):
-            setattr(module, attribute, value)
-        for tensor, data, gradient in reversed(undo):
-            if tensor.is_leaf:
-                tensor.grad = None
-            tensor.data = data
-            if gradient is not None:
-                tensor.grad = gradient
-        raise
+    """Give the model's own tensors their new data: parameters stay the objects they are."""
+    for name, new in sliced.items():
+        tensor = tensors[name]
+        undo.callback(_put_data, tensor, tensor.data, tensor.grad if tensor.is_leaf else None)
+        _put_data(tensor, new, gradients.get(name))
 
 
-def refresh_widths(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """Make the descriptive attributes of torch's own layers agree with their tensors."""
-    done: list[tuple[Any, str, Any]] = []
+def _put_data(tensor: Tensor, data: Tensor, gradient: Tensor | None) -> None:
+    if tensor.is_leaf:
+        tensor.grad = None  # a gradient of another shape would be refused
+    tensor.data = data
+    if gradient is not None:
+        tensor.grad = gradient
+
+
+def _set_attributes(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitStack) -> None:
+    """The plan's attribute values, the widths torch's own layers tell, and the plan itself."""
+    for attribute, value in plan.attributes.items():
+        for module, name, old in set_attributes(model, {attribute: value}):
+            undo.callback(setattr, module, name, old)
     for module in model.modules():
-        for name, value in _widths(module).items():
+        for name, width in _widths(module).items():
             old = getattr(module, name, None)
-            if old != value:
-                done.append((module, name, old))
-                setattr(module, name, value)
-    return done
+            if old != width:
+                undo.callback(setattr, module, name, old)
+                setattr(module, name, width)
+    undo.callback(attach_plan, model, plan_of(model))
+    attach_plan(model, plan)
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:
@@ -261,10 +240,16 @@ def _rebind(
     state: Mapping[str, dict[str, Any]],
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
+    undo: contextlib.ExitStack,
 ) -> None:
+    """Let the optimizer hold the new parameters, with the state that belongs to them."""
     replacement = {id(old[name]): new[name] for name in old if name in new}
     for group in optimizer.param_groups:
+        undo.callback(group.update, params=group["params"])
         group["params"] = [replacement.get(id(p), p) for p in group["params"]]
+    before = dict(optimizer.state)
+    undo.callback(optimizer.state.update, before)
+    undo.callback(optimizer.state.clear)
     for name, tensor in old.items():
         values = optimizer.state.pop(tensor, None)
         if values is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from chanprune_ext.analysis.calls import run_model, steady_calls, tensors_in
 from chanprune_ext.analysis.trace import call_substituted, substitute, tensors_of
+from chanprune_ext.copying import copied
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
 
 if TYPE_CHECKING:
@@ -17,7 +21,14 @@ if TYPE_CHECKING:
 
     from chanprune_ext.plan import PruningPlan
 
-__all__ = ["input_shapes", "max_relative_error", "verify_pruned", "zeroed_copy"]
+__all__ = [
+    "input_shapes",
+    "max_relative_error",
+    "verify_outputs",
+    "verify_runs",
+    "zeroed_copy",
+    "zeroed_outputs",
+]
 
 TOLERANCE = 1e-9
 
@@ -46,59 +57,71 @@ def _meta_inputs(spec: Any) -> Any:
 def zeroed_copy(model: nn.Module, pruned: Mapping[str, Mapping[int, Tensor]]) -> nn.Module:
     """A float64 copy of ``model`` with the removed slices of its parameters set to zero.
 
-    Buffers keep their values: a variance of zero would add a division the network never made.
+    Buffers keep their values: a variance of zero would add a division the network never made. For
+    the same reason weight norm's directions keep theirs where its magnitudes are zeroed.
     """
-    reference = copy.deepcopy(model).double()
+    reference = copied(model).double()
     parameters = dict(reference.named_parameters())
+    directions = _weight_norm_directions(reference)
     with torch.no_grad():
         for entry, dims in pruned.items():
             if entry in parameters:
                 for dim, index in dims.items():
-                    parameters[entry].index_fill_(dim, index.to(parameters[entry].device), 0)
+                    if (entry, dim) not in directions:
+                        parameters[entry].index_fill_(dim, index.to(parameters[entry].device), 0)
     return reference
 
 
+def _weight_norm_directions(model: nn.Module) -> set[tuple[str, int]]:
+    """Parameters that weight norm divides by their own norm at each index of the given dim."""
+    found: set[tuple[str, int]] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, ParametrizationList) and isinstance(module[0], _WeightNorm):
+            found.add((f"{path}.original1", module[0].dim))
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - torch has no public list
+            if isinstance(hook, WeightNorm):
+                found.add((f"{path}.{hook.name}_v".lstrip("."), hook.dim))
+    return found
+
+
 def max_relative_error(actual: Any, expected: Any) -> float:
-    """Largest absolute difference over the largest absolute value, over all output tensors."""
+    """Largest absolute difference over the largest absolute value, over all output tensors.
+
+    Infinite where shapes differ or a value is not finite.
+    """
     worst = 0.0
     for a, b in zip(tensors_in(actual), tensors_in(expected), strict=True):
         if a.shape != b.shape:
             return float("inf")
         if b.numel() and b.is_floating_point():
-            scale = max(float(b.abs().max()), 1e-30)
-            worst = max(worst, float((a - b).abs().max()) / scale)
+            error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+            worst = max(worst, error) if math.isfinite(error) else float("inf")
     return worst
 
 
-def verify_pruned(
-    plan: PruningPlan,
-    model: nn.Module,
-    pruned: nn.Module,
-    *,
-    numeric: bool,
-    inputs: Any = None,
-) -> None:
-    """Check a pruned model before anyone sees it.
+def verify_runs(plan: PruningPlan, pruned: nn.Module) -> None:
+    """Run a pruned model on meta tensors, where the model can run on such.
 
     Raises:
-        VerificationError: It does not run, or differs from the zeroed original.
-        InvalidArgumentError: Numeric verification without inputs, or of a plan that removes
-            channels a layer normalises over.
+        VerificationError: Its forward raises.
     """
-    if plan.options.get("substrate") == "meta":
-        with steady_calls(pruned), torch.device("meta"):
-            tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
-            try:
-                call_substituted(pruned, tensors, _meta_inputs(plan.inputs))
-            except Exception as error:
-                raise VerificationError(f"the pruned model does not run: {error}") from error
-    if not numeric:
+    if plan.options.get("substrate") != "meta":
         return
-    inputs = plan.example_inputs if inputs is None else inputs
-    if inputs is None:
-        raise InvalidArgumentError(
-            "verify='numeric' needs example_inputs: a plan read from a file has only their shapes"
-        )
+    with steady_calls(pruned), torch.device("meta"):
+        tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
+        try:
+            call_substituted(pruned, tensors, _meta_inputs(plan.inputs))
+        except Exception as error:
+            raise VerificationError(f"the pruned model does not run: {error}") from error
+
+
+def zeroed_outputs(plan: PruningPlan, model: nn.Module, inputs: Any = None) -> Any:
+    """What ``model`` returns in float64 with the channels of ``plan`` zeroed.
+
+    Raises:
+        InvalidArgumentError: There are no inputs, or the plan removes channels that a layer
+            normalises over.
+    """
     flagged = [g.name for g in plan.groups if g.normalised and g.width_after < g.width_before]
     if flagged:
         raise InvalidArgumentError(
@@ -106,16 +129,33 @@ def verify_pruned(
             f"channels of {', '.join(flagged[:3])}; keep those groups (ignore=...) or use "
             f"verify='replay'"
         )
-    inputs = substitute(inputs, lambda t: t.double() if t.is_floating_point() else t)
-    reference = zeroed_copy(model, plan.pruned)
-    candidate = copy.deepcopy(pruned).double()
-    with steady_calls(reference):
-        expected = run_model(reference, inputs)
-    with steady_calls(candidate):
-        actual = run_model(candidate, inputs)
+    return _run_in_float64(zeroed_copy(model, plan.pruned), _inputs_of(plan, inputs))
+
+
+def verify_outputs(plan: PruningPlan, pruned: nn.Module, expected: Any, inputs: Any = None) -> None:
+    """Compare a pruned model with what :func:`zeroed_outputs` gave.
+
+    Raises:
+        VerificationError: They differ by more than round-off.
+    """
+    actual = _run_in_float64(copied(pruned).double(), _inputs_of(plan, inputs))
     error = max_relative_error(actual, expected)
-    if not error <= TOLERANCE:
+    if error > TOLERANCE:
         raise VerificationError(
             f"the pruned model differs from the original with zeroed channels: relative error "
             f"{error:.2e} in float64, allowed {TOLERANCE:.0e}. Please report the model."
         )
+
+
+def _inputs_of(plan: PruningPlan, inputs: Any) -> Any:
+    inputs = plan.example_inputs if inputs is None else inputs
+    if inputs is None:
+        raise InvalidArgumentError(
+            "verify='numeric' needs example_inputs: a plan read from a file has only their shapes"
+        )
+    return substitute(inputs, lambda t: t.double().clone() if t.is_floating_point() else t.clone())
+
+
+def _run_in_float64(model: nn.Module, inputs: Any) -> Any:
+    with steady_calls(model):
+        return run_model(model, inputs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from chanprune_ext.copying import copied
 
 if TYPE_CHECKING:
     from chanprune_ext import PruningPlan
@@ -68,7 +69,7 @@ def leaves(value: Any) -> list[Tensor]:
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The outputs of ``model`` in float64 and eval mode, on a copy of it."""
-    model = copy.deepcopy(model).double().eval()
+    model = copied(model).double().eval()
     inputs = doubled(inputs)
     with torch.no_grad():
         if isinstance(inputs, dict):
@@ -81,7 +82,7 @@ def zeroed(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     Written with plain indexing, one index at a time, from ``plan.pruned`` alone.
     """
-    reference = copy.deepcopy(model)
+    reference = copied(model)
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
         for entry, dims in plan.pruned.items():

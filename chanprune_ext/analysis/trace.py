@@ -369,7 +369,8 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
     else:
-        yield lambda t: t.detach()
+        # A copy: a training-mode forward moves the running statistics.
+        yield lambda t: t.detach().clone()
 
 
 def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
