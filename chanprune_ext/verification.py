@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from chanprune_ext.analysis.calls import run_model, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import steady_calls, tensors_in
 from chanprune_ext.analysis.trace import call_substituted, substitute, tensors_of
 from chanprune_ext.copying import copied
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
@@ -158,4 +158,4 @@ def _inputs_of(plan: PruningPlan, inputs: Any) -> Any:
 
 def _run_in_float64(model: nn.Module, inputs: Any) -> Any:
     with steady_calls(model):
-        return run_model(model, inputs)
+        return call_substituted(model, {}, inputs)

@@ -1370,3 +1370,116 @@ class DilatedPoolingUpsampling(nn.Module):
         pooled = F.interpolate(pooled, size=a.shape[2:], mode="bilinear")
         y = self.d(torch.cat([self.b(a), pooled], 1))
         return self.out(F.interpolate(y, scale_factor=2, mode="nearest"))
+
+
+@_toy(
+    expects="frozen",
+    kept_whole=("a.0.weight",),
+    reason="used in a computation",
+    min_removed=0.1,
+)
+class DividedByWidth(nn.Module):
+    """A mean written as a sum over the width: dividing by fewer would change what stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.b = _block(16, 24)
+        self.head = _Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.head(self.b(a - a.sum(1, keepdim=True) / a.shape[1]))
+
+
+@_toy(
+    expects="frozen",
+    kept_whole=("a.0.weight",),
+    reason="used in a computation",
+    min_removed=0.1,
+)
+class ScaledByAttribute(nn.Module):
+    """One attribute is a size and a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+        self.a = _block(3, 16)
+        self.b = _block(16, 24)
+        self.head = _Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        a = a.view(a.shape[0], self.width, -1) / self.width
+        return self.head(self.b(a.view(a.shape[0], self.width, *x.shape[2:])))
+
+
+@_toy(
+    expects="frozen",
+    kept_whole=("a.0.weight",),
+    reason="",
+    min_removed=0.1,
+)
+class ScaledByRoot(nn.Module):
+    """A float computed from a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.b = _block(16, 24)
+        self.head = _Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.head(self.b(a * a.shape[1] ** -0.5))
+
+
+@_toy()
+class ComparedSizes(nn.Module):
+    """A check of a width against an attribute, which must follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+        self.a = _block(3, 16)
+        self.b = _block(16, 12)
+        self.head = _Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        if a.shape[1] != self.width:
+            raise ValueError("wrong width")
+        return self.head(self.b(a))
+
+
+@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="must stay equal", min_removed=0.1)
+class BranchOnLiteral(nn.Module):
+    """A path that is only taken at one width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.b = _block(16, 24)
+        self.head = _Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.head(self.b(a * 2 if a.size(1) == 16 else a))
+
+
+@_toy()
+class StoresOnItself(nn.Module):
+    """A forward that counts its runs and caches a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+        self.cache = None
+        self.a = _block(3, 16)
+        self.b = _block(16, 12)
+        self.head = _Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        self.cache = self.a(x)
+        return self.head(self.b(self.cache))

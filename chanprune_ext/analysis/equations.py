@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op
+from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op, leaves
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Analysis, Sizes
@@ -20,11 +20,7 @@ def _key(attribute: Attribute) -> _Key:
 
 def attributes_in(expr: Expr) -> list[Attribute]:
     """The attributes an expression reads."""
-    if isinstance(expr, Attribute):
-        return [expr]
-    if isinstance(expr, Op):
-        return attributes_in(expr.left) + attributes_in(expr.right)
-    return []
+    return [leaf for leaf in leaves(expr) if isinstance(leaf, Attribute)]
 
 
 def evaluate(expr: Expr, sizes: Sizes, values: dict[_Key, int]) -> int:
@@ -85,7 +81,8 @@ def solve_attributes(
     """
     values: dict[_Key, int] = {}
     attributes: dict[_Key, Attribute] = {}
-    pending = list(analysis.trace.equations)
+    # Where an attribute is also the size of something that cannot change, that binds it first.
+    pending = sorted(analysis.trace.equations, key=lambda equation: len(equation.slots) > 0)
     for equation in pending:
         if isinstance(equation.expr, Attribute):
             values.setdefault(_key(equation.expr), sizes.of(equation.slots))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from torch import nn
@@ -27,6 +27,7 @@ __all__ = [
     "Op",
     "TracedInt",
     "expression",
+    "leaves",
     "traced_attributes",
 ]
 
@@ -94,6 +95,10 @@ class Equation:
     reason: int
 
 
+# Called with both sides when code finds two sizes equal: what follows was written for that case.
+_NOTICES: list[Callable[[Expr, Expr], None]] = []
+
+
 class TracedInt(int):
     """An int with the expression it was computed by."""
 
@@ -116,6 +121,18 @@ class TracedInt(int):
     def __pos__(self) -> int:
         return self
 
+    def __eq__(self, other: object) -> bool:
+        equal = int(self) == other
+        if equal and isinstance(other, int):
+            for notice in _NOTICES:
+                notice(self.expr, expression(other))
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
     def __neg__(self) -> int:
         return TracedInt(-int(self), Op("*", self.expr, Const(-1)))
 
@@ -123,6 +140,13 @@ class TracedInt(int):
 def expression(value: int) -> Expr:
     """The expression of a number: its own if it is traced, else a constant."""
     return value.expr if isinstance(value, TracedInt) else Const(int(value))
+
+
+def leaves(expr: Expr) -> list[Expr]:
+    """The numbers, sizes and attributes an expression is made of."""
+    if isinstance(expr, Op):
+        return leaves(expr.left) + leaves(expr.right)
+    return [expr]
 
 
 def _arithmetic(symbol: str, method: str) -> None:
@@ -164,9 +188,17 @@ def _traced(value: Any, module: str, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def traced_attributes(model: nn.Module) -> Iterator[None]:
-    """Replace the ints stored on all modules by traced ones, and put them back on exit."""
+def traced_attributes(
+    model: nn.Module, found_equal: Callable[[Expr, Expr], None]
+) -> Iterator[None]:
+    """Replace the ints stored on all modules by traced ones, and put them back on exit.
+
+    Args:
+        model: The model about to run.
+        found_equal: Called with the two expressions whenever ``==`` holds for a traced int.
+    """
     replaced: list[tuple[nn.Module, str, Any, Any]] = []
+    _NOTICES.append(found_equal)
     try:
         for path, module in model.named_modules():
             for name, value in list(module.__dict__.items()):
@@ -178,6 +210,7 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
                     replaced.append((module, name, value, traced))
         yield
     finally:
+        _NOTICES.remove(found_equal)
         for module, name, value, traced in reversed(replaced):
             now = module.__dict__.get(name)
             if now is traced:

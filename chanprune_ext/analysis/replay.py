@@ -16,6 +16,7 @@ from chanprune_ext.analysis.calls import (
     steady_calls,
     tensors_in,
 )
+from chanprune_ext.analysis.sizes import numbers_in
 from chanprune_ext.analysis.trace import (
     Event,
     call_substituted,
@@ -94,10 +95,10 @@ class _ReplayMode(CallMode):
                 f"the pruned model takes another path: {where}, before {expected.name} in "
                 f"'{expected.module}'"
             )
-        floats = tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float))
-        if floats != expected.floats:
+        numbers = numbers_in(name, args, kwargs)
+        if numbers != expected.numbers:
             raise self.diverged(
-                f"a constant computed from a size has changed from {expected.floats} to {floats}: "
+                f"a number computed from a size has changed from {expected.numbers} to {numbers}: "
                 f"{where}"
             )
         results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)

@@ -12,15 +12,26 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
-from chanprune_ext.analysis.provenance import Dim, Expr, Op, TracedInt
+from chanprune_ext.analysis.provenance import Dim, TracedInt
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.trace import Tracer
 
-__all__ = ["record_equations"]
+__all__ = ["numbers_in", "record_equations"]
 
 Handler = Callable[["Tracer", tuple[Any, ...], dict[str, Any], Any], None]
 _HANDLERS: dict[str, Handler] = {}
+
+# Calls that compute with a number they are given, by name without underscores at the ends.
+ARITHMETIC = frozenset(
+    (
+        *("add", "sub", "rsub", "mul", "div", "true_divide", "divide", "floor_divide"),
+        *("remainder", "fmod", "pow", "float_power", "lerp", "addcmul", "addcdiv"),
+        *("clamp", "clamp_min", "clamp_max", "eq", "ne", "lt", "le", "gt", "ge"),
+        *("full", "full_like", "new_full", "fill", "masked_fill"),
+        *("tensor", "new_tensor", "as_tensor", "scalar_tensor"),
+    )
+)
 
 
 def record_equations(
@@ -30,6 +41,19 @@ def record_equations(
     handler = _HANDLERS.get(name)
     if handler is not None:
         handler(tracer, args, kwargs, output)
+    if name.strip("_") in ARITHMETIC:
+        values = args[{"full": 1, "new_full": 2}.get(name, 0) :]
+        _keep_values(tracer, [*values, *(v for k, v in kwargs.items() if k != "size")])
+
+
+def numbers_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
+    """Numbers that a call computes with, as opposed to sizes."""
+    kinds = (float, int) if name.strip("_") in ARITHMETIC else float
+    return tuple(
+        float(a)
+        for a in (*args, *kwargs.values())
+        if isinstance(a, kinds) and not isinstance(a, bool)
+    )
 
 
 def _on(*names: str) -> Callable[[Handler], Handler]:
@@ -105,15 +129,16 @@ def _positions(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     """Numbered positions: the count they are made for must stay."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, TracedInt):
-            _freeze_expression(tracer, value.expr)
+            tracer.keep_value(value, "positions are numbered along these channels")
 
 
-def _freeze_expression(tracer: Tracer, expr: Expr) -> None:
-    if isinstance(expr, Dim):
-        tracer.freeze(expr.slots, "positions are numbered along these channels")
-    elif isinstance(expr, Op):
-        _freeze_expression(tracer, expr.left)
-        _freeze_expression(tracer, expr.right)
+def _keep_values(tracer: Tracer, args: Sequence[Any]) -> None:
+    """A size that is computed with changes what the network computes: it must stay."""
+    for value in args:
+        if isinstance(value, (tuple, list)):
+            _keep_values(tracer, value)
+        elif isinstance(value, TracedInt):
+            tracer.keep_value(value, "their number is used in a computation")
 
 
 @_on("__getitem__", "__setitem__")

@@ -29,10 +29,14 @@ from chanprune_ext.analysis.calls import (
 )
 from chanprune_ext.analysis.labels import LabelStore
 from chanprune_ext.analysis.provenance import (
+    Attribute,
     Dim,
     Equation,
+    Expr,
+    Op,
     TracedInt,
     expression,
+    leaves,
     plain,
     traced_attributes,
 )
@@ -77,7 +81,7 @@ class TracedCall:
     name: str
     module: str
     source: str
-    floats: tuple[float, ...]
+    numbers: tuple[float, ...]
     outputs: tuple[tuple[Slots, ...], ...]
 
 
@@ -229,10 +233,35 @@ class Tracer:
 
     def equate(self, size: Any, slots: Slots, detail: str = "") -> None:
         """Require that the size argument ``size`` equals the surviving size of ``slots``."""
-        if len(slots) and not isinstance(size, bool) and isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, int):
+            return
+        # A plain number for a dimension nobody may shorten says nothing; a traced one must stay.
+        if len(slots) or isinstance(size, TracedInt):
             self.equations.append(
                 Equation(expression(size), slots, self.reason(detail or f"size {int(size)}"))
             )
+
+    def keep_value(self, number: TracedInt, detail: str) -> None:
+        """Require that ``number``, and all it is made of, does not change."""
+        for leaf in leaves(number.expr):
+            if isinstance(leaf, Dim):
+                self.freeze(leaf.slots, detail)
+            elif isinstance(leaf, Attribute) and leaf.value >= 0:
+                reason = self.reason(detail)
+                self.equations.append(Equation(leaf, anonymous(leaf.value), reason))
+
+    def found_equal(self, left: Expr, right: Expr) -> None:
+        """The forward compared two sizes and found them equal: they must stay so."""
+        if not any(isinstance(leaf, Dim) for leaf in (*leaves(left), *leaves(right))):
+            return
+        if isinstance(left, Dim):
+            left, right = right, left
+        self.enter_call()
+        reason = self.reason("two sizes must stay equal")
+        if isinstance(right, Dim):
+            self.equations.append(Equation(left, right.slots, reason))
+        else:
+            self.equations.append(Equation(Op("-", left, right), anonymous(0), reason))
 
     def argument(self, position: int, name: str) -> Any:
         """An argument of the Python-level call that is running, as the caller wrote it."""
@@ -304,7 +333,7 @@ class _ProvenanceMode(CallMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         from chanprune_ext.analysis.calls import call_name, is_query
-        from chanprune_ext.analysis.sizes import record_equations
+        from chanprune_ext.analysis.sizes import numbers_in, record_equations
 
         kwargs = kwargs or {}
         name = call_name(func)
@@ -324,7 +353,7 @@ class _ProvenanceMode(CallMode):
                 name,
                 tracer.path.current,
                 "",
-                tuple(a for a in (*args, *kwargs.values()) if isinstance(a, float)),
+                numbers_in(name, args, kwargs),
                 tuple(tracer.dims(t) for t in results),
             )
         )
@@ -374,11 +403,20 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
 
 
 def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
-    """Run ``model`` with other tensors in place of its parameters and buffers."""
-    if isinstance(inputs, Mapping):
-        return functional_call(model, dict(tensors), (), dict(inputs))
-    positional = inputs if isinstance(inputs, tuple) else (inputs,)
-    return functional_call(model, dict(tensors), positional)
+    """Run ``model`` with other tensors in place of its parameters and buffers.
+
+    What the forward stores on its modules (a cache, a counter, the result of a hook) is forgotten.
+    """
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        if isinstance(inputs, Mapping):
+            return functional_call(model, dict(tensors), (), dict(inputs))
+        positional = inputs if isinstance(inputs, tuple) else (inputs,)
+        return functional_call(model, dict(tensors), positional)
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
 
 
 def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
@@ -420,7 +458,7 @@ def _watch(
     """One forward under all three layers; its outputs must keep their shape."""
     mode = _ProvenanceMode(tracer)
     try:
-        with traced_attributes(model), _RuleMode(tracer), mode:
+        with traced_attributes(model, tracer.found_equal), _RuleMode(tracer), mode:
             output = call_substituted(model, stand_ins, inputs)
     except Exception as error:
         if hasattr(error, "add_note"):
