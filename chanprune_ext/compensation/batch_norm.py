@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..analysis.calls import run_model, steady_calls
-from .ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from .ledger import Ledger
 
 __all__ = ["measured_batch_norms", "reestimate"]
 
@@ -39,11 +42,11 @@ def reestimate(model: nn.Module, batches: Sequence[Any], ledger: Ledger) -> None
     settings = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     with steady_calls(model):
         try:
-            for norm in norms:
+            for norm, _, counter in settings:
                 ledger.remember(norm.running_mean, norm.running_var)
                 norm.momentum = None
                 # A counter of its own: the user's also counts for later training.
-                norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+                norm.num_batches_tracked = None if counter is None else counter.clone()
                 norm.reset_running_stats()
                 norm.training = True
             for batch in batches:

@@ -1,4 +1,4 @@
-"""Calibration inputs: read once, labels dropped, split into a part to fit on and one to judge by."""
+"""Calibration inputs: read once, labels dropped, a part held back to judge by."""
 
 from __future__ import annotations
 
@@ -183,15 +183,17 @@ def split_batches(items: list[Any], *, held_back: float, batch_size: int) -> Cal
 
     def part(samples: list[int]) -> tuple[Any, ...]:
         index = torch.tensor(samples, dtype=torch.long)
-        return tuple(
-            _map(whole, lambda t, piece=piece: t.index_select(0, piece.to(t.device)))
-            for piece in index.tensor_split(-(-len(samples) // batch_size))
-        )
+        pieces = index.tensor_split(-(-len(samples) // batch_size))
+        return tuple(_selected(whole, piece) for piece in pieces)
 
     judged = sorted(chosen)
     return Calibration(
         part([i for i in range(total) if i not in chosen]), part(judged) if judged else ()
     )
+
+
+def _selected(inputs: Any, samples: Tensor) -> Any:
+    return _map(inputs, lambda t: t.index_select(0, samples.to(t.device)))
 
 
 def _spread(total: int, share: float) -> set[int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,8 @@ __all__ = ["compensate"]
 
 _log = logging.getLogger(__name__)
 _METHODS = ("least_squares", "batch_norm")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 _SURVEYED = 2  # samples that tell how the calls are made
 _ROUND_OFF = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -60,10 +61,10 @@ def compensate(
     compensated; the value matched is the one after batch norm and after the residual sum. Needs no
     labels and no gradients, and a few hundred inputs.
 
-    ``W <- (C + l W0) (G + l I)^-1`` with ``G = E[x x^T]``, ``C = E[t x^T]`` over the unfolded inputs
-    ``x`` (He, Zhang, Sun: Channel pruning for accelerating very deep neural networks, ICCV 2017,
-    extended by a ridge towards the weights ``W0`` before the fit). Where a ReLU follows, values
-    below zero need only stay below zero; a few majorise-minimise steps make use of it.
+    ``W <- (C + l W0) (G + l I)^-1`` with ``G = E[x x^T]``, ``C = E[t x^T]`` over the unfolded
+    inputs ``x`` (He, Zhang, Sun: Channel pruning for accelerating very deep neural networks, ICCV
+    2017, extended by a ridge towards the weights ``W0`` before the fit). Where a ReLU follows,
+    values below zero need only stay below zero; a few majorise-minimise steps make use of it.
 
     The outputs on held-back samples judge the result: if it is not better than the plain pruned
     network and than re-estimated batch-norm statistics alone, the best of the three is kept, and

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .ledger import Ledger
-from .lockstep import Lockstep, Observation
 from .moments import Moments
 from .report import LayerReport
 from .solve import Solution, Solver, quadratic_loss
-from .targets import Layer, Target
+from .targets import DEAD_SCALE
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+    from .lockstep import Lockstep, Observation
+    from .targets import Layer, Target
 
 __all__ = ["FitOptions", "fit_target", "one_sided_residual", "skipped_report"]
 
-_DEAD_SCALE = 1e-6
-_RIDGE_GROWTH = 10.0
-_MOST_GROWTHS = 4
+RIDGE_GROWTH = 10.0
+MOST_RIDGE_GROWTHS = 4
+SAMPLES_PER_COLUMN = 256
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class _Error:
         if self._bounds is not None:
             a, b = a.clamp(*self._bounds), b.clamp(*self._bounds)
         sums = self._sums[seen.held_back]
-        sums[0] += float((a - b).square().sum(dtype=torch.float64))
-        sums[1] += float(a.square().sum(dtype=torch.float64))
+        sums[0] += float((a - b).square().sum())
+        sums[1] += float(a.square().sum())
 
     @property
     def relative(self) -> float:
@@ -91,138 +95,194 @@ def skipped_report(layer: Layer, target: Target, reason: str) -> LayerReport:
     )
 
 
-class _LayerFit:
+class _Fit:
+    """Fits layers whose outputs are added up into one target, in units of the target."""
+
     def __init__(
-        self, layer: Layer, target: Target, runs: Lockstep, options: FitOptions, ledger: Ledger
+        self,
+        layers: list[Layer],
+        target: Target,
+        runs: Lockstep,
+        options: FitOptions,
+        ledger: Ledger,
     ) -> None:
-        self.layer = layer
+        self.layers = layers
         self.target = target
         self.runs = runs
         self.options = options
         self.ledger = ledger
-        live = layer.scale.abs() >= _DEAD_SCALE
-        self.inverse_scale = torch.where(live, 1 / layer.scale, torch.zeros_like(layer.scale))
+        # A channel that any of the layers cannot move is left alone in all of them.
+        live = torch.stack([layer.scale.abs() >= DEAD_SCALE for layer in layers]).all(0)
+        self.live = live.double()
+        self.inverse_scales = [
+            torch.where(live, 1 / layer.scale, torch.zeros_like(layer.scale)) for layer in layers
+        ]
+        self.intercept_at = next((i for i, x in enumerate(layers) if x.holds_intercept), None)
+        self.every = 1
+
+    def inputs(self, seen: Observation) -> list[Tensor] | None:
+        """Inputs of the layers; None if one has been overwritten."""
+        found = [seen.inputs[layer.call] for layer in self.layers]
+        inputs = [x for x in found if x is not None]
+        return inputs if len(inputs) == len(found) else None
 
     def residual(self, seen: Observation, bounds: tuple[float, float] | None) -> Tensor:
-        """What the layer's own output should change by."""
+        """What the target should change by."""
         residual = one_sided_residual(seen.original, seen.pruned, bounds)
-        return residual * self.layer.along_channels(self.inverse_scale, residual)
+        return residual * self.layers[0].along_channels(self.live, residual)
 
     def moments(self) -> Moments:
-        _, rows, columns = self.layer.shape
+        layer = self.layers[0]
         return Moments(
-            self.layer.geometry, columns, rows, self.layer.weight.device, self.options.piece
+            [layer.geometry for layer in self.layers],
+            sum(layer.shape[2] for layer in self.layers),
+            layer.shape[1],
+            layer.weight.device,
+            self.options.piece,
+            self.every,
         )
 
-    def run(self) -> LayerReport:
+    def run(self) -> list[LayerReport]:
         start = time.perf_counter()
-        layer, target = self.layer, self.target
-        for seen in self.runs.observe(target):
-            first = _Error(None)
-            first.add(seen)
-            if seen.inputs[layer.call] is None:
-                return skipped_report(layer, target, "its input is overwritten before its target")
-            if first.relative <= self.options.round_off:
-                return skipped_report(layer, target, "nothing to repair")
-            break
-
-        fit, judge, before = self.moments(), self.moments(), _Error(target.bounds)
-        for seen in self.runs.observe(target):
+        reason = self.reason_to_skip()
+        if reason is not None:
+            return [skipped_report(layer, self.target, reason) for layer in self.layers]
+        fit, judge, before = self.moments(), self.moments(), _Error(self.target.bounds)
+        for seen in self.runs.observe(self.target):
             before.add(seen)
-            x = seen.inputs[layer.call]
-            assert x is not None
-            (judge if seen.held_back else fit).add(x, self.residual(seen, None))
+            inputs = self.inputs(seen)
+            assert inputs is not None
+            (judge if seen.held_back else fit).add(inputs, self.residual(seen, None))
         solver, change = self.least_squares(fit, judge)
-        if change is None:
-            return skipped_report(layer, target, "no gain on the held-back samples")
-
-        self.ledger.remember(layer.weight, layer.bias, layer.mean)
-        start_weight = layer.weight.detach().clone()
         steps, error = 0, before.relative
-        one_sided = 0 if target.bounds is None else self.options.one_sided_steps
-        for step in range(1 + one_sided):
-            self.apply(change, 1.0)
-            after = _Error(target.bounds)
-            fit.clear_rows()
-            last = step == one_sided
-            for seen in self.runs.observe(target):
-                after.add(seen)
-                x = seen.inputs[layer.call]
-                assert x is not None
-                if not seen.held_back and not last:
-                    fit.add(x, self.residual(seen, target.bounds), gram=False)
-            if not after.relative < error:
-                self.apply(change, -1.0)
-                break
-            steps, error = steps + 1, after.relative
-            if not last:
-                offset = (start_weight - layer.weight).double().view(layer.shape)
-                change = solver.solve(fit, offset)
-        groups, rows, columns = layer.shape
-        return LayerReport(
-            module=layer.module,
-            entry=layer.entry,
-            kind=layer.kind,
-            target=target.module,
-            rows=groups * rows,
-            columns=columns,
-            samples=fit.samples,
-            error_before=before.relative,
-            error_after=error,
-            ridge=solver.ridge,
-            condition=solver.condition,
-            rank=solver.rank,
-            steps=steps,
-            seconds=time.perf_counter() - start,
-            skipped=None if steps else "no gain",
-        )
+        if change is not None:
+            steps, error = self.descend(solver, change, fit, error)
+        seconds = time.perf_counter() - start
+        return [
+            replace(
+                skipped_report(layer, self.target, ""),
+                samples=fit.samples,
+                error_before=before.relative,
+                error_after=error,
+                ridge=solver.ridge,
+                condition=solver.condition,
+                rank=solver.rank,
+                steps=steps,
+                seconds=seconds / len(self.layers),
+                skipped=None if steps else "no gain",
+            )
+            for layer in self.layers
+        ]
+
+    def reason_to_skip(self) -> str | None:
+        """Looks at one batch: why there is nothing to do. Also chooses the thinning."""
+        for seen in self.runs.observe(self.target):
+            if self.inputs(seen) is None:
+                return "its input is overwritten before its target is complete"
+            difference = _Error(None)
+            difference.add(seen)
+            if difference.relative <= self.options.round_off:
+                return "nothing to repair"
+            self.every = self.thinning(seen.pruned)
+            break
+        return None
+
+    def thinning(self, value: Tensor) -> int:
+        """Neighbouring positions see nearly the same: where there are plenty, some will do."""
+        axes = self.layers[0].geometry.axes
+        if not axes:
+            return 1
+        samples = value.numel() // self.layers[0].weight.shape[0] * self.runs.fit_batches
+        enough = SAMPLES_PER_COLUMN * sum(layer.shape[2] for layer in self.layers)
+        return max(1, int((samples / enough) ** (1 / axes)))
 
     def least_squares(self, fit: Moments, judge: Moments) -> tuple[Solver, Solution | None]:
-        """The fit, with the ridge raised as long as the held-back samples gain by it."""
-        weights = self.layer.scale.square().view(fit.row_energy.shape)
-        ridge = self.options.ridge
-        solver = Solver(fit, ridge, intercept=self.layer.holds_intercept)
+        """The fit, with the ridge raised as long as the held-back samples gain by it.
+
+        The change is None if the held-back samples are better off without any.
+        """
+        holds_intercept = self.intercept_at is not None
+        solver = Solver(fit, self.options.ridge, intercept=holds_intercept)
         change = solver.solve(fit)
         if not judge.samples:
             return solver, change
-        none = float((weights * judge.row_energy).sum()) / judge.samples
-        loss = float((weights * quadratic_loss(judge, change)).sum())
-        for _ in range(_MOST_GROWTHS):
-            stiffer = Solver(
-                fit, solver.ridge * _RIDGE_GROWTH, intercept=self.layer.holds_intercept
-            )
+        loss = float(quadratic_loss(judge, change).sum())
+        for _ in range(MOST_RIDGE_GROWTHS):
+            stiffer = Solver(fit, solver.ridge * RIDGE_GROWTH, intercept=holds_intercept)
             candidate = stiffer.solve(fit)
-            candidate_loss = float((weights * quadratic_loss(judge, candidate)).sum())
+            candidate_loss = float(quadratic_loss(judge, candidate).sum())
             if not candidate_loss < loss:
                 break
             solver, change, loss = stiffer, candidate, candidate_loss
-        return solver, change if loss < none else None
+        unchanged = float(judge.row_energy.sum()) / judge.samples
+        return solver, change if loss < unchanged else None
+
+    def descend(
+        self, solver: Solver, change: Solution, fit: Moments, error: float
+    ) -> tuple[int, float]:
+        """Applies the least-squares change, then one-sided ones as long as the error shrinks."""
+        for layer in self.layers:
+            self.ledger.remember(layer.weight, layer.bias, layer.mean)
+        start = self.weights()
+        one_sided = 0 if self.target.bounds is None else self.options.one_sided_steps
+        for step in range(1 + one_sided):
+            self.apply(change, 1.0)
+            after = _Error(self.target.bounds)
+            fit.clear_rows()
+            for seen in self.runs.observe(self.target):
+                after.add(seen)
+                if not seen.held_back and step < one_sided:
+                    inputs = self.inputs(seen)
+                    assert inputs is not None
+                    fit.add(inputs, self.residual(seen, self.target.bounds), gram=False)
+            if not after.relative < error:
+                self.apply(change, -1.0)
+                return step, error
+            error = after.relative
+            if step < one_sided:
+                change = solver.solve(fit, start - self.weights())
+        return 1 + one_sided, error
+
+    def weights(self) -> Tensor:
+        """All weights in units of the target, ``[groups, rows, unknowns]``."""
+        return torch.cat(
+            [
+                layer.weight.detach().double().view(layer.shape)
+                * layer.scale.view(*layer.shape[:2], 1)
+                for layer in self.layers
+            ],
+            -1,
+        )
 
     def apply(self, change: Solution, sign: float) -> None:
-        """Adds a change to the layer, and to the values of the paused forwards."""
-        layer = self.layer
-        delta = sign * change.weight.reshape(layer.weight.shape)
-        constant = None if change.intercept is None else sign * change.intercept.flatten()
-        with torch.no_grad():
-            layer.weight.copy_(layer.weight.double() + delta)
-            if constant is not None and layer.bias is not None:
-                layer.bias.copy_(layer.bias.double() + constant)
-            elif constant is not None and layer.mean is not None:
-                layer.mean.copy_(layer.mean.double() - layer.mean_sign * constant)
+        """Adds a change to the layers, and to the values of the paused forwards."""
+        first = 0
+        for i, (layer, inverse) in enumerate(zip(self.layers, self.inverse_scales, strict=True)):
+            part = change.weight[..., first : first + layer.shape[2]]
+            first += layer.shape[2]
+            delta = (sign * part * inverse.view(*layer.shape[:2], 1)).reshape(layer.weight.shape)
+            constant = None
+            if change.intercept is not None and i == self.intercept_at:
+                constant = sign * change.intercept.flatten() * inverse
+            layer.change(delta, constant)
 
-        def at_target(x: Tensor) -> Tensor:
-            y = layer.geometry.apply(
-                x, delta.to(x.dtype), None if constant is None else constant.to(x.dtype)
-            )
-            return y * layer.along_channels(layer.scale, y)
+            def at_target(
+                x: Tensor,
+                layer: Layer = layer,
+                delta: Tensor = delta,
+                constant: Tensor | None = constant,
+            ) -> Tensor:
+                shift = None if constant is None else constant.to(x.dtype)
+                y = layer.geometry.apply(x, delta.to(x.dtype), shift)
+                return y * layer.along_channels(layer.scale, y)
 
-        self.runs.carry(self.target, layer, at_target)
+            self.runs.carry(self.target, layer, at_target)
 
 
 def fit_target(
     target: Target, runs: Lockstep, options: FitOptions, ledger: Ledger
 ) -> list[LayerReport]:
-    """Fits the layers of a target one after the other.
+    """Fits the layers of a target: together where they have no groups, else one by one.
 
     Args:
         target: The value to match.
@@ -230,6 +290,10 @@ def fit_target(
         options: How to fit.
         ledger: Notes what is changed.
     """
-    reports = [_LayerFit(layer, target, runs, options, ledger).run() for layer in target.layers]
+    together = all(layer.geometry.groups == 1 for layer in target.layers)
+    bundles = [target.layers] if together else [[layer] for layer in target.layers]
+    reports = [
+        report for bundle in bundles for report in _Fit(bundle, target, runs, options, ledger).run()
+    ]
     runs.leave(target)
     return reports

@@ -1,22 +1,26 @@
-"""Convolutions and linear layers as what they are to least squares: ``rows = weights @ columns``."""
+"""Convolutions and linear layers as least squares sees them: ``rows = weights @ columns``."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CONVOLUTIONS", "LinearMap", "bound_arguments", "linear_map"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["CONVOLUTIONS", "LinearMap", "bound_arguments", "linear_map", "unfolded"]
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LINEAR_ARGUMENTS = ("input", "weight", "bias")
+_ALL = (slice(None), slice(None))  # images and channels
 
 
 def bound_arguments(
@@ -55,68 +59,47 @@ class LinearMap:
         """The axis of the output channels in an output of ``ndim`` axes."""
         return ndim - 1 - self.axes
 
-    def _batched(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if self.axes and x.ndim == self.axes + 1 else x
-
-    def chunks(self, x: Tensor, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cuts input and output into pieces along the samples.
+    def columns(self, x: Tensor, starts: Sequence[int], every: int) -> Tensor:
+        """What the weights multiply, ``[groups, channels per group * taps, samples]``.
 
         Args:
-            x: Input of the call.
-            rows: A tensor of the output's shape.
-            size: Most elements that the columns of one piece should have; at least one image
-                (for a linear layer: one vector) is taken.
-
-        Yields:
-            Input and output of one piece, ``[n, channels, *axes]`` (linear: ``[n, features]``).
-        """
-        if not self.axes:
-            x, rows = x.reshape(-1, x.shape[-1]), rows.reshape(-1, rows.shape[-1])
-            per_sample = x.shape[1]
-        else:
-            x, rows = self._batched(x), self._batched(rows)
-            per_sample = x.shape[1] * math.prod(self.kernel) * math.prod(rows.shape[2:])
-        step = max(1, size // max(1, per_sample))
-        for start in range(0, x.shape[0], step):
-            yield x[start : start + step], rows[start : start + step]
-
-    def columns(self, x: Tensor) -> Tensor:
-        """What the weights multiply: ``[groups, channels per group * taps, samples]``.
-
-        Args:
-            x: A piece of the input, as :meth:`chunks` yields it.
+            x: Inputs ``[n, channels, *axes]``; of a linear layer ``[n, features]``.
+            starts: First output position along each axis.
+            every: Take every n-th output position from there on.
         """
         if not self.axes:
             return x.t().unsqueeze(0)
         margins = [edge for pair in reversed(self.padding) for edge in pair]
         # Channels first: every tap is then one strided copy into a contiguous slab.
         source = (F.pad(x, margins) if any(margins) else x).transpose(0, 1)
-        extents = [
-            (source.shape[2 + a] - self.dilation[a] * (self.kernel[a] - 1) - 1) // self.stride[a]
-            + 1
-            for a in range(self.axes)
-        ]
         channels, images = source.shape[:2]
+        firsts, steps, extents = [], [], []
+        for axis in range(self.axes):
+            reach = self.dilation[axis] * (self.kernel[axis] - 1)
+            outputs = (source.shape[2 + axis] - reach - 1) // self.stride[axis] + 1
+            firsts.append(starts[axis] * self.stride[axis])
+            steps.append(every * self.stride[axis])
+            extents.append(len(range(starts[axis], outputs, every)))
         slab = x.new_empty((channels, *self.kernel, images, *extents))
         for tap in itertools.product(*(range(k) for k in self.kernel)):
-            window = tuple(
-                slice(
-                    tap[a] * self.dilation[a],
-                    tap[a] * self.dilation[a] + self.stride[a] * (extents[a] - 1) + 1,
-                    self.stride[a],
-                )
-                for a in range(self.axes)
+            begins = [f + t * d for f, t, d in zip(firsts, tap, self.dilation, strict=True)]
+            window = _ALL + tuple(
+                slice(begin, begin + step * (extent - 1) + 1, step)
+                for begin, step, extent in zip(begins, steps, extents, strict=True)
             )
-            slab[(slice(None), *tap)] = source[(slice(None), slice(None), *window)]
+            target = slab[:, tap[0]]
+            for position in tap[1:]:
+                target = target[:, position]
+            target.copy_(source[window])
         per_group = channels // self.groups * math.prod(self.kernel)
         return slab.view(self.groups, per_group, images * math.prod(extents))
 
-    def rows(self, y: Tensor) -> Tensor:
-        """A piece of the output (see :meth:`chunks`) as ``[groups, rows per group, samples]``."""
+    def rows(self, y: Tensor, starts: Sequence[int], every: int) -> Tensor:
+        """An output at the same positions, ``[groups, rows per group, samples]``."""
         if not self.axes:
             return y.t().unsqueeze(0)
-        channels = y.shape[1]
-        return y.transpose(0, 1).reshape(self.groups, channels // self.groups, -1)
+        taken = y[_ALL + tuple(slice(start, None, every) for start in starts)]
+        return taken.transpose(0, 1).reshape(self.groups, y.shape[1] // self.groups, -1)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the call with other weights."""
@@ -128,6 +111,52 @@ class LinearMap:
             padded, weight, bias, self.stride, 0, self.dilation, self.groups
         )
         return y
+
+
+def unfolded(
+    maps: Sequence[LinearMap],
+    inputs: Sequence[Tensor],
+    output: Tensor,
+    *,
+    size: int,
+    every: int,
+    turn: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unfolds the inputs of layers whose outputs are added up, piece by piece.
+
+    Args:
+        maps: The layers; several only if none has groups.
+        inputs: Their inputs.
+        output: A tensor of their outputs' shape.
+        size: Most elements that the columns of one piece should have; at least one image (for
+            linear layers: one vector) is taken.
+        every: Take every n-th position along each spatial axis only. Where to start changes from
+            piece to piece, so that all positions have their turn.
+        turn: Number of pieces that came before.
+
+    Yields:
+        Columns ``[groups, unknowns, samples]``, those of the layers one below the other, and the
+        output as rows ``[groups, rows per group, samples]``.
+    """
+    axes = maps[0].axes
+    if not axes:
+        inputs = [x.reshape(-1, x.shape[-1]) for x in inputs]
+        output = output.reshape(-1, output.shape[-1])
+    elif output.ndim == axes + 1:
+        inputs, output = [x.unsqueeze(0) for x in inputs], output.unsqueeze(0)
+    extents = output.shape[2:]
+    positions = math.prod(-(-extent // every) for extent in extents)
+    unknowns = sum(x.shape[1] * math.prod(m.kernel) for m, x in zip(maps, inputs, strict=True))
+    step = max(1, size // max(1, unknowns * positions))
+    for first in range(0, output.shape[0], step):
+        piece = slice(first, first + step)
+        starts = [min(turn // every**axis % every, e - 1) for axis, e in enumerate(extents)]
+        columns = [m.columns(x[piece], starts, every) for m, x in zip(maps, inputs, strict=True)]
+        yield (
+            columns[0] if len(columns) == 1 else torch.cat(columns, 1),
+            maps[0].rows(output[piece], starts, every),
+        )
+        turn += 1
 
 
 def linear_map(

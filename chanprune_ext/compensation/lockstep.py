@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from .paused_runs import PausedRun
-from .targets import Layer, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .targets import Layer, Target
 
 __all__ = ["Lockstep", "Observation"]
 
@@ -42,6 +45,9 @@ class Lockstep:
 
     Both networks must be in eval mode. Use as a context manager.
 
+    Attributes:
+        fit_batches: Number of batches that take part in the fit.
+
     Args:
         original: Network before pruning.
         pruned: Network after pruning; its weights may change while a pair is paused.
@@ -64,6 +70,7 @@ class Lockstep:
     ) -> None:
         self._original = original
         self._pruned = pruned
+        self.fit_batches = len(fit)
         self._batches = [(x, False) for x in fit] + [(x, True) for x in held_back]
         self._targets = targets
         self._resident_from = resident_from

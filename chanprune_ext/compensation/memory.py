@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InvalidArgumentError
-from .survey import Survey
-from .targets import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .survey import Survey
+    from .targets import Target
 
 __all__ = ["MemoryPlan", "plan_memory"]
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis.calls import CallMode, run_model
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
 
 __all__ = ["PausedRun"]
 
@@ -28,11 +30,11 @@ class _PausingMode(CallMode):
         super().__init__()
         self._run = run
 
-    def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, index: int, _: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._run.on_call(index, args, kwargs)
 
     def after(
-        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, index: int, _: str, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
     ) -> Any:
         self._run.on_output(index, output)
         return output
@@ -103,6 +105,7 @@ class PausedRun:
             self._to_caller.release()
 
     def on_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called in the forward's thread before every call."""
         if self._cancelled:
             raise _Cancelled
         if index in self._captures:
@@ -110,6 +113,7 @@ class PausedRun:
             self.captured[index] = (x, _version(x))
 
     def on_output(self, index: int, output: Any) -> None:
+        """Called in the forward's thread after every call; waits here while paused."""
         if index != self._stop_at:
             return
         self._value = output
@@ -168,4 +172,4 @@ class PausedRun:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    return 0 if x.is_inference() else x._version  # noqa: SLF001 - torch has no other name for it

@@ -112,8 +112,8 @@ class CompensationReport:
         fitted = sum(layer.skipped is None for layer in self.layers)
         lines = [
             f"compensation: kept {self.kept} ({self.reason})",
-            f"  {self.images} samples fitted on, {self.held_back_images} held back, "
-            f"{fitted} of {len(self.layers)} layers refitted, {self.seconds:.1f} s",
+            f"  samples: {self.images} fitted on, {self.held_back_images} held back",
+            f"  layers: {fitted} of {len(self.layers)} refitted, {self.seconds:.1f} s",
         ]
         lines += [f"  {name}: {deviation}" for name, deviation in self.deviations.items()]
         return "\n".join(lines)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from .moments import Moments
+
+if TYPE_CHECKING:
+    from .moments import Moments
 
 __all__ = ["Solution", "Solver", "quadratic_loss"]
 

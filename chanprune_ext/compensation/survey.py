@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis.calls import CallMode, run_model, tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Activation", "CallFacts", "Survey", "survey_calls"]
 
@@ -63,7 +65,7 @@ class _SurveyMode(CallMode):
         self._storages: dict[int, tuple[list[weakref.ref[Tensor]], int]] = {}
 
     def after(
-        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, _: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         made = tensors_in(output)
         self._survey.calls.append(

@@ -11,18 +11,21 @@ through the skip.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..analysis.calls import Call, CallTrace
 from .linear_maps import LinearMap, bound_arguments, linear_map
 from .survey import Activation, CallFacts, Survey
 
-__all__ = ["Layer", "Skipped", "Target", "find_targets"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..analysis.calls import Call, CallTrace
+
+__all__ = ["DEAD_SCALE", "Layer", "Skipped", "Target", "find_targets"]
 
 _PASSED_ON = {"dropout", "dropout_", "feature_dropout", "feature_dropout_", "contiguous"}
 _SUMS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0}
@@ -39,7 +42,7 @@ _BATCH_NORM = (
 )
 # Linear in a weight, but not of the form that is fitted.
 _UNFITTED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "addmm")
-_DEAD_SCALE = 1e-6
+DEAD_SCALE = 1e-6
 
 
 @dataclass
@@ -85,6 +88,22 @@ class Layer:
         """Groups, rows per group, columns per group."""
         groups = self.geometry.groups
         return groups, self.weight.shape[0] // groups, self.weight[0].numel()
+
+    def change(self, delta: Tensor, constant: Tensor | None) -> None:
+        """Adds to the weight, and a constant to the output: in the bias, or behind it in the mean.
+
+        Args:
+            delta: Of the weight's shape.
+            constant: One value a channel; None adds nothing.
+        """
+        with torch.no_grad():
+            self.weight.copy_(self.weight.double() + delta)
+            if constant is None:
+                return
+            if self.bias is not None:
+                self.bias.copy_(self.bias.double() + constant)
+            elif self.mean is not None:
+                self.mean.copy_(self.mean.double() - self.mean_sign * constant)
 
     def along_channels(self, values: Tensor, like: Tensor) -> Tensor:
         """Shapes one value a channel for broadcasting against an output of the layer."""
@@ -155,8 +174,8 @@ class _Finder:
     def layer(self, call: Call) -> tuple[Layer, _Path] | Skipped | None:
         facts = self.survey.calls[call.index]
         if facts.name in _UNFITTED and call.parameters:
-            entry = next(iter(call.parameters.values()))
-            return Skipped(call.module, entry, facts.name, f"{facts.name} is not fitted")
+            first = next(iter(call.parameters.values()))
+            return Skipped(call.module, first, facts.name, f"{facts.name} is not fitted")
         found = linear_map(facts.name, facts.args, facts.kwargs)
         if found is None:
             return None
@@ -289,7 +308,7 @@ def find_targets(
             skipped.append(found)
         elif found is not None:
             layer, path = found
-            if bool((layer.scale.abs() < _DEAD_SCALE).all()):
+            if bool((layer.scale.abs() < DEAD_SCALE).all()):
                 skipped.append(
                     Skipped(layer.module, layer.entry, layer.kind, "its output is scaled to zero")
                 )
