@@ -25,7 +25,8 @@ def run_and_print(job: Job, out: Path) -> None:
     console.print(stage_table(report.stages, report.title))
     samples = report.stages[0].samples
     console.print(f"top-1: n = {samples:,}, with one standard error", style="dim")
-    console.print(f"latency: {report.conditions}; x: times as fast", style="dim")
+    console.print(f"latency: {report.conditions}", style="dim")
+    console.print("x: MACs and speed relative to the original", style="dim")
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
