@@ -56,14 +56,15 @@ def _load_all() -> tuple[LoadedModule, LoadedModule]:
     if not cpu.loaded:
         # Without the schemas of the CPU module the CUDA kernels have nothing to attach to.
         cuda = LoadedModule("chanprune_ext._C_cuda", None, "needs chanprune_ext._C")
+    elif torch.version.cuda is None:
+        cuda = LoadedModule("chanprune_ext._C_cuda", None, "this torch is a CPU build")
     else:
         cuda = _load("chanprune_ext._C_cuda")
     if native_disabled():
         return cpu, cuda
-    broken = not cpu.loaded or (cuda.problem is not None and cuda.problem != "not built")
-    unserved_gpu = cpu.loaded and not cuda.loaded and torch.cuda.is_available()
-    if broken or unserved_gpu:
-        module = cuda if cpu.loaded else cpu
+    module = cuda if cpu.loaded else cpu
+    broken = module.problem is not None and module.problem.startswith("cannot")
+    if not cpu.loaded or broken or (torch.cuda.is_available() and not cuda.loaded):
         warnings.warn(
             f"{module.name} is not in use: {module.problem} (torch {torch.__version__}); slower "
             f"pure-torch code runs instead until you build it with `{_BUILD_COMMAND}`.",
