@@ -1483,3 +1483,31 @@ class StoresOnItself(nn.Module):
         self.runs += 1
         self.cache = self.a(x)
         return self.head(self.b(self.cache))
+
+
+@_toy()
+class SharedModuleUnderTwoPaths(nn.Module):
+    """One convolution registered in two different submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _block(3, 16)
+        conv = _conv(16, 16)
+        self.a = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU())
+        self.b = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU())
+        self.head = _Head(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.stem(x))))
+
+
+@_toy(inputs=_images(2, 7, 6), min_removed=0.2)
+class LongShortTermMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(6, 16)
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(F.relu(self.read(x)))[0])

@@ -122,8 +122,10 @@ class TracedInt(int):
         return self
 
     def __eq__(self, other: object) -> bool:
-        equal = int(self) == other
-        if equal and isinstance(other, int):
+        if not isinstance(other, int):
+            return int(self) == other
+        equal = int(self) == int(other)
+        if equal:
             for notice in _NOTICES:
                 notice(self.expr, expression(other))
         return equal

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chanprune_ext.analysis.calls import (
@@ -405,18 +404,35 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
 def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
     """Run ``model`` with other tensors in place of its parameters and buffers.
 
-    What the forward stores on its modules (a cache, a counter, the result of a hook) is forgotten.
+    A tensor is replaced wherever a module holds it: under every name of a shared module (where
+    ``torch.func.functional_call`` would not put the original back), and in plain attributes. What
+    the forward stores on its modules (a cache, a counter, the result of a hook) is forgotten.
     """
+    originals = tensors_of(model)
+    stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
+
+    def change(tensor: Tensor) -> Tensor:
+        return stand_ins.get(id(tensor), tensor)
+
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
+        for module, attributes in before:
+            for name, value in attributes.items():
+                if name in ("_parameters", "_buffers") or _holds_tensors(value):
+                    module.__dict__[name] = substitute(value, change)
         if isinstance(inputs, Mapping):
-            return functional_call(model, dict(tensors), (), dict(inputs))
-        positional = inputs if isinstance(inputs, tuple) else (inputs,)
-        return functional_call(model, dict(tensors), positional)
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     finally:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        type(value) in (list, tuple) and bool(value) and isinstance(value[0], Tensor)
+    )
 
 
 def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
