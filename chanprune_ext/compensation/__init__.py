@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compensate import compensate
+from .procedure import compensate
 from .report import CompensationReport, Deviation, LayerReport
 
 __all__ = ["CompensationReport", "Deviation", "LayerReport", "compensate"]

@@ -23,7 +23,8 @@ __all__ = ["FitOptions", "fit_target", "one_sided_residual", "skipped_report"]
 
 RIDGE_GROWTH = 10.0
 MOST_RIDGE_GROWTHS = 4
-SAMPLES_PER_COLUMN = 256
+LEAST_GAIN = 1e-4  # relative; a step that gains less is not worth keeping
+SAMPLES_PER_COLUMN = 256  # more positions are thinned out
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class _Fit:
                     inputs = self.inputs(seen)
                     assert inputs is not None
                     fit.add(inputs, self.residual(seen, self.target.bounds), gram=False)
-            if not after.relative < error:
+            if not after.relative < error * (1 - LEAST_GAIN):
                 self.apply(change, -1.0)
                 return step, error
             error = after.relative

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgumentError
+from .outputs import forward_failed
 from .paused_runs import PausedRun
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ class Lockstep:
         try:
             return pair[0].advance(call), pair[1].advance(call)
         except Exception as error:
-            raise InvalidArgumentError(
-                f"batches: the forward failed on calibration batch {batch}: {error}"
-            ) from error
+            raise forward_failed(self._batches[batch][0], error) from error
 
     def observe(self, target: Target) -> Iterator[Observation]:
         """The batches at ``target``, one after the other. May be repeated."""

@@ -7,13 +7,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..analysis.calls import tensors_in
+from ..analysis.calls import run_model, tensors_in
 from ..errors import InvalidArgumentError
 from .report import Deviation
 
-__all__ = ["DeviationMeter", "output_tensors"]
+__all__ = ["DeviationMeter", "forward", "forward_failed", "output_tensors"]
+
+
+def forward_failed(inputs: Any, error: Exception) -> InvalidArgumentError:
+    """The error to raise when a network does not accept calibration data."""
+    shapes = [list(t.shape) for t in tensors_in(inputs)]
+    return InvalidArgumentError(f"batches: the forward failed on inputs of shape {shapes}: {error}")
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Runs ``model`` on calibration data.
+
+    Raises:
+        InvalidArgumentError: the forward raised; the original error is the cause.
+    """
+    try:
+        return run_model(model, inputs)
+    except Exception as error:
+        raise forward_failed(inputs, error) from error
 
 
 def output_tensors(output: Any) -> list[Tensor]:

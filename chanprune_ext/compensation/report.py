@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["CompensationReport", "Deviation", "LayerReport"]
 
+_ROUND_OFF = 1e-6
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -23,13 +25,15 @@ class Deviation:
     kl: float | None
 
     def better_than(self, other: Deviation) -> bool:
-        """Whether this deviation is smaller: by KL where there is one, else by relative L2."""
+        """Whether this deviation is smaller, beyond round-off: by KL, or else by relative L2."""
         mine, others = (
             (self.relative_l2, other.relative_l2)
             if self.kl is None or other.kl is None
             else (self.kl, other.kl)
         )
-        return mine < others or (not math.isfinite(others) and math.isfinite(mine))
+        return mine < others * (1 - _ROUND_OFF) or (
+            not math.isfinite(others) and math.isfinite(mine)
+        )
 
     def __str__(self) -> str:
         kl = "" if self.kl is None else f", KL {self.kl:.4g}"

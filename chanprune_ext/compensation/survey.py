@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.calls import CallMode, run_model, tensors_in
+from ..analysis.calls import CallMode, tensors_in
+from .outputs import forward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,5 +116,5 @@ def survey_calls(model: nn.Module, inputs: Any) -> Survey:
         if isinstance(tensor, Tensor):
             survey.entries.setdefault(id(tensor), entry)
     with torch.no_grad(), _SurveyMode(survey):
-        survey.output = run_model(model, inputs)
+        survey.output = forward(model, inputs)
     return survey

@@ -5,37 +5,32 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..analysis.calls import CallTrace, record_calls, run_model, steady_calls
-from ..errors import InvalidArgumentError, PlanMismatchError
+from ..analysis.calls import record_calls, steady_calls
+from ..errors import InvalidArgumentError
 from .batch_norm import measured_batch_norms, reestimate
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
+from .checks import HasKept, check_networks, check_options, check_same_calls, kept_of
 from .fit import FitOptions, fit_target, skipped_report
 from .ledger import Ledger
 from .lockstep import Lockstep
 from .memory import plan_memory
-from .outputs import DeviationMeter, output_tensors
+from .outputs import DeviationMeter, forward, output_tensors
 from .report import CompensationReport, Deviation, LayerReport
-from .survey import Survey, survey_calls
+from .survey import survey_calls
 from .targets import Skipped, Target, find_targets
 
 __all__ = ["compensate"]
 
 _log = logging.getLogger(__name__)
-_METHODS = ("least_squares", "batch_norm")
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 _SURVEYED = 2  # samples that tell how the calls are made
 _ROUND_OFF = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-class _HasKept(Protocol):
-    @property
-    def kept(self) -> Mapping[str, Mapping[int, Tensor]]: ...
 
 
 def compensate(
@@ -51,7 +46,7 @@ def compensate(
     held_back: float = 0.1,
     memory_limit: int | None = None,
     progress: bool = True,
-    plan: _HasKept | None = None,
+    plan: HasKept | None = None,
 ) -> CompensationReport:
     """Changes the weights that are left so that the pruned network computes what it did before.
 
@@ -101,9 +96,9 @@ def compensate(
         AnalysisError: the forward of ``original`` raised.
     """
     start = time.perf_counter()
-    _check_options(method, ridge, one_sided_steps, held_back, memory_limit)
-    kept = _kept(pruned, plan)
-    device = _check_networks(pruned, original, kept)
+    check_options(method, ridge, one_sided_steps, held_back, memory_limit)
+    kept = kept_of(pruned, plan)
+    device = check_networks(pruned, original, kept)
     items = read_batches(batches, original, device=device)
     ledger = Ledger()
     session = _Session(pruned, original, items, kept, held_back, memory_limit, device)
@@ -168,8 +163,8 @@ class _Session:
         """Traces both networks on a few samples, finds the targets and cuts the data."""
         few = first_samples(self._items[0], _SURVEYED)
         trace = record_calls(self.original, few)
-        surveys = _surveyed(self.original, few), _surveyed(self.pruned, few)
-        _check_same_calls(trace, surveys)
+        surveys = survey_calls(self.original, few), survey_calls(self.pruned, few)
+        check_same_calls(trace, surveys)
         self.targets, self.skipped = find_targets(trace, surveys[1], self._kept)
         samples = sum(sample_count(item) for item in self._items)
         self.memory = plan_memory(
@@ -182,7 +177,7 @@ class _Session:
         dtype = next((t.dtype for t in output_tensors(surveys[1].output)), torch.float32)
         self.round_off = _ROUND_OFF.get(dtype, 1e-3)
         self._reference = [
-            output_tensors(run_model(self.original, batch)) for batch in self._judges()
+            output_tensors(forward(self.original, batch)) for batch in self._judges()
         ]
 
     def _judges(self) -> tuple[Any, ...]:
@@ -192,7 +187,7 @@ class _Session:
         """How far the pruned network's outputs are off as it is now."""
         meter = DeviationMeter()
         for reference, batch in zip(self._reference, self._judges(), strict=True):
-            meter.add(reference, output_tensors(run_model(self.pruned, batch)))
+            meter.add(reference, output_tensors(forward(self.pruned, batch)))
         return meter.deviation()
 
     def choose(
@@ -294,99 +289,6 @@ class _Variants:
             for tensor, value in self._batch_norm:
                 tensor.copy_(value)
         return best, reason
-
-
-def _check_options(
-    method: str, ridge: float, one_sided_steps: int, held_back: float, memory_limit: int | None
-) -> None:
-    if method not in _METHODS:
-        raise InvalidArgumentError(f"method: expected one of {_METHODS}, got {method!r}")
-    if not 0 <= ridge < float("inf"):
-        raise InvalidArgumentError(f"ridge: expected a finite number >= 0, got {ridge}")
-    if not isinstance(one_sided_steps, int) or one_sided_steps < 0:
-        raise InvalidArgumentError(
-            f"one_sided_steps: expected an integer >= 0, got {one_sided_steps!r}"
-        )
-    if not 0 <= held_back < 1:
-        raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
-    if memory_limit is not None and memory_limit <= 0:
-        raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")
-
-
-def _kept(pruned: nn.Module, plan: _HasKept | None) -> Mapping[str, Mapping[int, Tensor]]:
-    if plan is None:
-        from ..plan import plan_of
-
-        plan = plan_of(pruned)
-    if plan is None:
-        raise InvalidArgumentError(
-            "pruned: it carries no plan, so its channels can't be matched with the original's; "
-            "pass the plan it was made by as plan="
-        )
-    return plan.kept
-
-
-def _check_networks(
-    pruned: nn.Module, original: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]
-) -> torch.device:
-    """Refuses networks that are no pair, hold NaN or share memory; returns their device."""
-    states = {"pruned": _tensors(pruned), "original": _tensors(original)}
-    for name, state in states.items():
-        for entry, tensor in state.items():
-            if tensor.is_meta:
-                raise InvalidArgumentError(f"{name}: {entry} is on the meta device, without values")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise InvalidArgumentError(f"{name}: {entry} contains NaN or infinity")
-    for entry, tensor in states["original"].items():
-        shape = list(tensor.shape)
-        for axis, indices in kept.get(entry, {}).items():
-            shape[axis] = len(indices)
-        found = states["pruned"].get(entry)
-        if found is None or list(found.shape) != shape:
-            raise PlanMismatchError(
-                f"pruned: by the plan {entry} has the shape {shape}, here it is "
-                f"{'missing' if found is None else list(found.shape)}; original, pruned and plan "
-                "must belong together"
-            )
-    memory = {t.untyped_storage().data_ptr() for t in states["original"].values() if t.numel()}
-    for entry, tensor in states["pruned"].items():
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in memory:
-            raise InvalidArgumentError(
-                f"pruned: {entry} shares memory with the original, which must stay as it is; "
-                "apply the plan without inplace=True, or to a copy"
-            )
-    devices = {str(tensor.device) for state in states.values() for tensor in state.values()}
-    if len(devices) != 1:
-        raise InvalidArgumentError(
-            f"original: both networks must be on one device, got {sorted(devices)}"
-        )
-    return torch.device(devices.pop())
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        entry: tensor.detach()
-        for entry, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    }
-
-
-def _surveyed(model: nn.Module, inputs: Any) -> Survey:
-    try:
-        return survey_calls(model, inputs)
-    except Exception as error:
-        raise InvalidArgumentError(f"pruned: its forward raised: {error}") from error
-
-
-def _check_same_calls(trace: CallTrace, surveys: tuple[Survey, Survey]) -> None:
-    for i, call in enumerate(trace.calls):
-        names = [s.calls[i].name if i < len(s.calls) else "nothing" for s in surveys]
-        if set(names) != {call.name}:
-            raise PlanMismatchError(
-                f"pruned: it must make the same calls as the original, but call {i} "
-                f"({call.module or 'the root module'}, {call.source}) is {names[0]} in the "
-                f"original and {names[1]} in the pruned network"
-            )
 
 
 def _unfitted(layer: Skipped) -> LayerReport:

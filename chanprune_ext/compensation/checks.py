@@ -1,0 +1,138 @@
+"""Arguments of a compensation, checked before anything is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgumentError, PlanMismatchError
+from ..plan import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..analysis.calls import CallTrace
+    from .survey import Survey
+
+__all__ = ["METHODS", "HasKept", "check_networks", "check_options", "check_same_calls", "kept_of"]
+
+METHODS = ("least_squares", "batch_norm")
+
+
+class HasKept(Protocol):
+    """A plan, or what is needed of one."""
+
+    @property
+    def kept(self) -> Mapping[str, Mapping[int, Tensor]]:
+        """State-dict entry -> axis -> kept indices."""
+
+
+def check_options(
+    method: str, ridge: float, one_sided_steps: int, held_back: float, memory_limit: int | None
+) -> None:
+    """Refuses options out of range.
+
+    Raises:
+        InvalidArgumentError: names the option.
+    """
+    if method not in METHODS:
+        raise InvalidArgumentError(f"method: expected one of {METHODS}, got {method!r}")
+    if not 0 <= ridge < float("inf"):
+        raise InvalidArgumentError(f"ridge: expected a finite number >= 0, got {ridge}")
+    if not isinstance(one_sided_steps, int) or one_sided_steps < 0:
+        raise InvalidArgumentError(
+            f"one_sided_steps: expected an integer >= 0, got {one_sided_steps!r}"
+        )
+    if not 0 <= held_back < 1:
+        raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
+    if memory_limit is not None and memory_limit <= 0:
+        raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")
+
+
+def kept_of(pruned: nn.Module, plan: HasKept | None) -> Mapping[str, Mapping[int, Tensor]]:
+    """The kept indices of ``plan``, or of the plan that ``pruned`` carries.
+
+    Raises:
+        InvalidArgumentError: there is no plan.
+    """
+    if plan is None:
+        plan = plan_of(pruned)
+    if plan is None:
+        raise InvalidArgumentError(
+            "pruned: it carries no plan, so its channels can't be matched with the original's; "
+            "pass the plan it was made by as plan="
+        )
+    return plan.kept
+
+
+def check_networks(
+    pruned: nn.Module, original: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]
+) -> torch.device:
+    """Refuses networks that are no pair, hold NaN or share memory.
+
+    Returns:
+        The device of both.
+
+    Raises:
+        InvalidArgumentError: values are missing or not finite, memory is shared, or the networks
+            are on different devices.
+        PlanMismatchError: shapes are not those the plan leads to.
+    """
+    states = {"pruned": _tensors(pruned), "original": _tensors(original)}
+    for name, state in states.items():
+        for entry, tensor in state.items():
+            if tensor.is_meta:
+                raise InvalidArgumentError(f"{name}: {entry} is on the meta device, without values")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InvalidArgumentError(f"{name}: {entry} contains NaN or infinity")
+    for entry, tensor in states["original"].items():
+        shape = list(tensor.shape)
+        for axis, indices in kept.get(entry, {}).items():
+            shape[axis] = len(indices)
+        found = states["pruned"].get(entry)
+        if found is None or list(found.shape) != shape:
+            raise PlanMismatchError(
+                f"pruned: by the plan {entry} has the shape {shape}, here it is "
+                f"{'missing' if found is None else list(found.shape)}; original, pruned and plan "
+                "must belong together"
+            )
+    memory = {t.untyped_storage().data_ptr() for t in states["original"].values() if t.numel()}
+    for entry, tensor in states["pruned"].items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in memory:
+            raise InvalidArgumentError(
+                f"pruned: {entry} shares memory with the original, which must stay as it is; "
+                "apply the plan without inplace=True, or to a copy"
+            )
+    devices = {str(tensor.device) for state in states.values() for tensor in state.values()}
+    if len(devices) != 1:
+        raise InvalidArgumentError(
+            f"original: both networks must be on one device, got {sorted(devices)}"
+        )
+    return torch.device(devices.pop())
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        entry: tensor.detach()
+        for entry, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def check_same_calls(trace: CallTrace, surveys: tuple[Survey, Survey]) -> None:
+    """Refuses networks that do not make the same sequence of calls.
+
+    Raises:
+        PlanMismatchError: names the first difference.
+    """
+    for i in range(max(len(survey.calls) for survey in surveys)):
+        names = [s.calls[i].name if i < len(s.calls) else "nothing" for s in surveys]
+        if names[0] != names[1]:
+            call = trace.calls[min(i, len(trace.calls) - 1)]
+            raise PlanMismatchError(
+                f"pruned: it must make the same calls as the original, but call {i} (near "
+                f"{call.module or 'the root module'}, {call.source}) is {names[0]} in the "
+                f"original and {names[1]} in the pruned network"
+            )

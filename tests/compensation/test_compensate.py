@@ -1,0 +1,514 @@
+"""The public function: arguments, safety, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_networks import ResidualNet, cut, cut_blocks, rows, seeded_norm
+from torch import Tensor, nn
+
+import chanprune_ext.compensation.procedure as implementation
+from chanprune_ext.compensation import compensate
+from chanprune_ext.errors import AnalysisError, InvalidArgumentError, PlanMismatchError
+
+KEEP = [0, 2, 3, 6]
+
+
+@pytest.fixture
+def pair():
+    """A residual network, the same with half of its inner channels, and the plan."""
+    torch.manual_seed(1)
+    original = ResidualNet().eval()
+    pruned, plan = cut_blocks(original, KEEP)
+    return original, pruned, plan
+
+
+def images(count: int = 60, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def error(pruned: nn.Module, original: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        y = original.eval()(x)
+        return float((pruned.eval()(x) - y).norm() / y.norm())
+
+
+def no_forward_is_left() -> bool:
+    return not [t for t in threading.enumerate() if t.name == "chanprune-forward"]
+
+
+def test_least_squares_brings_the_output_back(pair):
+    original, pruned, plan = pair
+    fresh, before = images(200, seed=1), error(pruned, original, images(200, seed=1))
+    report = compensate(pruned, original, images(), plan=plan)
+    assert error(pruned, original, fresh) < 0.5 * before
+    assert report.kept == "least_squares"
+    deviations = report.deviations
+    assert deviations["least_squares"].relative_l2 < deviations["plain"].relative_l2
+    assert no_forward_is_left()
+
+
+def test_later_layers_see_the_compensated_earlier_ones(pair):
+    """Fitting every layer on the original's own activations, each by itself, leaves more error."""
+    original, pruned, plan = pair
+    x, fresh = images(), images(200, seed=1)
+    alone = copy.deepcopy(pruned)
+    for i in range(len(original.blocks)):
+        inputs: list[Tensor] = []
+        hook = original.blocks[i].conv2.register_forward_hook(
+            lambda _, args, __, inputs=inputs: inputs.append(args[0])
+        )
+        with torch.no_grad():
+            original(x)
+        hook.remove()
+        columns = nn.functional.unfold(inputs[0], 3, padding=1).transpose(1, 2).flatten(0, 1)
+        ones = torch.ones(len(columns), 1)
+        few = torch.cat([columns.view(-1, 8, 9)[:, KEEP].flatten(1), ones], 1)
+        target = columns @ original.blocks[i].conv2.weight.flatten(1).T
+        solution = torch.linalg.lstsq(few, target).solution.T
+        block = alone.blocks[i]
+        with torch.no_grad():
+            block.conv2.weight.copy_(solution[:, :-1].reshape_as(block.conv2.weight))
+            block.bn2.running_mean -= solution[:, -1]
+    compensate(pruned, original, x, plan=plan)
+    assert error(pruned, original, fresh) < 0.8 * error(alone, original, fresh)
+
+
+def test_only_weights_and_running_means_change(pair):
+    original, pruned, plan = pair
+    before, untouched = state(pruned), state(original)
+    grads = [p.requires_grad for p in pruned.parameters()]
+    parameters = [id(p) for p in pruned.parameters()]
+    pruned.train()
+    pruned.blocks[1].eval()
+    compensate(pruned, original, images(), plan=plan)
+    after = state(pruned)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rsplit(".", 1)[1] for name in changed} == {"weight", "running_mean"}
+    assert not any("bn" in name and name.endswith("weight") for name in changed)
+    assert same(state(original), untouched)
+    assert [p.requires_grad for p in pruned.parameters()] == grads
+    assert [id(p) for p in pruned.parameters()] == parameters
+    assert pruned.training
+    assert pruned.blocks[0].training
+    assert not pruned.blocks[1].training
+
+
+def test_options_choose_the_layers(pair):
+    original, pruned, plan = pair
+
+    def fitted(**options) -> set[str]:
+        net = copy.deepcopy(pruned)
+        report = compensate(net, original, images(), plan=plan, **options)
+        return {layer.module for layer in report.layers if layer.skipped is None}
+
+    second = {f"blocks.{i}.conv2" for i in range(3)}
+    drifted = {"blocks.1.conv1", "blocks.2.conv1"}
+    assert fitted() == second | drifted
+    assert fitted(refit_producers=False) == second
+    assert fitted(refit_classifier=True) == second | drifted | {"head"}
+
+
+def test_one_sided_steps_gain_behind_relu(pair):
+    original, pruned, plan = pair
+    plain = copy.deepcopy(pruned)
+    without = compensate(plain, original, images(), plan=plan, one_sided_steps=0)
+    with_steps = compensate(pruned, original, images(), plan=plan, one_sided_steps=3)
+    assert {layer.steps for layer in without.layers} <= {0, 1}
+    assert max(layer.steps for layer in with_steps.layers) > 1
+    first = {layer.module: layer for layer in with_steps.layers}["blocks.0.conv2"]
+    same_layer = {layer.module: layer for layer in without.layers}["blocks.0.conv2"]
+    assert first.error_after < same_layer.error_after
+
+
+@pytest.mark.parametrize("limit", [600_000, 3_000_000])
+def test_bounded_memory_gives_the_same_result(pair, limit):
+    original, pruned, plan = (m.double() if isinstance(m, nn.Module) else m for m in pair)
+    x = images(30).double()
+    tight = copy.deepcopy(pruned)
+    compensate(pruned, original, x, plan=plan)
+    compensate(tight, original, x, plan=plan, memory_limit=limit)
+    for a, b in zip(pruned.parameters(), tight.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_memory_plan_uses_both_ways(pair, monkeypatch):
+    """The limits above must really lie on both sides of keeping all batches in memory."""
+    original, pruned, plan = pair
+    seen = []
+    planner = implementation.plan_memory
+    monkeypatch.setattr(
+        implementation, "plan_memory", lambda *a: seen.append(planner(*a)) or seen[-1]
+    )
+    for limit in (None, 3_000_000, 600_000):
+        compensate(copy.deepcopy(pruned), original, images(30), plan=plan, memory_limit=limit)
+    assert seen[0].resident_from < seen[2].resident_from
+    assert seen[0].batch_size > seen[2].batch_size
+
+
+def test_memory_limit_that_cannot_be_met(pair):
+    original, pruned, plan = pair
+    with pytest.raises(InvalidArgumentError, match=r"memory_limit: one sample needs [\d,]+ bytes"):
+        compensate(pruned, original, images(), plan=plan, memory_limit=1000)
+
+
+def test_report_is_complete_and_serialisable(pair):
+    original, pruned, plan = pair
+    report = compensate(pruned, original, images(), plan=plan)
+    again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert again["images"] + again["held_back_images"] == 60
+    assert again["held_back_images"] == 6
+    assert set(again["deviations"]) == {"plain", "batch_norm", "least_squares"}
+    layers = {layer["module"]: layer for layer in again["layers"]}
+    assert set(layers) == {"stem", "head"} | {
+        f"blocks.{i}.conv{j}" for i in range(3) for j in (1, 2)
+    }
+    fitted = layers["blocks.0.conv2"]
+    assert fitted["target"] == "blocks.0"
+    assert (fitted["rows"], fitted["columns"]) == (6, 36)
+    assert 0 < fitted["error_after"] < fitted["error_before"]
+    assert 0 < fitted["rank"] <= 36
+    assert fitted["condition"] > 1
+    assert fitted["ridge"] >= 1e-4
+    assert fitted["seconds"] > 0
+    assert layers["stem"]["skipped"] == "nothing to repair"
+    assert "least_squares" in str(report)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("disk on fire"), KeyboardInterrupt()])
+def test_failure_in_the_middle_leaves_everything_as_it_was(pair, monkeypatch, failure):
+    original, pruned, plan = pair
+    pruned.train()
+    before, calls = state(pruned), []
+    real = implementation.fit_target
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            assert not same(state(pruned), before)
+            raise failure
+        return real(*args)
+
+    monkeypatch.setattr(implementation, "fit_target", failing)
+    with pytest.raises(type(failure)):
+        compensate(pruned, original, images(), plan=plan)
+    assert same(state(pruned), before)
+    assert all(module.training for module in pruned.modules())
+    assert not any(module.training for module in original.modules())
+    assert no_forward_is_left()
+
+
+def test_forward_that_raises_on_one_batch(pair):
+    original, pruned, plan = pair
+    before = state(pruned)
+    batches = [images(8), images(8), torch.randn(8, 3, 1, 8), torch.randn(8, 4, 8, 8)]
+    with pytest.raises(InvalidArgumentError, match=r"inputs of shape \[\[8, 4, 8, 8\]\]"):
+        compensate(pruned, original, batches, plan=plan, held_back=0)
+    assert same(state(pruned), before)
+    assert no_forward_is_left()
+
+
+def test_worse_result_is_left_out(pair, monkeypatch):
+    """Whatever least squares does, the network is not left worse than without it."""
+    original, pruned, plan = pair
+    real = implementation.fit_target
+
+    def harmful(target, *args):
+        reports = real(target, *args)
+        target.layers[0].weight.mul_(3)
+        return reports
+
+    normed = copy.deepcopy(pruned)
+    compensate(normed, original, images(), method="batch_norm", plan=plan)
+    monkeypatch.setattr(implementation, "fit_target", harmful)
+    report = compensate(pruned, original, images(), plan=plan)
+    assert report.kept == "batch_norm"
+    assert same(state(pruned), state(normed))
+    report = compensate(pruned, original, images(), plan=plan, held_back=0)
+    assert report.kept == "least_squares"
+
+
+def test_overfit_on_two_images_is_left_out():
+    """Two nearly black images tell a network nothing about bright ones, whatever the fit says."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 6, 3), nn.Tanh())
+    keep = list(range(20))
+    pruned, plan = cut(original, rows("0.weight", "0.bias", keep=keep) | {"2.weight": {1: keep}})
+    before, bright = state(pruned), torch.randn(100, 3, 6, 6) * 3
+    x = torch.randn(3, 3, 6, 6) * torch.tensor([0.01, 3, 0.01]).view(3, 1, 1, 1)
+    free = copy.deepcopy(pruned)
+    fitted = compensate(free, original, x[[0, 2]], plan=plan, ridge=1e-10, held_back=0)
+    assert fitted.kept == "least_squares"
+    assert fitted.layers[1].error_after < 0.1 * fitted.layers[1].error_before
+    assert error(free, original, bright) > error(pruned, original, bright)
+    report = compensate(pruned, original, x, plan=plan, ridge=1e-10, held_back=0.3)
+    assert (report.images, report.held_back_images) == (2, 1)
+    assert report.kept == "plain"
+    assert same(state(pruned), before)
+
+
+def test_batch_norm_statistics_are_the_average_over_batches():
+    original = nn.Sequential(nn.Conv2d(3, 4, 1), seeded_norm(4), nn.ReLU(), nn.Dropout(0.5))
+    original.append(nn.Flatten())
+    pruned = copy.deepcopy(original).train()
+    pruned[1].momentum = 0.3
+    counter = pruned[1].num_batches_tracked
+    batches = [torch.randn(5, 3, 4, 4) + i for i in range(3)]
+    report = compensate(
+        pruned, original, batches, method="batch_norm", plan=SimpleNamespace(kept={}), held_back=0
+    )
+    with torch.no_grad():
+        seen = pruned[0](torch.cat(batches)).transpose(0, 1).flatten(1)
+    assert torch.allclose(pruned[1].running_mean, seen.mean(1), atol=1e-6)
+    assert torch.allclose(pruned[1].running_var, seen.var(1), atol=1e-5)
+    assert pruned[1].momentum == 0.3
+    assert pruned[1].num_batches_tracked is counter
+    assert int(counter) == 0
+    assert all(module.training for module in pruned.modules())
+    assert report.kept == "batch_norm"
+
+
+def test_harmful_batch_norm_statistics_are_taken_back(pair):
+    original = pair[0]
+    pruned = copy.deepcopy(original)
+    before = state(pruned)
+    report = compensate(
+        pruned, original, images(4), method="batch_norm", plan=SimpleNamespace(kept={})
+    )
+    assert report.kept == "plain"
+    assert same(state(pruned), before)
+
+
+def test_batch_norm_without_any(pair):
+    original = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    with pytest.raises(InvalidArgumentError, match="batch norms with running statistics"):
+        compensate(
+            copy.deepcopy(original),
+            original,
+            images(),
+            method="batch_norm",
+            plan=SimpleNamespace(kept={}),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method: expected one of"),
+        ({"ridge": -1.0}, "ridge: expected a finite number"),
+        ({"ridge": float("nan")}, "ridge: expected a finite number"),
+        ({"one_sided_steps": -1}, "one_sided_steps: expected an integer"),
+        ({"one_sided_steps": 1.5}, "one_sided_steps: expected an integer"),
+        ({"held_back": 1.0}, r"held_back: expected a share in \[0, 1\)"),
+        ({"memory_limit": 0}, "memory_limit: expected bytes"),
+    ],
+)
+def test_options_out_of_range(pair, options, message):
+    original, pruned, plan = pair
+    before = state(pruned)
+    with pytest.raises(InvalidArgumentError, match=message):
+        compensate(pruned, original, images(), plan=plan, **options)
+    assert same(state(pruned), before)
+
+
+def nan_images() -> Tensor:
+    x = images()
+    x[7, 0, 1, 1] = float("nan")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch"),
+        (3, "expected a tensor or an iterable"),
+        (["text"], "batch 0 is str"),
+        ([images(), torch.zeros(0, 3, 8, 8)], "batch 1 is empty"),
+        (nan_images(), "batch 0 contains NaN or infinity"),
+    ],
+)
+def test_unusable_batches(pair, batches, message):
+    original, pruned, plan = pair
+    before = state(pruned)
+    with pytest.raises(InvalidArgumentError, match=f"batches: .*{message}"):
+        compensate(pruned, original, batches, plan=plan)
+    assert same(state(pruned), before)
+
+
+def test_weights_that_are_not_finite(pair):
+    original, pruned, plan = pair
+    with torch.no_grad():
+        original.blocks[1].conv1.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(InvalidArgumentError, match=r"original: blocks\.1\.conv1\.weight contains"):
+        compensate(pruned, original, images(), plan=plan)
+
+
+def test_plan_that_does_not_belong(pair):
+    original, pruned, _ = pair
+    _, other = cut_blocks(original, [0, 1])
+    with pytest.raises(PlanMismatchError, match=r"blocks\.0\.conv1\.weight has the shape \[2, 6"):
+        compensate(pruned, original, images(), plan=other)
+    with pytest.raises(InvalidArgumentError, match="carries no plan"):
+        compensate(pruned, original, images())
+
+
+def test_network_that_makes_other_calls(pair):
+    original, pruned, plan = pair
+
+    class Other(ResidualNet):
+        def forward(self, x):
+            return super().forward(x).abs()
+
+    pruned.__class__ = Other
+    with pytest.raises(PlanMismatchError, match=r"call \d+ .*is nothing in the original and abs"):
+        compensate(pruned, original, images(), plan=plan)
+
+
+def test_networks_sharing_memory(pair):
+    original, pruned, plan = pair
+    pruned.stem.weight = original.stem.weight
+    with pytest.raises(InvalidArgumentError, match=r"stem\.weight shares memory"):
+        compensate(pruned, original, images(), plan=plan)
+
+
+def test_original_that_raises(pair):
+    original, pruned, plan = pair
+    with pytest.raises(AnalysisError, match="forward raised"):
+        compensate(pruned, original, torch.randn(4, 5, 8, 8), plan=plan)
+
+
+def test_labels_are_ignored_and_all_forms_of_batches_agree(pair):
+    original, pruned, plan = pair
+    x, labels = images(24), torch.arange(24)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), batch_size=7)
+    iter([(x, labels)])
+    results = []
+    for batches in (
+        x,
+        [x[:10], x[10:]],
+        loader,
+        iter([(x, labels)]),
+        [(x, ["a"] * 24)],
+        [{"x": x}],
+    ):
+        net = copy.deepcopy(pruned)
+        compensate(net, original, batches, plan=plan)
+        results.append(state(net))
+    for other in results[1:]:
+        assert all(torch.allclose(other[k], results[0][k], atol=1e-6) for k in other)
+
+
+def test_two_inputs_are_not_mistaken_for_a_label(pair):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 6)
+            self.b = nn.Linear(5, 6)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x, y):
+            return self.out(torch.tanh(self.a(x) + self.b(y)))
+
+    original = Two()
+    pruned = copy.deepcopy(original)
+    nn.init.normal_(pruned.b.weight)
+    x, y = torch.randn(50, 4), torch.randn(50, 5)
+    plan = SimpleNamespace(kept={})
+    compensate(pruned, original, [(x, y)], plan=plan, ridge=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(pruned(x, y), original(x, y), atol=1e-3)
+
+
+def test_shared_and_computed_weights_are_left_alone_and_named(pair):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Conv2d(3, 3, 3, padding=1)
+            self.scaled = nn.Conv2d(3, 4, 1)
+            self.up = nn.ConvTranspose2d(4, 2, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.shared(torch.relu(self.shared(x))))
+            x = torch.relu(nn.functional.conv2d(x, self.scaled.weight * 2, self.scaled.bias))
+            return self.up(x)
+
+    original = Odd()
+    pruned = copy.deepcopy(original)
+    nn.init.normal_(pruned.shared.weight)
+    before = state(pruned)
+    report = compensate(pruned, original, images(), plan=SimpleNamespace(kept={}))
+    reasons = [(layer.kind, layer.skipped) for layer in report.layers]
+    assert ("conv2d", "its weight is used by several calls") in reasons
+    assert ("conv2d", "its weight is computed, not a parameter") in reasons
+    assert ("conv_transpose2d", "conv_transpose2d is not fitted") in reasons
+    assert report.kept == "plain"
+    assert same(state(pruned), before)
+
+
+def test_input_overwritten_in_place_is_noticed(pair):
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = seeded_norm(3)
+
+        def forward(self, x):
+            x = x + 1
+            y = self.conv(x)
+            x.mul_(0)
+            return torch.tanh(self.norm(y)) + x
+
+    original = Overwriting()
+    pruned = copy.deepcopy(original)
+    nn.init.normal_(pruned.conv.weight)
+    before = state(pruned)
+    report = compensate(pruned, original, images(), plan=SimpleNamespace(kept={}), held_back=0)
+    assert report.layers[0].skipped == "its input is overwritten before its target is complete"
+    assert same(state(pruned), before)
+
+
+def test_model_that_fails_in_a_tapped_thread_only(pair):
+    """An error inside the paused forwards reaches the caller with its cause."""
+    original, pruned, plan = pair
+    main = threading.main_thread()
+
+    class LateError(Exception):
+        pass
+
+    def hook(*_):
+        if threading.current_thread() is not main:
+            raise LateError("late")
+
+    handle = pruned.blocks[2].register_forward_pre_hook(hook)
+    before = state(pruned)
+    with pytest.raises(InvalidArgumentError, match=r"forward failed on inputs .*: late") as caught:
+        compensate(pruned, original, images(), plan=plan)
+    assert isinstance(caught.value.__cause__, LateError)
+    handle.remove()
+    assert same(state(pruned), before)
+    assert no_forward_is_left()
+
+
+def test_half_precision_network(pair):
+    original, pruned, plan = pair
+    before = error(pruned, original, images(seed=1))
+    pruned.bfloat16()
+    original.bfloat16()
+    x = images().bfloat16()
+    report = compensate(pruned, original, x, plan=plan)
+    assert report.kept == "least_squares"
+    assert error(pruned, original, images(seed=1).bfloat16()) < before
+    assert pruned.stem.weight.dtype == torch.bfloat16
