@@ -1,0 +1,51 @@
+"""Half of the output and of the input channels of a whole model kept, chosen at random.
+
+Must move: every kept element read and written once, the index lists read once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+from weights import MODELS, matrices, total_bytes
+
+from chanprune_ext.ops import slice_channels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def ours(weights: list[Tensor], rows: list[Tensor], cols: list[Tensor]) -> list[Tensor]:
+    return slice_channels(weights, rows, cols)
+
+
+def index_select(weights: list[Tensor], rows: list[Tensor], cols: list[Tensor]) -> list[Tensor]:
+    return [
+        w.index_select(0, r).index_select(1, c) for w, r, c in zip(weights, rows, cols, strict=True)
+    ]
+
+
+def indexing(weights: list[Tensor], rows: list[Tensor], cols: list[Tensor]) -> list[Tensor]:
+    return [w[r[:, None], c] for w, r, c in zip(weights, rows, cols, strict=True)]
+
+
+def _half(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(size, generator=generator)[: (size + 1) // 2].sort().values
+
+
+@pytest.mark.parametrize("run", [ours, index_select, indexing])
+@pytest.mark.parametrize("model", MODELS)
+def bench_slice_channels(moved, benchmark, device, model, run: Callable):
+    benchmark.group = f"slice_channels {model} {device}"
+    weights = matrices(model, device)
+    generator = torch.Generator().manual_seed(1)
+    rows = [_half(w.shape[0], generator) for w in weights]
+    cols = [_half(w.shape[1], generator) for w in weights]
+    kept = total_bytes(slice_channels(weights, rows, cols))
+    lists = total_bytes(rows) + total_bytes(cols)
+    if run is not ours:  # ours takes its lists from the host, where the ranking leaves them
+        rows, cols = [r.to(device) for r in rows], [c.to(device) for c in cols]
+    moved(2 * kept + lists, lambda: run(weights, rows, cols))
