@@ -276,8 +276,9 @@ class _Variants:
         """Leaves the network with the best variant; its name and the reason."""
         best = method
         if judged:
+            best = "plain"
             for name, deviation in self.deviations.items():
-                if name != best and not self.deviations[best].better_than(deviation):
+                if deviation.better_than(self.deviations[best]):
                     best = name
             measured = "; ".join(f"{name}: {d}" for name, d in self.deviations.items())
             reason = f"smallest deviation on the held-back samples: {measured}"

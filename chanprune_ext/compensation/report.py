@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["CompensationReport", "Deviation", "LayerReport"]
 
-_ROUND_OFF = 1e-6
+_LEAST_GAIN = 1e-4  # relative; less than this is round-off of the measurement
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Deviation:
     kl: float | None
 
     def better_than(self, other: Deviation) -> bool:
-        """Whether this deviation is smaller, beyond round-off: by KL, or else by relative L2."""
+        """Whether this deviation is clearly smaller: by KL, or else by relative L2."""
         mine, others = (
             (self.relative_l2, other.relative_l2)
             if self.kl is None or other.kl is None
             else (self.kl, other.kl)
         )
-        return mine < others * (1 - _ROUND_OFF) or (
+        return mine < others * (1 - _LEAST_GAIN) or (
             not math.isfinite(others) and math.isfinite(mine)
         )
 
