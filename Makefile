@@ -3,8 +3,8 @@
 #   make test      lint, types and all tests but the slow ones
 #   make test-all  the slow ones too
 #   make lint      ruff, mypy, clang-format
-#   make bench     benchmarks of the native operators and of whole jobs
-#   make clean     remove what was built (keeps the environment)
+#   make bench     benchmarks; writes runs/benchmarks.json
+#   make clean     remove what was built and all results (keeps the environment)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment's folder, and
 # PIP_INSTALL_ARGS passes options to every `pip install`, for example a local wheel folder.
@@ -20,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 .PHONY: help install demo test test-all lint bench clean
 
 help:
-	@sed -n 's/^#   //p' Makefile
+	@sed -n 's/^#   make/make/p' Makefile
 
 install: $(INSTALLED)
 
@@ -51,7 +51,8 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
 
 clean:
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
