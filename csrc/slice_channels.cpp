@@ -46,7 +46,8 @@ std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes, bool chan
   return strides;
 }
 
-// Checked host index list of one dim; keeps a contiguous copy alive if one had to be made.
+// Checked host index list of one dim, null where all are kept in order; keeps a contiguous copy
+// alive if one had to be made.
 const int64_t* index_list(const std::optional<Tensor>& index, const char* name, size_t i,
                           int64_t size, int64_t* count, std::vector<Tensor>* kept_alive) {
   if (!index.has_value()) {
@@ -60,12 +61,14 @@ const int64_t* index_list(const std::optional<Tensor>& index, const char* name, 
   kept_alive->push_back(torch::stable::contiguous(*index));
   *count = index->numel();
   const auto* values = static_cast<const int64_t*>(kept_alive->back().data_ptr());
+  bool all_in_order = *count == size;
   for (int64_t j = 0; j < *count; ++j) {
     CHANPRUNE_CHECK(values[j] >= 0 && values[j] < size, "slice_channels: ", name, "[", i,
                     "] should hold indices in [0, ", size, "), got ", values[j], " at position ",
                     j);
+    all_in_order = all_in_order && values[j] == j;
   }
-  return values;
+  return all_in_order ? nullptr : values;
 }
 
 // The dims after the first two as one run or step of the source; false if they do not lie evenly.

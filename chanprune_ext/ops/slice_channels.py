@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["slice_channels", "slice_channels_reference"]
 
 
-def _check_index(name: str, i: int, index: Tensor | None, tensor: Tensor, dim: int) -> None:
+def _check_index(name: str, i: int, index: Tensor, tensor: Tensor, dim: int) -> None:
     """Checks what is known without reading values."""
-    if index is None:
-        return
     if tensor.dim() <= dim:
         raise InvalidArgumentError(
             f"{name}[{i}] selects along dim {dim}, but tensors[{i}] has shape "
@@ -56,10 +54,15 @@ def _normalise(
             f"{name} should hold one entry per tensor, got {len(indices)} for "
             f"{len(tensors)} tensors"
         )
+    lists: list[Tensor | None] = []
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
-        _check_index(name, i, index, tensor, dim)
-    # The index lists come from the host and are checked there, whatever the device of the tensors.
-    return [None if index is None else index.to("cpu", torch.int64) for index in indices]
+        if index is not None:
+            _check_index(name, i, index, tensor, dim)
+            if index.dtype != torch.int64 or not index.is_cpu:
+                # Index lists are checked on the host, whatever the device of the tensors.
+                index = index.to("cpu", torch.int64)
+        lists.append(index)
+    return lists
 
 
 def slice_channels(

@@ -14,9 +14,11 @@
 namespace chanprune {
 namespace {
 
-// Columns of a unit: their accumulators stay in the first-level cache.
-constexpr int64_t kUnitColumns = 1024;
-constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 128};
+// Columns of a unit: wide, because memory is read fastest in long runs; their accumulators still
+// stay in the second-level cache.
+constexpr int64_t kUnitColumns = 8192;
+constexpr int64_t kRowsAtOnce = 4;  // of a column task: their accumulators are loaded once for all
+constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64};
 // A row is summed in lanes over this many elements, then in float64: short float32 chains.
 constexpr int64_t kRowChunk = 4096;
 constexpr int64_t kGrain = 32768;  // elements worth a thread
@@ -92,12 +94,16 @@ CHANPRUNE_CLONES Accumulator<T> reduce_run(const T* x, int64_t n) {
   return total;
 }
 
-// Takes x: [n] into totals: [n].
-template <NormKind Kind, typename T>
-CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t n,
+// Takes `Rows` rows of n columns, `stride` apart, into totals: [n].
+template <NormKind Kind, int64_t Rows, typename T>
+CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t stride, int64_t n,
                                    Accumulator<T>* __restrict totals) {
   for (int64_t i = 0; i < n; ++i) {
-    totals[i] = take<Kind>(totals[i], load(x[i]));
+    Accumulator<T> total = totals[i];
+    for (int64_t r = 0; r < Rows; ++r) {
+      total = take<Kind>(total, load(x[r * stride + i]));
+    }
+    totals[i] = total;
   }
 }
 
@@ -149,13 +155,19 @@ void run_rows(const ChannelNormTask& task, const ChannelNormUnit& unit, double* 
 
 template <NormKind Kind, typename T>
 void run_columns(const ChannelNormTask& task, const ChannelNormUnit& unit, double* partials) {
-  alignas(64) Accumulator<T> totals[kUnitColumns] = {};
+  alignas(64) Accumulator<T> totals[kUnitColumns];
+  std::fill_n(totals, unit.count, Accumulator<T>(0));
   const Sink<Kind, T> sink(task, unit.piece, partials);
   const int64_t begin = unit.piece * task.piece_outer;
   const int64_t end = std::min(task.outer, begin + task.piece_outer);
-  for (int64_t o = begin; o < end; ++o) {
-    const T* row = static_cast<const T*>(task.data) + o * task.outer_stride + unit.first;
-    take_columns<Kind, T>(row, unit.count, totals);
+  const T* first = static_cast<const T*>(task.data) + unit.first;
+  int64_t o = begin;
+  for (; o + kRowsAtOnce <= end; o += kRowsAtOnce) {
+    take_columns<Kind, kRowsAtOnce, T>(first + o * task.outer_stride, task.outer_stride, unit.count,
+                                       totals);
+  }
+  for (; o < end; ++o) {
+    take_columns<Kind, 1, T>(first + o * task.outer_stride, 0, unit.count, totals);
   }
   for (int64_t i = 0; i < unit.count; ++i) {
     sink.put(unit.first + i, totals[i]);

@@ -156,6 +156,11 @@ struct RowState {
 
   // Re-expresses the sums relative to the maxima raised to the given ones.
   void raise(double new_student_max, double new_teacher_max, double inverse_temperature) {
+    if (seen == 0) {
+      student_max = new_student_max;
+      teacher_max = new_teacher_max;
+      return;
+    }
     const double ds = student > 0 || hard > 0 ? student_max - new_student_max : 0;
     const double dt = teacher > 0 ? teacher_max - new_teacher_max : 0;
     const double shrink = std::exp(dt * inverse_temperature);
@@ -164,7 +169,7 @@ struct RowState {
     teacher *= shrink;
     student *= std::exp(ds * inverse_temperature);
     hard *= std::exp(ds);
-    differences += seen == 0 ? 0 : seen * (student_max - new_student_max);
+    differences += seen * (student_max - new_student_max);
     student_max = new_student_max;
     teacher_max = new_teacher_max;
   }

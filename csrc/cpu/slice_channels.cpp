@@ -61,22 +61,48 @@ CHANPRUNE_INLINE void copy_bytes(char* destination, const char* source, int64_t 
   }
 }
 
-// Copies `segments` of one source row one after the other.
-CHANPRUNE_CLONES void copy_segments(char* destination, const char* source, const Segment* segments,
-                                    int64_t count) {
-  for (int64_t s = 0; s < count; ++s) {
-    copy_bytes(destination, source + segments[s].offset, segments[s].bytes);
-    destination += segments[s].bytes;
+// Rows [begin, end) of a task and where their first byte goes.
+struct RowRange {
+  const SliceTask* task;
+  int64_t begin;
+  int64_t end;
+  char* destination;
+};
+
+CHANPRUNE_INLINE const char* source_row(const SliceTask& task, int64_t row) {
+  return task.source + (task.row_index == nullptr ? row : task.row_index[row]) * task.row_stride;
+}
+
+// Copies the same segments of every row, one after the other.
+CHANPRUNE_CLONES void copy_segments(const RowRange& range, const Segment* segments, int64_t count) {
+  const SliceTask task = *range.task;  // a local copy: the bytes written could alias the original
+  char* destination = range.destination;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const char* row = source_row(task, r);
+    for (int64_t m = 0; m < task.mids; ++m) {
+      const char* source = row + m * task.mid_stride;
+      for (int64_t s = 0; s < count; ++s) {
+        copy_bytes(destination, source + segments[s].offset, segments[s].bytes);
+        destination += segments[s].bytes;
+      }
+    }
   }
 }
 
 // Collects single elements. Not cloned: hardware gathers lose to scalar loads from cache.
 template <typename Word>
-void gather(char* destination, const char* source, const int64_t* index, int64_t count,
-            int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    copy_word<Word>(destination + i * static_cast<int64_t>(sizeof(Word)),
-                    source + index[i] * stride);
+void gather(const RowRange& range) {
+  const SliceTask task = *range.task;
+  char* destination = range.destination;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const char* row = source_row(task, r);
+    for (int64_t m = 0; m < task.mids; ++m) {
+      const char* source = row + m * task.mid_stride;
+      for (int64_t c = 0; c < task.cols; ++c) {
+        copy_word<Word>(destination, source + task.col_index[c] * task.col_stride);
+        destination += sizeof(Word);
+      }
+    }
   }
 }
 
@@ -114,38 +140,24 @@ RowCopier prepare(const SliceTask& task) {
   return copier;
 }
 
-void copy_columns(const RowCopier& copier, char* destination, const char* source) {
-  const SliceTask& task = copier.task;
-  if (!copier.segments.empty()) {
-    copy_segments(destination, source, copier.segments.data(),
-                  static_cast<int64_t>(copier.segments.size()));
-    return;
-  }
-  switch (task.run) {
-    case 1:
-      return gather<uint8_t>(destination, source, task.col_index, task.cols, task.col_stride);
-    case 2:
-      return gather<uint16_t>(destination, source, task.col_index, task.cols, task.col_stride);
-    case 4:
-      return gather<uint32_t>(destination, source, task.col_index, task.cols, task.col_stride);
-    case 8:
-      return gather<uint64_t>(destination, source, task.col_index, task.cols, task.col_stride);
-    default:  // the one wider element is complex128
-      return gather<Word16>(destination, source, task.col_index, task.cols, task.col_stride);
-  }
-}
-
 void copy_rows(const RowCopier& copier, int64_t begin, int64_t end) {
-  const SliceTask& task = copier.task;
-  char* destination = task.destination + begin * copier.row_bytes;
-  const int64_t line = task.cols * task.run;
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t row = task.row_index == nullptr ? r : task.row_index[r];
-    const char* source = task.source + row * task.row_stride;
-    for (int64_t m = 0; m < task.mids; ++m) {
-      copy_columns(copier, destination, source + m * task.mid_stride);
-      destination += line;
-    }
+  const RowRange range{&copier.task, begin, end,
+                       copier.task.destination + begin * copier.row_bytes};
+  if (!copier.segments.empty()) {
+    return copy_segments(range, copier.segments.data(),
+                         static_cast<int64_t>(copier.segments.size()));
+  }
+  switch (copier.task.run) {
+    case 1:
+      return gather<uint8_t>(range);
+    case 2:
+      return gather<uint16_t>(range);
+    case 4:
+      return gather<uint32_t>(range);
+    case 8:
+      return gather<uint64_t>(range);
+    default:  // the one wider element is complex128
+      return gather<Word16>(range);
   }
 }
 
