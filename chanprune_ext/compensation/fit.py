@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .linear_maps import unfolded
 from .moments import Moments
 from .report import LayerReport
 from .solve import Solution, Solver, quadratic_loss
 from .targets import DEAD_SCALE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .ledger import Ledger
     from .lockstep import Lockstep, Observation
     from .targets import Layer, Target
@@ -51,19 +55,28 @@ class _Error:
         self._bounds = bounds
         self._sums = {False: [0.0, 0.0], True: [0.0, 0.0]}
 
-    def add(self, seen: Observation) -> None:
-        a, b = seen.original, seen.pruned
+    def add(self, original: Tensor, pruned: Tensor, *, held_back: bool) -> None:
         if self._bounds is not None:
-            a, b = a.clamp(*self._bounds), b.clamp(*self._bounds)
-        sums = self._sums[seen.held_back]
-        sums[0] += float((a - b).square().sum())
-        sums[1] += float(a.square().sum())
+            original, pruned = original.clamp(*self._bounds), pruned.clamp(*self._bounds)
+        sums = self._sums[held_back]
+        sums[0] += float((original - pruned).square().sum())
+        sums[1] += float(original.square().sum())
 
     @property
     def relative(self) -> float:
         """Relative error on the held-back batches, or on the others if there are none."""
         error, energy = self._sums[True] if self._sums[True][1] > 0 else self._sums[False]
         return (error / energy) ** 0.5 if energy > 0 else float(error > 0)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some samples: columns, and the target's value in both networks as rows."""
+
+    held_back: bool
+    columns: Tensor
+    original: Tensor
+    pruned: Tensor
 
 
 def one_sided_residual(
@@ -114,7 +127,7 @@ class _Fit:
         self.ledger = ledger
         # A channel that any of the layers cannot move is left alone in all of them.
         live = torch.stack([layer.scale.abs() >= DEAD_SCALE for layer in layers]).all(0)
-        self.live = live.double()
+        self.live = live.double().view(*layers[0].shape[:2], 1)
         self.inverse_scales = [
             torch.where(live, 1 / layer.scale, torch.zeros_like(layer.scale)) for layer in layers
         ]
@@ -127,21 +140,34 @@ class _Fit:
         inputs = [x for x in found if x is not None]
         return inputs if len(inputs) == len(found) else None
 
-    def residual(self, seen: Observation, bounds: tuple[float, float] | None) -> Tensor:
-        """What the target should change by."""
-        residual = one_sided_residual(seen.original, seen.pruned, bounds)
-        return residual * self.layers[0].along_channels(self.live, residual)
+    def pieces(self) -> Iterator[_Piece]:
+        """All samples, at the chosen positions, with the weights before the fit."""
+        turns = {False: 0, True: 0}
+        for seen in self.runs.observe(self.target):
+            inputs = self.inputs(seen)
+            assert inputs is not None
+            dtype = torch.float64 if seen.pruned.dtype == torch.float64 else torch.float32
+            for columns, (original, pruned) in unfolded(
+                [layer.geometry for layer in self.layers],
+                [x.to(dtype) for x in inputs],
+                [seen.original.to(dtype), seen.pruned.to(dtype)],
+                size=self.options.piece,
+                every=self.every,
+                turn=turns[seen.held_back],
+            ):
+                turns[seen.held_back] += 1
+                yield _Piece(seen.held_back, columns, original, pruned)
+
+    def residual(
+        self, original: Tensor, pruned: Tensor, bounds: tuple[float, float] | None
+    ) -> Tensor:
+        """What the target's rows should change by."""
+        return one_sided_residual(original, pruned, bounds) * self.live.to(pruned.dtype)
 
     def moments(self) -> Moments:
-        layer = self.layers[0]
-        return Moments(
-            [layer.geometry for layer in self.layers],
-            sum(layer.shape[2] for layer in self.layers),
-            layer.shape[1],
-            layer.weight.device,
-            self.options.piece,
-            self.every,
-        )
+        groups, rows, _ = self.layers[0].shape
+        columns = sum(layer.shape[2] for layer in self.layers)
+        return Moments(groups, rows, columns, self.layers[0].weight.device)
 
     def run(self) -> list[LayerReport]:
         start = time.perf_counter()
@@ -149,15 +175,16 @@ class _Fit:
         if reason is not None:
             return [skipped_report(layer, self.target, reason) for layer in self.layers]
         fit, judge, before = self.moments(), self.moments(), _Error(self.target.bounds)
-        for seen in self.runs.observe(self.target):
-            before.add(seen)
-            inputs = self.inputs(seen)
-            assert inputs is not None
-            (judge if seen.held_back else fit).add(inputs, self.residual(seen, None))
+        for piece in self.pieces():
+            before.add(piece.original, piece.pruned, held_back=piece.held_back)
+            residual = self.residual(piece.original, piece.pruned, None)
+            (judge if piece.held_back else fit).add(piece.columns, residual)
         solver, change = self.least_squares(fit, judge)
         steps, error = 0, before.relative
         if change is not None:
-            steps, error = self.descend(solver, change, fit, error)
+            steps, error, change = self.descend(solver, change, fit, error)
+        if steps and change is not None:
+            self.apply(change)
         seconds = time.perf_counter() - start
         return [
             replace(
@@ -181,7 +208,7 @@ class _Fit:
             if self.inputs(seen) is None:
                 return "its input is overwritten before its target is complete"
             difference = _Error(None)
-            difference.add(seen)
+            difference.add(seen.original, seen.pruned, held_back=False)
             if difference.relative <= self.options.round_off:
                 return "nothing to repair"
             self.every = self.thinning(seen.pruned)
@@ -220,64 +247,50 @@ class _Fit:
 
     def descend(
         self, solver: Solver, change: Solution, fit: Moments, error: float
-    ) -> tuple[int, float]:
-        """Applies the least-squares change, then one-sided ones as long as the error shrinks."""
-        for layer in self.layers:
-            self.ledger.remember(layer.weight, layer.bias, layer.mean)
-        start = self.weights()
-        one_sided = 0 if self.target.bounds is None else self.options.one_sided_steps
+    ) -> tuple[int, float, Solution]:
+        """Goes on from the least-squares change with one-sided ones while the error shrinks.
+
+        Returns:
+            Number of changes that were worth it, the error with all of them, and their sum.
+        """
+        bounds = self.target.bounds
+        one_sided = 0 if bounds is None else self.options.one_sided_steps
+        made = change
         for step in range(1 + one_sided):
-            self.apply(change, 1.0)
-            after = _Error(self.target.bounds)
-            fit.clear_rows()
-            for seen in self.runs.observe(self.target):
-                after.add(seen)
-                if not seen.held_back and step < one_sided:
-                    inputs = self.inputs(seen)
-                    assert inputs is not None
-                    fit.add(inputs, self.residual(seen, self.target.bounds), gram=False)
+            after = _Error(bounds)
+            fit.clear_residual()
+            for piece in self.pieces():
+                pruned = piece.pruned + change.applied(piece.columns)
+                after.add(piece.original, pruned, held_back=piece.held_back)
+                if not piece.held_back and step < one_sided:
+                    fit.add_residual(piece.columns, self.residual(piece.original, pruned, bounds))
             if not after.relative < error * (1 - LEAST_GAIN):
-                self.apply(change, -1.0)
-                return step, error
-            error = after.relative
+                return step, error, made
+            made, error = change, after.relative
             if step < one_sided:
-                change = solver.solve(fit, start - self.weights())
-        return 1 + one_sided, error
+                change = made + solver.solve(fit, made)
+        return 1 + one_sided, error, made
 
-    def weights(self) -> Tensor:
-        """All weights in units of the target, ``[groups, rows, unknowns]``."""
-        return torch.cat(
-            [
-                layer.weight.detach().double().view(layer.shape)
-                * layer.scale.view(*layer.shape[:2], 1)
-                for layer in self.layers
-            ],
-            -1,
-        )
-
-    def apply(self, change: Solution, sign: float) -> None:
+    def apply(self, change: Solution) -> None:
         """Adds a change to the layers, and to the values of the paused forwards."""
         first = 0
         for i, (layer, inverse) in enumerate(zip(self.layers, self.inverse_scales, strict=True)):
+            self.ledger.remember(layer.weight, layer.bias, layer.mean)
             part = change.weight[..., first : first + layer.shape[2]]
             first += layer.shape[2]
-            delta = (sign * part * inverse.view(*layer.shape[:2], 1)).reshape(layer.weight.shape)
+            delta = (part * inverse.view(*layer.shape[:2], 1)).reshape(layer.weight.shape)
             constant = None
             if change.intercept is not None and i == self.intercept_at:
-                constant = sign * change.intercept.flatten() * inverse
+                constant = change.intercept.flatten() * inverse
             layer.change(delta, constant)
+            self.runs.carry(self.target, layer, partial(_at_target, layer, delta, constant))
 
-            def at_target(
-                x: Tensor,
-                layer: Layer = layer,
-                delta: Tensor = delta,
-                constant: Tensor | None = constant,
-            ) -> Tensor:
-                shift = None if constant is None else constant.to(x.dtype)
-                y = layer.geometry.apply(x, delta.to(x.dtype), shift)
-                return y * layer.along_channels(layer.scale, y)
 
-            self.runs.carry(self.target, layer, at_target)
+def _at_target(layer: Layer, delta: Tensor, constant: Tensor | None, x: Tensor) -> Tensor:
+    """What a change of a layer's weights adds to its target."""
+    shift = None if constant is None else constant.to(x.dtype)
+    y = layer.geometry.apply(x, delta.to(x.dtype), shift)
+    return y * layer.along_channels(layer.scale, y)
 
 
 def fit_target(

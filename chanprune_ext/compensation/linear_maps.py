@@ -116,18 +116,18 @@ class LinearMap:
 def unfolded(
     maps: Sequence[LinearMap],
     inputs: Sequence[Tensor],
-    output: Tensor,
+    outputs: Sequence[Tensor],
     *,
     size: int,
-    every: int,
-    turn: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    every: int = 1,
+    turn: int = 0,
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Unfolds the inputs of layers whose outputs are added up, piece by piece.
 
     Args:
         maps: The layers; several only if none has groups.
         inputs: Their inputs.
-        output: A tensor of their outputs' shape.
+        outputs: Tensors of their outputs' shape.
         size: Most elements that the columns of one piece should have; at least one image (for
             linear layers: one vector) is taken.
         every: Take every n-th position along each spatial axis only. Where to start changes from
@@ -136,25 +136,26 @@ def unfolded(
 
     Yields:
         Columns ``[groups, unknowns, samples]``, those of the layers one below the other, and the
-        output as rows ``[groups, rows per group, samples]``.
+        outputs as rows ``[groups, rows per group, samples]``.
     """
     axes = maps[0].axes
     if not axes:
         inputs = [x.reshape(-1, x.shape[-1]) for x in inputs]
-        output = output.reshape(-1, output.shape[-1])
-    elif output.ndim == axes + 1:
-        inputs, output = [x.unsqueeze(0) for x in inputs], output.unsqueeze(0)
-    extents = output.shape[2:]
+        outputs = [y.reshape(-1, y.shape[-1]) for y in outputs]
+    elif outputs[0].ndim == axes + 1:
+        inputs = [x.unsqueeze(0) for x in inputs]
+        outputs = [y.unsqueeze(0) for y in outputs]
+    images, extents = outputs[0].shape[0], outputs[0].shape[2:]
     positions = math.prod(-(-extent // every) for extent in extents)
     unknowns = sum(x.shape[1] * math.prod(m.kernel) for m, x in zip(maps, inputs, strict=True))
     step = max(1, size // max(1, unknowns * positions))
-    for first in range(0, output.shape[0], step):
+    for first in range(0, images, step):
         piece = slice(first, first + step)
         starts = [min(turn // every**axis % every, e - 1) for axis, e in enumerate(extents)]
         columns = [m.columns(x[piece], starts, every) for m, x in zip(maps, inputs, strict=True)]
         yield (
             columns[0] if len(columns) == 1 else torch.cat(columns, 1),
-            maps[0].rows(output[piece], starts, every),
+            [maps[0].rows(y[piece], starts, every) for y in outputs],
         )
         turn += 1
 

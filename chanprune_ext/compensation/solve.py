@@ -23,7 +23,7 @@ _EXACT_TRACE = 1024
 
 @dataclass(frozen=True)
 class Solution:
-    """A change of a layer's weights.
+    """A change of weights.
 
     Attributes:
         weight: ``[groups, rows, columns]``, float64.
@@ -32,6 +32,19 @@ class Solution:
 
     weight: Tensor
     intercept: Tensor | None
+
+    def __add__(self, other: Solution) -> Solution:
+        """Both changes, one after the other."""
+        if self.intercept is None or other.intercept is None:
+            return Solution(self.weight + other.weight, None)
+        return Solution(self.weight + other.weight, self.intercept + other.intercept)
+
+    def applied(self, columns: Tensor) -> Tensor:
+        """What the change adds to the rows, ``[groups, rows, samples]``, in ``columns``' dtype."""
+        added = self.weight.to(columns.dtype) @ columns
+        if self.intercept is not None:
+            added += self.intercept.to(columns.dtype).unsqueeze(-1)
+        return added
 
 
 class Solver:
@@ -97,23 +110,22 @@ class Solver:
             smallest, bottom = _normalised(torch.cholesky_solve(smallest, self._factor))
         return float((size - lost).sum()), float((top * bottom).max())
 
-    def solve(self, moments: Moments, offset: Tensor | None = None) -> Solution:
+    def solve(self, moments: Moments, made: Solution | None = None) -> Solution:
         """The change of weights that explains the residual best.
 
-        Minimises ``E|r - D x - d|^2 + lambda |D - offset|^2`` over ``D`` and the intercept ``d``.
+        Minimises ``E|r - D x - d|^2 + lambda |M + D|^2`` over ``D`` and the intercept ``d``.
 
         Args:
             moments: Moments of the residual, and the columns this solver was made from.
-            offset: Original weights minus the current ones, ``[groups, rows, columns]``: the ridge
-                pulls towards the original. None: they are the same.
+            made: The change ``M`` made already: the ridge pulls towards the weights without it.
         """
         samples = max(1, moments.samples)
         cross = moments.cross / samples
         mean_row = moments.row_sum / samples
         if self._mean is not None:
             cross = cross - mean_row.unsqueeze(-1) * self._mean.unsqueeze(-2)
-        if offset is not None:
-            cross = cross + self._lambda * offset
+        if made is not None:
+            cross = cross - self._lambda * made.weight
         weight = torch.cholesky_solve(cross.mT, self._factor).mT
         if self._mean is None:
             return Solution(weight, None)
