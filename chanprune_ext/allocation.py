@@ -95,7 +95,7 @@ def allocate(
         held: Indices of groups that must stay whole.
 
     Returns:
-        Group index -> bool (units,), True where a unit is removed. Never all of a group.
+        Group index -> bool (units,), True where a unit is removed. No layer is left empty.
 
     Raises:
         InvalidArgumentError: A glob names no group.
@@ -277,7 +277,7 @@ def _active_groups(
     candidates = [
         g
         for g in analysis.groups
-        if g.units > 1
+        if (g.units > 1 or _is_part_everywhere(analysis, g))
         and g.index not in held
         and not any(_matches(g.producers, glob) for glob in selection.ignore)
         and (selection.budget is not None or selection.threshold is not None or ratios[g.index] > 0)
@@ -293,12 +293,22 @@ def _active_groups(
     return [chosen[i] for i in sorted(chosen)]
 
 
+def _is_part_everywhere(analysis: Analysis, group: CouplingGroup) -> bool:
+    """Whether the group could go as a whole: every dimension it shortens has other indices too."""
+    return all(m.indices.size < analysis.trace.shapes[m.entry][m.dim] for m in group.members)
+
+
 def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) -> str:
     if not analysis.groups:
         reasons = "; ".join(str(f) for f in analysis.frozen[:3])
         return "the model has no channels that may be removed" + (f": {reasons}" if reasons else "")
     if held:
         return "every group that was asked for is held back by sizes that cannot change"
+    if all(g.units == 1 for g in analysis.groups):
+        return (
+            f"nothing to prune: the channels of each of the {len(analysis.groups)} groups can only "
+            f"be removed all at once, which would leave a layer empty"
+        )
     return (
         f"nothing to prune: of {len(analysis.groups)} groups none has a ratio above 0 and is not "
         f"ignored (ratio={selection.ratio}, ratios={dict(selection.ratios)}, "

@@ -9,7 +9,7 @@ import numpy as np
 from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.trace import Slots
@@ -114,24 +114,37 @@ def solve_linked_counts(
 
     Returns:
         Group index -> [(units, how many of them to keep), ...]: the units of one entry are alike in
-        every link, so any of them will do. A group that cannot shrink keeps all its units.
+        every link, so any of them will do. A group that cannot shrink keeps all its units; a linked
+        one may lose all of them where the layers it belongs to keep others.
     """
     linear = _Linear(analysis, active)
     rows = linear.rows()
-    linked = np.zeros(linear.units, dtype=bool)
-    for row in rows:
-        linked |= row != 0
-    free: list[CouplingGroup] = []
-    tied: list[CouplingGroup] = []
-    for group in active:
-        first = linear.start[group.index]
-        (tied if linked[first : first + group.units].any() else free).append(group)
-    result: Buckets = {
-        g.index: [(np.arange(g.units), rounded_count(g, wanted[g.index], round_to))] for g in free
-    }
-    if tied:
-        result.update(_solve(linear, rows, tied, wanted, round_to))
+    result: Buckets = {}
+    for groups, own_rows in _components(active, rows):
+        if own_rows:
+            result.update(_solve(linear, own_rows, groups, wanted, round_to))
+        else:
+            (group,) = groups
+            count = rounded_count(group, wanted[group.index], round_to)
+            result[group.index] = [(np.arange(group.units), count)]
     return result
+
+
+def _components(
+    active: Sequence[CouplingGroup], rows: Sequence[np.ndarray]
+) -> Iterator[tuple[list[CouplingGroup], list[np.ndarray]]]:
+    """Groups that links join, with their links; a group without links comes alone."""
+    owner = np.repeat(np.arange(len(active)), [g.units for g in active])
+    members = [np.unique(owner[row != 0]) for row in rows]
+    component = np.arange(len(active))
+    for joined in members:
+        joined = np.unique(component[joined])
+        component[np.isin(component, joined)] = joined[0]
+    for first in np.unique(component):
+        yield (
+            [g for g, c in zip(active, component, strict=True) if c == first],
+            [r for r, m in zip(rows, members, strict=True) if component[m[0]] == first],
+        )
 
 
 def rounded_count(group: CouplingGroup, wanted: float, round_to: int) -> int:
@@ -152,13 +165,14 @@ def _step(group: CouplingGroup, round_to: int) -> int:
 
 def _solve(
     linear: _Linear,
-    rows: list[np.ndarray],
+    rows: Sequence[np.ndarray],
     tied: Sequence[CouplingGroup],
     wanted: Mapping[int, float],
     round_to: int,
 ) -> Buckets:
     """Minimise the weighted distance to the wanted counts subject to the links."""
-    matrix = np.stack(rows)
+    least = _least_sums(linear, tied)
+    matrix = np.stack([*rows, *least])
     buckets: list[tuple[int, np.ndarray]] = []
     for group in tied:
         first = linear.start[group.index]
@@ -166,8 +180,8 @@ def _solve(
         _, kind = np.unique(columns, axis=1, return_inverse=True)
         kind = np.asarray(kind).ravel()
         buckets.extend((group.index, np.flatnonzero(kind == k)) for k in range(kind.max() + 1))
-    for step in {round_to, 1}:
-        counts = _integer_program(linear, matrix, tied, buckets, wanted, step)
+    for step in dict.fromkeys((round_to, 1)):
+        counts = _integer_program(linear, rows, least, tied, buckets, wanted, step)
         if counts is not None:
             result: Buckets = {}
             for (index, units), count in zip(buckets, counts, strict=True):
@@ -176,9 +190,38 @@ def _solve(
     return {g.index: [(np.arange(g.units), g.units)] for g in tied}
 
 
+def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarray]:
+    """Rows r with ``r @ kept >= 1``: what must not become empty.
+
+    These are the dimensions of parameters that linked groups cover to the last index, and the
+    pieces that channels are cut into.
+    """
+    analysis = linear.analysis
+    owned = np.zeros(linear.units, dtype=bool)
+    covered: dict[tuple[str, int], int] = {}
+    for group in tied:
+        owned[linear.start[group.index] :][: group.units] = True
+        for member in group.members:
+            key = member.entry, member.dim
+            covered[key] = covered.get(key, 0) + member.indices.size
+    found: dict[bytes, np.ndarray] = {}
+    dims = [
+        analysis.slots[entry, dim]
+        for (entry, dim), count in covered.items()
+        if count >= analysis.trace.shapes[entry][dim]
+    ]
+    for slots in (*dims, *(equation.slots for equation in analysis.trace.equations)):
+        size = linear.size(slots)
+        if size is not None and size[1] == 0 and size[0].any() and not (size[0] != 0)[~owned].any():
+            row = (size[0] != 0).astype(float)
+            found.setdefault(row.tobytes(), row)
+    return list(found.values())
+
+
 def _integer_program(
     linear: _Linear,
-    matrix: np.ndarray,
+    rows: Sequence[np.ndarray],
+    least: Sequence[np.ndarray],
     tied: Sequence[CouplingGroup],
     buckets: list[tuple[int, np.ndarray]],
     wanted: Mapping[int, float],
@@ -189,30 +232,26 @@ def _integer_program(
 
     n, m = len(buckets), len(tied)
     steps = [_step(g, round_to) for g in tied]
-    rounding = [s > 1 and s <= g.units for s, g in zip(steps, tied, strict=True)]
     size = 2 * n + m
     sizes = np.array([len(units) for _, units in buckets], dtype=float)
     group_units = {g.index: g.units for g in tied}
     goal = np.array([wanted[i] * len(units) / group_units[i] for i, units in buckets], dtype=float)
+    first_unit = [linear.start[index] + int(units[0]) for index, units in buckets]
     blocks: list[tuple[np.ndarray, float, float]] = []
-    for row in matrix:
-        line = np.zeros(size)
-        for b, (index, units) in enumerate(buckets):
-            line[b] = row[linear.start[index] + units[0]]
+    for row in rows:
+        line = np.r_[row[first_unit], np.zeros(n + m)]
         total = float(line[:n] @ sizes)
         blocks.append((line, total, total))
+    blocks.extend((np.r_[row[first_unit], np.zeros(n + m)], 1.0, np.inf) for row in least)
     for b in range(n):
         for sign in (1.0, -1.0):
             line = np.zeros(size)
             line[b], line[n + b] = sign, -1.0
             blocks.append((line, -np.inf, sign * goal[b]))
     for k, group in enumerate(tied):
-        line = np.zeros(size)
-        for b, (index, _) in enumerate(buckets):
-            if index == group.index:
-                line[b] = 1.0
-        blocks.append((line.copy(), 1.0, float(group.units)))
-        if rounding[k]:
+        if 1 < steps[k] <= group.units:
+            line = np.zeros(size)
+            line[:n] = [index == group.index for index, _ in buckets]
             line[2 * n + k] = -float(steps[k])
             blocks.append((line, 0.0, 0.0))
     weight = np.array([float(group_channels(tied, i)) for i, _ in buckets])

@@ -1,20 +1,26 @@
-"""The oracle of the exactness tests, written apart from the package's own verification."""
+"""Networks for the tests, and an oracle of exactness apart from the package's own verification."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from chanprune_ext.copying import copied
+from chanprune_ext.models import resnet56
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chanprune_ext import PruningPlan
 
 __all__ = [
+    "NETWORKS",
     "doubled",
     "leaves",
+    "network",
     "randomised",
     "relative_error",
     "run",
@@ -107,3 +113,33 @@ def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
         scale = b.double().abs().max().item() or 1.0
         worst = max(worst, (a.double() - b.double()).abs().max().item() / scale)
     return worst
+
+
+def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(torchvision.models, name)(weights=None, num_classes=10, **options)
+
+
+# The networks that must be exact, by the names people know them by. GoogLeNet keeps its auxiliary
+# heads, which only run in training mode.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": _torchvision("resnet18"),
+    "resnet50": _torchvision("resnet50"),
+    "mobilenet_v2": _torchvision("mobilenet_v2"),
+    "densenet121": _torchvision("densenet121"),
+    "shufflenet_v2_x1_0": _torchvision("shufflenet_v2_x1_0"),
+    "efficientnet_b0": _torchvision("efficientnet_b0"),
+    "regnet_y_400mf": _torchvision("regnet_y_400mf"),
+    "googlenet": _torchvision("googlenet", init_weights=False),
+    "vgg16_bn": _torchvision("vgg16_bn", init_weights=False),
+    "resnext50_32x4d": _torchvision("resnext50_32x4d"),
+    "resnet56": resnet56,
+}
+SIDES = {"resnet56": 32}
+
+
+def network(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """One of :data:`NETWORKS` with random statistics, and a batch of two small images."""
+    torch.manual_seed(seed)
+    model = randomised(NETWORKS[name](), seed)
+    side = SIDES.get(name, 64)
+    return model, torch.randn(2, 3, side, side)
