@@ -217,3 +217,22 @@ def test_operator_itself_refuses_bad_arguments(arguments, message):
 
 def test_no_weights():
     assert channel_norms([], []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_value_is_read_exactly(native_device, dtype):
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    weight = patterns.view(dtype).to(native_device)
+    # As single elements (columns) and as rows of 128 (lanes), subnormals, Inf and NaN included.
+    (single,) = channel_norms([weight], [0], math.inf)
+    torch.testing.assert_close(single, weight.float().abs(), rtol=0, atol=0, equal_nan=True)
+    (rows,) = channel_norms([weight.view(512, 128)], [0], math.inf)
+    expected = weight.view(512, 128).float().abs().amax(1)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_meta_tensors():
+    (norm,) = channel_norms([torch.empty(4, 3, device="meta", dtype=torch.half)], [1])
+    assert norm.device.type == "meta"
+    assert norm.shape == (3,)
+    assert norm.dtype == torch.float32

@@ -158,6 +158,18 @@ def test_bfloat16_is_computed_in_float32():
     assert abs(error - 1) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_gradient_is_the_float32_gradient_rounded(native_device, dtype):
+    # Spread over many magnitudes, so that the gradient has normal, subnormal and zero elements.
+    student, teacher = (torch.randn(2, 32, 1030, device=native_device) * 8).to(dtype)
+    gradients = []
+    for cast in (dtype, torch.float32):
+        leaf = student.detach().to(cast).requires_grad_()
+        kd_kl_div(leaf, teacher.to(cast), 1.0).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
+
+
 def test_teacher_of_another_dtype():
     student, teacher = torch.randn(2, 4, 9)
     mixed = kd_kl_div(student.bfloat16(), teacher)

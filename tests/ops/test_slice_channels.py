@@ -228,3 +228,11 @@ def test_operator_itself_refuses_bad_arguments(arguments, message):
 
 def test_no_tensors():
     assert slice_channels([], [], []) == []
+
+
+def test_meta_tensors():
+    weight = torch.empty(4, 3, 2, 2, device="meta").to(memory_format=torch.channels_last)
+    (result,) = slice_channels([weight], [torch.tensor([1])], [torch.tensor([0, 2])])
+    assert result.device.type == "meta"
+    assert result.shape == (1, 2, 2, 2)
+    assert result.is_contiguous(memory_format=torch.channels_last)
