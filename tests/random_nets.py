@@ -117,6 +117,18 @@ def _written(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def _affinity(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(q.flatten(2).transpose(1, 2) @ k.flatten(2), -1)
+    return (v.flatten(2) @ weights).view_as(v)
+
+
+def _raised(self: Any, x: Tensor) -> Tensor:
+    """A copy changed through a view of it."""
+    x = x.clone()
+    x[:, : self.cut].add_(1)
+    return x
+
+
 class _Builder:
     def __init__(self, choose: Choose, images: int) -> None:
         self.choose = choose
@@ -302,6 +314,36 @@ class _Builder:
         width = self.choose([4, 6, 8])
         self.add(Formula([i], _mix_last, linear=nn.Linear(self.widths[i], width)), width)
 
+    def summed(self) -> None:
+        """A sum over channels, which are zero where they are zeroed or not."""
+        i, j = self.pick(), self.pick()
+        change = self.choose([F.relu, torch.sigmoid, torch.tanh, F.softplus, torch.square])
+        formula = lambda self, a, b: change(a).sum(1, keepdim=True) / 8 + b  # noqa: E731
+        self.add(Formula([i, j], formula), self.widths[j])
+
+    def affine(self) -> None:
+        i = self.pick()
+        change = self.choose([torch.sigmoid, lambda x: x + 1, lambda x: 2 * x, torch.cos])
+        self.add(Formula([i], lambda self, x: change(x)), self.widths[i])
+
+    def raised(self) -> None:
+        i = self.pick()
+        if self.widths[i] >= 2:
+            cut = self.choose(range(1, self.widths[i]))
+            self.add(Formula([i], _raised, cut=cut), self.widths[i])
+
+    def affinity(self) -> None:
+        i, v = self.pick(narrow=16), self.pick()
+        self.add(Formula([i, self.pick_like(i), v], _affinity), self.widths[v])
+
+    def computed_kernel(self) -> None:
+        i = self.pick()
+        width = self.choose([4, 6, 8])
+        change = self.choose([torch.sigmoid, torch.tanh, lambda w: w - w.mean(1, keepdim=True)])
+        kernel = nn.Parameter(torch.randn(width, self.widths[i], 1, 1) / 2)
+        formula = lambda self, x: F.conv2d(x, change(self.kernel))  # noqa: E731
+        self.add(Formula([i], formula, kernel=kernel), width)
+
     def cut_to_one(self) -> None:
         """One channel scales all of another value."""
         i, j = self.pick(), self.pick()
@@ -316,6 +358,7 @@ _KINDS = [
     *["joined"] * 2,
     *["chunked", "split", "sliced", "halved", "written", "shuffled", "depthwise", "transposed"],
     *["shared", "times", "pooled", "gated", "vector", "prelu", "padded", "glu", "unshuffled"],
+    *["summed", "affine", "raised", "affinity", "computed_kernel"],
     *["pixel_shuffled", "turned", "repeated", "stacked", "mixed_last", "cut_to_one"],
 ]
 

@@ -105,11 +105,17 @@ class Trace:
 class _State:
     dims: tuple[Slots, ...]
     origin: Origin | None = None
+    zeros: tuple[bool, ...] = ()
 
 
 def anonymous(n: int) -> Slots:
     """The slots of a dimension nobody may shorten."""
     return np.empty((0, n), dtype=np.int64)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What a tensor and its views share, also on the meta device, where nothing has an address."""
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001
 
 
 @dataclass(eq=False)
@@ -131,6 +137,7 @@ class Tracer:
     op_name: str = ""
     _states: dict[int, _State] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)
+    _overwritten: set[int] = field(default_factory=set)
     _where: tuple[str, str] | None = None
 
     # -- tensors ---------------------------------------------------------------------------------
@@ -173,6 +180,28 @@ class Tracer:
         """The parameter that ``tensor`` stands for, if it is computed from parameters alone."""
         state = self._states.get(id(tensor))
         return None if state is None else state.origin
+
+    def zeros(self, tensor: Tensor) -> tuple[bool, ...]:
+        """For every dimension, whether the zeroed network is zero at what is removed of it.
+
+        True for a dimension without labels, of which nothing is removed.
+        """
+        state = self._states.get(id(tensor))
+        if state is None:
+            return (True,) * tensor.dim()
+        known = len(state.zeros) == tensor.dim() and not (
+            self._overwritten and _storage(tensor) in self._overwritten
+        )
+        return tuple(
+            not len(slots) or (known and state.zeros[d])
+            for d, slots in enumerate(self.dims(tensor))
+        )
+
+    def set_zeros(self, tensor: Tensor, zeros: Sequence[bool], *, changed: bool = False) -> None:
+        """Record :meth:`zeros`; with ``changed`` the tensor was changed in place, and its views."""
+        self._states[id(tensor)].zeros = tuple(zeros)
+        if changed and not all(self.zeros(tensor)):
+            self._overwritten.add(_storage(tensor))
 
     def note_role(self, tensor: Tensor, dim: int, role: str) -> None:
         """Record that ``dim`` of a weight makes (``"out"``) or reads (``"in"``) channels."""
@@ -446,6 +475,8 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
                 dims = tuple(tracer.fresh(n) for n in tensor.shape)
                 parameters[name] = dims
                 tracer.set(stand_ins[name], dims, (name, tuple(range(len(dims)))))
+                # Zeroing a network is zeroing its parameters: buffers keep their values.
+                tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
         inputs = substitute(example_inputs, stand_in)
         calls = _watch(tracer, model, stand_ins, inputs)
         costs = list(tracer.costs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
+from chanprune_ext.analysis.rules.zeros import sum_is_exact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,8 @@ def convolution(
         out_groups, _ = split(tracer, out_slots, (groups, out_slots.shape[1] // groups))
         tracer.unify(group_slots, out_groups)
         tracer.unify(inside, in_slots)
+    if not sum_is_exact(tracer, (x, 1), (weight, 0 if transposed else 1)):
+        tracer.flag_normalised(in_slots)
     if group_slots is not None:
         tracer.equate(tracer.argument(6, "groups"), group_slots, f"groups={groups}")
     if bias is not None:
@@ -96,11 +99,11 @@ def linear(
     """(.., I) x (O, I) -> (.., O)."""
     x, weight = args[:2]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    *rest, channels = tracer.dims(x)
+    rest = tracer.dims(x)[:-1]
     out_slots, in_slots = tracer.dims(weight)
     tracer.note_role(weight, 0, "out")
     tracer.note_role(weight, 1, "in")
-    tracer.unify(channels, in_slots)
+    _contract(tracer, (x, x.dim() - 1), (weight, 1))
     tracer.set(output, [*rest, out_slots])
     if bias is not None:
         _add_to_last(tracer, bias, output)
@@ -112,14 +115,14 @@ def bmm(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     left, right = args[-2:] if len(args) >= 2 else (args[0], kwargs["mat2"])
-    b1, m, k1 = tracer.dims(left)
-    b2, k2, n = tracer.dims(right)
-    tracer.unify(b1, b2)
-    tracer.unify(k1, k2)
-    tracer.set(output, [b1, m, n])
+    batch, m, k = tracer.dims(left)
+    n = tracer.dims(right)[2]
+    tracer.unify(batch, tracer.dims(right)[0])
+    _contract(tracer, (left, 2), (right, 1))
+    tracer.set(output, [batch, m, n])
     if func._schema.name != "aten::bmm":
         raise ValueError("an added matrix is not followed")
-    tracer.cost(1, b1, m, k1, n)
+    tracer.cost(1, batch, m, k, n)
 
 
 @rule("aten::mv")
@@ -127,7 +130,7 @@ def mv(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     m, k = tracer.dims(args[0])
-    tracer.unify(k, tracer.dims(args[1])[0])
+    _contract(tracer, (args[0], 1), (args[1], 0))
     tracer.note_role(args[0], 0, "out")
     tracer.note_role(args[0], 1, "in")
     tracer.set(output, [m])
@@ -138,18 +141,26 @@ def mv(
 def dot(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
-    tracer.unify(tracer.dims(args[0])[0], tracer.dims(args[1])[0])
+    _contract(tracer, (args[0], 0), (args[1], 0))
+
+
+def _contract(tracer: Tracer, left: tuple[Tensor, int], right: tuple[Tensor, int]) -> None:
+    """Sum over one dimension of a product: removed on both sides, exact if one of them is zero."""
+    slots = tracer.dims(left[0])[left[1]]
+    tracer.unify(slots, tracer.dims(right[0])[right[1]])
+    if not sum_is_exact(tracer, left, right):
+        tracer.flag_normalised(slots)
 
 
 def _product(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
-    m, k1 = tracer.dims(left)
-    k2, n = tracer.dims(right)
-    tracer.unify(k1, k2)
+    m, k = tracer.dims(left)
+    n = tracer.dims(right)[1]
+    _contract(tracer, (left, 1), (right, 0))
     for weight, out_dim, in_dim in ((left, 0, 1), (right, 1, 0)):
         tracer.note_role(weight, out_dim, "out")
         tracer.note_role(weight, in_dim, "in")
     tracer.set(output, [m, n])
-    tracer.cost(1, m, k1, n)
+    tracer.cost(1, m, k, n)
 
 
 def _add_to_last(tracer: Tracer, added: Tensor, output: Tensor) -> None:

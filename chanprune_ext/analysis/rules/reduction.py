@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.rules.zeros import sum_is_exact
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.trace import Slots, Tracer
@@ -44,9 +45,13 @@ def _reduce(tracer: Tracer, x: Tensor, over: set[int], outputs: list[Tensor]) ->
 def total(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """A removed channel adds nothing, as a zeroed one: exact."""
-    over = _reduced_dims(func, args, kwargs, args[0].dim())
-    _reduce(tracer, args[0], over, tensors_in(output))
+    """A removed channel adds nothing, as one that is zero: exact, else like a statistic."""
+    x = args[0]
+    over = _reduced_dims(func, args, kwargs, x.dim())
+    for d in over:
+        if not sum_is_exact(tracer, (x, d)):
+            tracer.flag_normalised(tracer.dims(x)[d])
+    _reduce(tracer, x, over, tensors_in(output))
 
 
 @rule(

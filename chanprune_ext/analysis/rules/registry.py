@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.rules.zeros import follow_zeros
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.trace import Tracer
@@ -82,6 +83,7 @@ def apply_rule(
         return
     try:
         function(tracer, func, args, kwargs, output)
+        follow_zeros(tracer, func, args, kwargs, output)
     except (AssertionError, IndexError, ValueError, TypeError, KeyError, RuntimeError) as error:
         _give_up(tracer, name, inputs, f"the rule failed ({error}) for", output)
 

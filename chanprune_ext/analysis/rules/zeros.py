@@ -1,0 +1,220 @@
+"""Where a removed channel is zero in the zeroed network, so that summing over it adds nothing.
+
+Removing a channel equals zeroing it wherever the weights that read it are zeroed too. A sum over
+the channels themselves has no such weights: there both agree only if the channel *is* zero, as
+behind a convolution and a ReLU, but not behind a sigmoid. These rules follow that property from
+operation to operation, one truth value for each dimension of each tensor. What they do not know is
+not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from chanprune_ext.analysis.calls import tensors_in
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis.trace import Tracer
+
+__all__ = ["follow_zeros", "sum_is_exact"]
+
+Follow = Callable[["Tracer", list[Tensor], tuple[Any, ...], dict[str, Any], Tensor], Sequence[bool]]
+_FOLLOW: dict[str, Follow] = {}
+
+
+def follow_zeros(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Set the zeros of every output of an operation whose rule has set its slots."""
+    name = func._schema.name.removeprefix("aten::")
+    follow = _FOLLOW.get(name) or _FOLLOW.get(name.removesuffix("_"))
+    inputs = tensors_in((args, kwargs))
+    for out in tensors_in(output):
+        if not tracer.labelled(out):
+            continue
+        zeros = follow(tracer, inputs, args, kwargs, out) if follow else [False] * out.dim()
+        tracer.set_zeros(out, zeros, changed=any(out is t for t in inputs))
+
+
+def sum_is_exact(tracer: Tracer, *factors: tuple[Tensor, int]) -> bool:
+    """Whether a sum over one dimension of a product loses nothing with a removed index."""
+    return any(tracer.zeros(tensor)[dim] for tensor, dim in factors)
+
+
+def _on(*names: str) -> Callable[[Follow], Follow]:
+    def register(follow: Follow) -> Follow:
+        _FOLLOW.update(dict.fromkeys(names, follow))
+        return follow
+
+    return register
+
+
+@_on(
+    # Nothing is computed.
+    *("alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "_to_copy", "contiguous"),
+    *("clone", "view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "permute"),
+    *("permute_copy", "transpose", "t", "swapaxes", "as_strided", "unsqueeze", "squeeze"),
+    *("cat", "concat", "concatenate", "stack", "slice", "narrow", "select", "unbind", "split"),
+    *("split_with_sizes", "chunk", "tensor_split", "unsafe_split", "flip", "roll"),
+    *("index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    "native_channel_shuffle",
+    # Functions with f(0) = 0.
+    *("relu", "relu6", "neg", "abs", "tanh", "sin", "tan", "sinh", "asin", "atan", "asinh"),
+    *("atanh", "sqrt", "square", "sgn", "sign", "floor", "ceil", "round", "trunc", "frac", "erf"),
+    *("expm1", "log1p", "gelu", "silu", "hardswish", "hardshrink", "softshrink", "leaky_relu"),
+    *("elu", "selu", "celu", "mish", "rrelu", "rrelu_with_noise", "native_dropout", "glu"),
+    *("nan_to_num", "_weight_norm_interface"),
+    # Statistics and windows over other dimensions.
+    *("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "norm", "prod", "amax"),
+    *("amin", "max", "min", "median", "linalg_vector_norm", "cumsum", "cumprod", "sort"),
+    *(f"{kind}_pool{d}d" for kind in ("avg", "max", "adaptive_avg") for d in (1, 2, 3)),
+    *(f"max_pool{d}d_with_indices" for d in (2, 3)),
+    *(f"{kind}_pool{d}d" for kind in ("_adaptive_avg", "adaptive_max") for d in (2, 3)),
+    *(f"upsample_{n}" for n in ("nearest1d", "nearest2d", "nearest3d", "linear1d")),
+    *(f"upsample_{n}" for n in ("bilinear2d", "bicubic2d", "trilinear3d")),
+    *(f"{kind}_pad{d}d" for kind in ("reflection", "replication") for d in (1, 2, 3)),
+)
+def _kept(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where the input is: dimension by dimension where it passes whole, else all of them."""
+    everywhere = all(all(tracer.zeros(t)) for t in inputs)
+    result = []
+    for slots in tracer.dims(out):
+        same = [
+            tracer.zeros(t)[d] for t in inputs for d, s in enumerate(tracer.dims(t)) if s is slots
+        ]
+        result.append(all(same) if same else everywhere)
+    return result
+
+
+@_on("prelu", "_prelu_kernel", "masked_fill", "clamp", "clamp_min", "clamp_max", "hardtanh", "pow")
+def _of_first(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where the first input is, if its numbers leave zero alone."""
+    name = tracer.op_name.removeprefix("aten::").removesuffix("_")
+    numbers = [kwargs.get(k) for k in ("min", "max")] if kwargs else list(args[1:])
+    bounds = [*numbers, None, None][:2]
+    if name == "masked_fill":
+        safe = args[2] == 0 if isinstance(args[2], (int, float)) else False
+    elif name == "pow":
+        safe = isinstance(args[1], (int, float)) and args[1] > 0
+    elif name == "hardtanh":
+        low, high = [*args[1:], -1, 1][:2] if len(args) != 2 else (args[1], 1)
+        safe = low <= 0 <= high
+    elif name == "clamp_max":
+        safe = isinstance(args[1], (int, float)) and args[1] >= 0
+    elif name in ("clamp", "clamp_min"):
+        low, high = bounds
+        safe = not any(isinstance(b, Tensor) for b in bounds) and (
+            (low is None or low <= 0) and (high is None or high >= 0)
+        )
+    else:
+        safe = True
+    first = args[0]
+    if not safe or not isinstance(first, Tensor) or first.shape != out.shape:
+        return [False] * out.dim()
+    return list(tracer.zeros(first))
+
+
+def _aligned(tracer: Tracer, tensor: Tensor, out: Tensor) -> list[bool]:
+    """Zeros of an input seen from the dims of a broadcast result."""
+    missing = out.dim() - tensor.dim()
+    zeros = tracer.zeros(tensor)
+    return [
+        d >= missing and tensor.shape[d - missing] == n and zeros[d - missing]
+        for d, n in enumerate(out.shape)
+    ]
+
+
+@_on("add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "copy", "hypot")
+def _sum(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where all inputs are."""
+    name = tracer.op_name.removeprefix("aten::").removesuffix("_")
+    if name in ("where", "copy"):
+        inputs = inputs[1:]
+    if any(isinstance(a, (int, float)) and a != 0 for a in args[:2]):
+        return [False] * out.dim()
+    parts = [_aligned(tracer, t, out) for t in inputs]
+    return [all(p[d] for p in parts) for d in range(out.dim())]
+
+
+@_on("mul", "div", "addcmul")
+def _product(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where any factor is; of a quotient, where the numerator is."""
+    name = tracer.op_name.removeprefix("aten::").removesuffix("_")
+    if name == "addcmul":
+        start = _aligned(tracer, inputs[0], out)
+        inputs = inputs[1:]
+    else:
+        start = [True] * out.dim()
+    if name == "div":
+        inputs = inputs[:1] if isinstance(args[0], Tensor) else []
+    parts = [_aligned(tracer, t, out) for t in inputs]
+    return [start[d] and any(p[d] for p in parts) for d in range(out.dim())]
+
+
+@_on("expand", "expand_copy")
+def _expanded(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    return _aligned(tracer, inputs[0], out)
+
+
+@_on("zeros", "new_zeros", "zeros_like", "zero")
+def _nothing(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    return [True] * out.dim()
+
+
+@_on("constant_pad_nd")
+def _padded(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+    return list(tracer.zeros(inputs[0])) if value == 0 else [False] * out.dim()
+
+
+@_on("convolution", "_convolution", "convolution_overrideable", "linear", "mm", "bmm", "addmm")
+def _contracted(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Rows of the left and columns of the right pass; an added bias must be zero there too."""
+    left, right, *added = (args[1], args[2], args[0]) if tracer.op_name == "aten::addmm" else inputs
+    # Grouped outputs have slots of their own: they belong to the weight.
+    passed = {
+        id(slots): zero for slots, zero in zip(tracer.dims(left), tracer.zeros(left), strict=True)
+    }
+    bias = [tracer.zeros(b)[-1] for b in added]
+    result = []
+    for slots in tracer.dims(out):
+        if id(slots) in passed:
+            result.append(passed[id(slots)] and not added)
+        else:
+            result.append(all(tracer.zeros(right)) and all(bias))
+    return result
+
+
+@_on(
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    *("_batch_norm_no_update", "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"),
+    *("native_layer_norm", "native_group_norm"),
+)
+def _normalised(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where scale and shift are."""
+    scale, shift = args[2:4] if tracer.op_name == "aten::native_layer_norm" else args[1:3]
+    affine = all(isinstance(v, Tensor) and all(tracer.zeros(v)) for v in (scale, shift))
+    first = out.dim() - len(args[1]) if tracer.op_name == "aten::native_layer_norm" else 1
+    last = out.dim() if tracer.op_name == "aten::native_layer_norm" else 2
+    return [affine and first <= d < last for d in range(out.dim())]
