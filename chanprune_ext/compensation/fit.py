@@ -27,7 +27,8 @@ __all__ = ["FitOptions", "fit_target", "one_sided_residual", "skipped_report"]
 
 RIDGE_GROWTH = 10.0
 MOST_RIDGE_GROWTHS = 4
-LEAST_GAIN = 1e-4  # relative; a step that gains less is not worth keeping
+LEAST_GAIN = 1e-4  # relative; a step that gains less is not kept
+GAIN_TO_GO_ON = 3e-3  # a step that gains less is the last
 SAMPLES_PER_COLUMN = 256  # more positions are thinned out
 
 
@@ -266,7 +267,9 @@ class _Fit:
                     fit.add_residual(piece.columns, self.residual(piece.original, pruned, bounds))
             if not after.relative < error * (1 - LEAST_GAIN):
                 return step, error, made
-            made, error = change, after.relative
+            gain, made, error = 1 - after.relative / error, change, after.relative
+            if gain < GAIN_TO_GO_ON:
+                return step + 1, error, made
             if step < one_sided:
                 change = made + solver.solve(fit, made)
         return 1 + one_sided, error, made
