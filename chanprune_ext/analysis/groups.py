@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chanprune_ext.analysis.provenance import Attribute, Const, leaves
 from chanprune_ext.analysis.trace import NORMALISED, Slots, Trace
 
 if TYPE_CHECKING:
@@ -264,12 +265,27 @@ def build_analysis(trace: Trace) -> Analysis:
 
 
 def _freeze_literals(trace: Trace) -> None:
-    """A size written as a plain number must stay: freeze what would change it."""
-    from chanprune_ext.analysis.provenance import Const
+    """Freeze what would change a size that must stay.
 
-    for equation in trace.equations:
-        if isinstance(equation.expr, Const):
-            trace.store.freeze(equation.slots.ravel(), equation.reason)
+    Such is a plain number, and an attribute that is also the size of something that cannot change.
+    """
+    store = trace.store
+    fixed: dict[Attribute, int] = {}
+    pending = list(trace.equations)
+    progress = True
+    while progress:
+        progress = False
+        for equation in tuple(pending):
+            parts = leaves(equation.expr)
+            if all(isinstance(p, Const) or p in fixed for p in parts):
+                reasons = [fixed[p] for p in parts if isinstance(p, Attribute)]
+                store.freeze(equation.slots.ravel(), (reasons or [equation.reason])[0])
+            elif isinstance(equation.expr, Attribute) and not len(store.resolve(equation.slots)):
+                fixed[equation.expr] = equation.reason
+            else:
+                continue
+            pending.remove(equation)
+            progress = True
 
 
 def _conflicts(
