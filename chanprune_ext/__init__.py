@@ -1,6 +1,6 @@
 """Structured channel pruning for PyTorch that keeps the accuracy.
 
-    pruned = chanprune_ext.prune(model, example_inputs, ratio=0.5)
+pruned = chanprune_ext.prune(model, example_inputs, ratio=0.5)
 """
 
 from chanprune_ext.allocation import Budget

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CheckpointError, InvalidArgumentError, OutputError, PlanMismatchError
+from .atomic_files import write_atomically
+from .errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    import os
+    from collections.abc import Mapping
 
-__all__ = ["load", "load_weights", "save", "write_atomically"]
+__all__ = ["load", "load_weights", "save"]
 
 FORMAT = "chanprune"
 VERSION = 1
@@ -147,52 +146,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for name, value in tensors.items():
             targets[name].copy_(value)
     return model
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, then puts it in its place.
-
-    Args:
-        path (str or PathLike): where the file shall be.
-        write (Callable): receives the name of an empty file and writes the content into it.
-
-    Raises:
-        OutputError: it can't be written, for example because the disk is full. The temporary file
-            is gone and a file that was there before is as it was.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: can't be written, it is a folder; give a file name")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)  # the writer may have put a file of its own there, closed to others
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{path}: can't be written ({error}); check that the folder exists, may be written to "
-            "and has room"
-        ) from error
-    finally:
-        with suppress(OSError):  # nothing to remove where not even the folder exists
-            temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut, where the system lets a folder be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.module_modes import evaluating
 
 __all__ = ["Latency", "measure_latency"]
 
@@ -130,7 +131,7 @@ def measure_latency(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_thread_count(threads))
         for model in models.values():
-            stack.enter_context(_eval_mode(model))
+            stack.enter_context(evaluating(model))
         for name, model in models.items():
             _first_call(name, model, args, kwargs)
         calls = {
@@ -249,18 +250,6 @@ def _thread_count(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule into eval mode and gives each its own flag back."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.trace import tensors_of
-from chanprune_ext.errors import CheckpointError, OutputError, PlanMismatchError
+from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.errors import CheckpointError, PlanMismatchError
 
 if TYPE_CHECKING:
     import os
@@ -207,19 +207,8 @@ class PruningPlan:
         Raises:
             OutputError: The file cannot be written.
         """
-        path = Path(path)
-        temporary: str | None = None
-        try:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
-            ) as file:
-                temporary = file.name
-                json.dump(self.to_dict(), file)
-            Path(temporary).replace(path)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise OutputError(f"cannot write the plan to '{path}': {error}") from error
+        text = json.dumps(self.to_dict())
+        write_atomically(path, lambda file: _write_text(file, text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -255,6 +244,10 @@ class PruningPlan:
         )
         lines.extend(str(f) for f in self.frozen)
         return "\n".join(lines)
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def _short(names: tuple[str, ...]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from chanprune_ext.checkpoint import write_atomically
+from chanprune_ext.atomic_files import write_atomically
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
 from chanprune_ext.ops import build_info
 from chanprune_ext.quantities import (

@@ -222,9 +222,12 @@ def _sliced_value(
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value
     shape = tuple(tensor.shape)
-    if value.shape == shape:
-        return sliced_like([value], [kept])[0]
-    # Factored moments drop one of the last two dims.
+    if value.dim() == len(shape) and all(
+        v in (1, n) for v, n in zip(value.shape, shape, strict=True)
+    ):
+        own = {d: i for d, i in kept.items() if value.shape[d] == shape[d]}
+        return sliced_like([value], [own])[0] if own else value
+    # Factored moments are as above with a dim of size 1, or drop one of the last two dims.
     for missing in (len(shape) - 1, len(shape) - 2):
         if missing >= 0 and value.shape == shape[:missing] + shape[missing + 1 :]:
             moved = {d - (d > missing): i for d, i in kept.items() if d != missing}

@@ -17,7 +17,8 @@ from torch import nn
 
 import chanprune_ext as cpx
 from chanprune_ext import checkpoint
-from chanprune_ext.checkpoint import load, load_weights, save, write_atomically
+from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.checkpoint import load, load_weights, save
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
 from chanprune_ext.models import CifarResNet
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from chanprune_ext.errors import AnalysisError
+from chanprune_ext.module_modes import evaluating
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -283,19 +284,14 @@ def steady_calls(model: nn.Module) -> Iterator[None]:
 
     Training flags, the attention fast path and torch's function tests are put back on exit.
     """
-    flags = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     _LowLevelCalls.enter()
     try:
-        for module, _ in flags:
-            module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in flags:
-            module.training = training
         _LowLevelCalls.leave()
 
 

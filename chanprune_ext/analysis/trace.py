@@ -131,6 +131,7 @@ class Tracer:
     order: dict[str, None] = field(default_factory=dict)
     unknown: list[Event] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
+    failed_at: str = ""
     call_args: tuple[Any, ...] = ()
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     call_name: str = ""
@@ -309,6 +310,10 @@ class Tracer:
         self.costs.append(Cost(self.path.current, fixed, tuple(kept)))
 
 
+class _ForwardError(Exception):
+    """The user's forward raised; the argument says where, the cause is what it raised."""
+
+
 class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of each ATen operation after it has run."""
 
@@ -372,7 +377,12 @@ class _ProvenanceMode(CallMode):
         outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
         tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
         tracer.enter_call()
-        output = func(*plain(args), **plain(kwargs))
+        try:
+            output = func(*plain(args), **plain(kwargs))
+        except Exception:
+            # The module hooks unwind before anybody can ask them: keep the innermost place.
+            tracer.failed_at = tracer.failed_at or f"in '{tracer.path.current}' ({name})"
+            raise
         tracer.op_name = ""
         record_equations(tracer, name, args, kwargs, output)
         results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
@@ -508,9 +518,7 @@ def _watch(
         with traced_attributes(model, tracer.found_equal), _RuleMode(tracer), mode:
             output = call_substituted(model, stand_ins, inputs)
     except Exception as error:
-        if hasattr(error, "add_note"):
-            error.add_note(f"in module '{tracer.path.current}'")
-        raise
+        raise _ForwardError(tracer.failed_at) from error
     tracer.at_output()
     for tensor in tensors_in(output):
         tracer.freeze_tensor(tensor, "the model's output")
@@ -541,9 +549,9 @@ def _watch_training(
             return
     raise AnalysisError(
         f"parameters such as '{unused[0]}' ({len(unused)} in all) are not used in eval mode, and "
-        f"the training-mode forward, which may use them, raised: {failure}. Give example_inputs "
-        f"that the model can train on (larger, say), or remove the unused parts first."
-    ) from failure
+        f"the training-mode forward, which may use them, raised {_told(failure)}. Give "
+        f"example_inputs that the model can train on (larger, say), or remove the unused parts."
+    ) from (failure.__cause__ or failure)
 
 
 def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
@@ -561,8 +569,14 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
             raise
         except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
-    notes = "; ".join(getattr(failure, "__notes__", ()))
     raise AnalysisError(
-        f"the model's forward raised while tracing ({notes or 'at its start'}): "
-        f"{type(failure).__name__}: {failure}. Check that example_inputs are what the model takes."
-    ) from failure
+        f"while tracing, the model's forward raised {_told(failure)}. Check that example_inputs "
+        f"are what the model takes."
+    ) from (failure.__cause__ or failure)
+
+
+def _told(failure: Exception) -> str:
+    """An error of the user's forward in words, with its place where that is known."""
+    cause = failure.__cause__ if isinstance(failure, _ForwardError) else failure
+    place = f" {failure}" if isinstance(failure, _ForwardError) and str(failure) else ""
+    return f"{type(cause).__name__}{place}: {str(cause).rstrip('.')}"

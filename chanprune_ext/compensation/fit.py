@@ -29,7 +29,7 @@ RIDGE_GROWTH = 10.0
 MOST_RIDGE_GROWTHS = 4
 LEAST_GAIN = 1e-4  # relative; a step that gains less is not kept
 GAIN_TO_GO_ON = 3e-3  # a step that gains less is the last
-SAMPLES_PER_COLUMN = 256  # more positions are thinned out
+SAMPLES_PER_COLUMN = 128  # more positions are thinned out
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Fit:
             torch.where(live, 1 / layer.scale, torch.zeros_like(layer.scale)) for layer in layers
         ]
         self.intercept_at = next((i for i, x in enumerate(layers) if x.holds_intercept), None)
-        self.every = 1
+        self.every: tuple[int, ...] = ()
 
     def inputs(self, seen: Observation) -> list[Tensor] | None:
         """Inputs of the layers; None if one has been overwritten."""
@@ -216,14 +216,16 @@ class _Fit:
             break
         return None
 
-    def thinning(self, value: Tensor) -> int:
+    def thinning(self, value: Tensor) -> tuple[int, ...]:
         """Neighbouring positions see nearly the same: where there are plenty, some will do."""
-        axes = self.layers[0].geometry.axes
-        if not axes:
-            return 1
         samples = value.numel() // self.layers[0].weight.shape[0] * self.runs.fit_batches
-        enough = SAMPLES_PER_COLUMN * sum(layer.shape[2] for layer in self.layers)
-        return max(1, int((samples / enough) ** (1 / axes)))
+        surplus = samples / (SAMPLES_PER_COLUMN * sum(layer.shape[2] for layer in self.layers))
+        steps: list[int] = []
+        for axes_left in range(self.layers[0].geometry.axes, 0, -1):
+            step = max(1, int(surplus ** (1 / axes_left)))
+            surplus /= step
+            steps.append(step)
+        return tuple(steps)
 
     def least_squares(self, fit: Moments, judge: Moments) -> tuple[Solver, Solution | None]:
         """The fit, with the ridge raised as long as the held-back samples gain by it.

@@ -59,13 +59,13 @@ class LinearMap:
         """The axis of the output channels in an output of ``ndim`` axes."""
         return ndim - 1 - self.axes
 
-    def columns(self, x: Tensor, starts: Sequence[int], every: int) -> Tensor:
+    def columns(self, x: Tensor, starts: Sequence[int], every: Sequence[int]) -> Tensor:
         """What the weights multiply, ``[groups, channels per group * taps, samples]``.
 
         Args:
             x: Inputs ``[n, channels, *axes]``; of a linear layer ``[n, features]``.
             starts: First output position along each axis.
-            every: Take every n-th output position from there on.
+            every: Step from there on, along each axis.
         """
         if not self.axes:
             return x.t().unsqueeze(0)
@@ -78,8 +78,8 @@ class LinearMap:
             reach = self.dilation[axis] * (self.kernel[axis] - 1)
             outputs = (source.shape[2 + axis] - reach - 1) // self.stride[axis] + 1
             firsts.append(starts[axis] * self.stride[axis])
-            steps.append(every * self.stride[axis])
-            extents.append(len(range(starts[axis], outputs, every)))
+            steps.append(every[axis] * self.stride[axis])
+            extents.append(len(range(starts[axis], outputs, every[axis])))
         slab = x.new_empty((channels, *self.kernel, images, *extents))
         for tap in itertools.product(*(range(k) for k in self.kernel)):
             begins = [f + t * d for f, t, d in zip(firsts, tap, self.dilation, strict=True)]
@@ -94,11 +94,11 @@ class LinearMap:
         per_group = channels // self.groups * math.prod(self.kernel)
         return slab.view(self.groups, per_group, images * math.prod(extents))
 
-    def rows(self, y: Tensor, starts: Sequence[int], every: int) -> Tensor:
+    def rows(self, y: Tensor, starts: Sequence[int], every: Sequence[int]) -> Tensor:
         """An output at the same positions, ``[groups, rows per group, samples]``."""
         if not self.axes:
             return y.t().unsqueeze(0)
-        taken = y[_ALL + tuple(slice(start, None, every) for start in starts)]
+        taken = y[_ALL + tuple(slice(a, None, n) for a, n in zip(starts, every, strict=True))]
         return taken.transpose(0, 1).reshape(self.groups, y.shape[1] // self.groups, -1)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ def unfolded(
     outputs: Sequence[Tensor],
     *,
     size: int,
-    every: int = 1,
+    every: Sequence[int] = (),
     turn: int = 0,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Unfolds the inputs of layers whose outputs are added up, piece by piece.
@@ -130,8 +130,8 @@ def unfolded(
         outputs: Tensors of their outputs' shape.
         size: Most elements that the columns of one piece should have; at least one image (for
             linear layers: one vector) is taken.
-        every: Take every n-th position along each spatial axis only. Where to start changes from
-            piece to piece, so that all positions have their turn.
+        every: Take every n-th position only, one n for each spatial axis; empty: take all. Where to
+            start changes from piece to piece, so that all positions have their turn.
         turn: Number of pieces that came before.
 
     Yields:
@@ -146,12 +146,16 @@ def unfolded(
         inputs = [x.unsqueeze(0) for x in inputs]
         outputs = [y.unsqueeze(0) for y in outputs]
     images, extents = outputs[0].shape[0], outputs[0].shape[2:]
-    positions = math.prod(-(-extent // every) for extent in extents)
+    every = every or (1,) * axes
+    positions = math.prod(-(-e // n) for e, n in zip(extents, every, strict=True))
     unknowns = sum(x.shape[1] * math.prod(m.kernel) for m, x in zip(maps, inputs, strict=True))
     step = max(1, size // max(1, unknowns * positions))
     for first in range(0, images, step):
         piece = slice(first, first + step)
-        starts = [min(turn // every**axis % every, e - 1) for axis, e in enumerate(extents)]
+        starts = [
+            min(turn // math.prod(every[:axis]) % every[axis], extents[axis] - 1)
+            for axis in range(axes)
+        ]
         columns = [m.columns(x[piece], starts, every) for m, x in zip(maps, inputs, strict=True)]
         yield (
             columns[0] if len(columns) == 1 else torch.cat(columns, 1),

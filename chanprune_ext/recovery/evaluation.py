@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import ImageDataset, make_loader
 from ..errors import DataError
+from ..module_modes import evaluating
 from .outputs import check_labels, logits, moved, split_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
-__all__ = ["Evaluation", "device_of", "evaluate", "evaluating"]
+__all__ = ["Evaluation", "device_of", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode for a while, then each back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

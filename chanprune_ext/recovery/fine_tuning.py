@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from ..data import make_loader
 from ..errors import DataError, InvalidArgumentError
-from .evaluation import device_of, evaluating
+from ..module_modes import evaluating
+from .evaluation import device_of
 from .loop import TrainingLoop
 from .recipe import Recipe
 from .rollback import Snapshot

@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from chanprune_ext.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path``, then puts it in its place.
+
+    Args:
+        path (str or PathLike): where the file shall be.
+        write (Callable): receives the name of an empty file and writes the content into it.
+
+    Raises:
+        OutputError: it can't be written, for example because the disk is full. The temporary file
+            is gone and a file that was there before is as it was.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: can't be written, it is a folder; give a file name")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # the writer may have put a file of its own there, closed to others
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path}: can't be written ({error}); check that the folder exists, may be written to "
+            "and has room"
+        ) from error
+    finally:
+        with suppress(OSError):  # nothing to remove where not even the folder exists
+            temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the new name survive a power cut, where the system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

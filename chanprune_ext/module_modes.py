@@ -1,0 +1,27 @@
+"""Evaluation mode for a while."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+__all__ = ["evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode, and on exit each back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        # Not `model.eval()`: a model may override it, to keep parts training, say.
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
