@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -34,12 +35,12 @@ def test_weights_times_columns_is_the_convolution(groups):
     assert torch.allclose(weight.view(groups, 6 // groups, -1) @ columns, rows)
 
 
-@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("every", [(2, 2), (3, 3), (1, 3)])
 def test_thinned_positions_pair_up_and_all_have_their_turn(every):
     geometry, x, weight, y = sample_layer()
     position = torch.arange(y[0, 0].numel(), dtype=y.dtype).view(1, 1, *y.shape[2:]).expand_as(y)
     seen = set()
-    for turn in range(every**2):
+    for turn in range(math.prod(every)):
         (columns, (rows, places)), *_ = unfolded(
             [geometry], [x], [y, position], size=10**9, every=every, turn=turn
         )
