@@ -8,6 +8,8 @@ solved together as a small integer program.
 from __future__ import annotations
 
 import fnmatch
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,16 @@ from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
 
 __all__ = ["Budget", "Selection", "allocate"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("macs", "params"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise InvalidArgumentError(f"Budget.{name} must be in (0, 1], got {value}")
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                raise InvalidArgumentError(f"Budget.{name} must be in (0, 1], got {value!r}")
         if self.macs is None and self.params is None:
             raise InvalidArgumentError("Budget needs macs or params, for example Budget(macs=0.5)")
 
@@ -60,11 +66,21 @@ class Selection:
     max_ratio: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ratios, Mapping):
+            raise InvalidArgumentError(
+                f"ratios must map globs on module names to ratios, got {self.ratios!r}"
+            )
+        for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
+            for glob in globs:
+                if not isinstance(glob, str):
+                    raise InvalidArgumentError(
+                        f"{argument} must hold globs on module names (str), got {glob!r}"
+                    )
         for name, value in (
             ("ratio", self.ratio),
             *((f"ratios[{g!r}]", r) for g, r in self.ratios.items()),
         ):
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            if not _is_number(value) or not 0 <= value < 1:
                 raise InvalidArgumentError(
                     f"{name} must be in [0, 1): the fraction of channels to remove; got {value!r}"
                 )
@@ -72,8 +88,16 @@ class Selection:
             raise InvalidArgumentError(f"scope must be 'local' or 'global', got {self.scope!r}")
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise InvalidArgumentError(f"round_to must be an int >= 1, got {self.round_to!r}")
-        if not 0 < self.max_ratio < 1:
+        if not _is_number(self.max_ratio) or not 0 < self.max_ratio < 1:
             raise InvalidArgumentError(f"max_ratio must be in (0, 1), got {self.max_ratio!r}")
+        if self.threshold is not None and not (
+            _is_number(self.threshold) and math.isfinite(self.threshold)
+        ):
+            raise InvalidArgumentError(f"threshold must be a number, got {self.threshold!r}")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise InvalidArgumentError(
+                f"budget must be a Budget, for example Budget(macs=0.5), got {self.budget!r}"
+            )
         if self.threshold is not None and self.budget is not None:
             raise InvalidArgumentError("give either threshold or budget, not both")
 

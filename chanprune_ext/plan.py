@@ -167,14 +167,15 @@ class PruningPlan:
             for item in data["attributes"]:
                 fields = {k: v for k, v in item.items() if k != "new"}
                 attributes[Attribute(**fields)] = int(item["new"])
+            kept = {
+                entry: {
+                    int(dim): torch.tensor(index, dtype=torch.int64) for dim, index in dims.items()
+                }
+                for entry, dims in data["kept"].items()
+            }
+            _check_indices(kept, data["fingerprint"]["tensors"])
             return cls(
-                kept={
-                    entry: {
-                        int(dim): torch.tensor(index, dtype=torch.int64)
-                        for dim, index in dims.items()
-                    }
-                    for entry, dims in data["kept"].items()
-                },
+                kept=kept,
                 attributes=attributes,
                 groups=tuple(
                     GroupSummary(
@@ -248,6 +249,21 @@ class PruningPlan:
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
+
+
+def _check_indices(
+    kept: Mapping[str, Mapping[int, Tensor]], shapes: Mapping[str, list[int]]
+) -> None:
+    """Indices must be sorted, unique, within their dimension, and leave something."""
+    for entry, dims in kept.items():
+        for dim, index in dims.items():
+            size = shapes[entry][dim] if dim >= 0 else 0
+            steps = torch.diff(index, prepend=index.new_tensor([-1]))
+            if index.dim() != 1 or not len(index) or steps.min() < 1 or index[-1] >= size:
+                raise CheckpointError(
+                    f"the plan keeps indices of dimension {dim} of '{entry}' that are not sorted, "
+                    f"unique and below {size}"
+                )
 
 
 def _short(names: tuple[str, ...]) -> Iterator[str]:

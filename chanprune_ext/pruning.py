@@ -78,7 +78,7 @@ def plan(
     """
     selection = Selection(
         ratio=0.5 if ratio is None else ratio,
-        ratios=dict(ratios or {}),
+        ratios={} if ratios is None else ratios,
         scope=scope,
         threshold=threshold,
         budget=budget,

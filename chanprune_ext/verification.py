@@ -153,6 +153,10 @@ def _inputs_of(plan: PruningPlan, inputs: Any) -> Any:
         raise InvalidArgumentError(
             "verify='numeric' needs example_inputs: a plan read from a file has only their shapes"
         )
+    if any(t.is_meta for t in tensors_in(inputs)):
+        raise InvalidArgumentError(
+            "verify='numeric' needs example_inputs with values, got tensors on the meta device"
+        )
     return substitute(inputs, lambda t: t.double().clone() if t.is_floating_point() else t.clone())
 
 
