@@ -89,7 +89,12 @@ def cifar10_resnet56_job(
         test=open_dataset(data, "test"),
         calibration=calibration_batches(train, calibration_images, seed=seed),
         plan_options={"ratio": 0.0, "ratios": {"layer*.conv1": 0.5}, "criterion": "l1"},
-        recover_options={"epochs": recover_epochs, "seed": seed, "progress": progress},
+        recover_options={
+            "epochs": recover_epochs,
+            "channels_last": True,  # a fifth less time on CPUs
+            "seed": seed,
+            "progress": progress,
+        },
         stage_notes=(
             "the published weights",
             "half of each block's inner channels, those of least L1 norm",
