@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Sizes
 
 __all__ = ["Budget", "Selection", "allocate"]
+
+_REFINEMENTS = 8  # how often the search for a budget skips a group that does not fit
 
 
 def _is_number(value: object) -> bool:
@@ -208,7 +210,10 @@ def _meet_budget(
     active: Sequence[CouplingGroup],
     parameter_names: Sequence[str],
 ) -> dict[int, np.ndarray]:
-    """The smallest common ratio whose plan fits the budget, found by bisection."""
+    """The smallest common ratio whose plan fits the budget, found by bisection.
+
+    Where whole channels make that coarse, some groups take the next smaller ratio.
+    """
     budget = selection.budget
     assert budget is not None
     whole = analysis.sizes(analysis.removed_labels({}))
@@ -220,19 +225,19 @@ def _meet_budget(
             (lambda s: s.params(parameter_names), budget.params * whole.params(parameter_names))
         )
 
-    def attempt(ratio: float) -> tuple[dict[int, np.ndarray], bool]:
+    def counts(ratio: float) -> dict[int, float]:
         if selection.scope == "global":
-            trial = Selection(
-                ratio, {}, "global", None, None, selection.round_to, (), selection.max_ratio
-            )
-            wanted = _global_counts(active, scores, trial, {g.index: ratio for g in active})
-        else:
-            wanted = {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active}
+            trial = replace(selection, ratio=ratio, ratios={}, threshold=None, budget=None)
+            return _global_counts(active, scores, trial, {g.index: ratio for g in active})
+        return {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active}
+
+    def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
         removed = _select(analysis, scores, active, wanted, selection.round_to)
         sizes = analysis.sizes(analysis.removed_labels(removed))
         return removed, all(cost(sizes) <= goal for cost, goal in goals)
 
-    best, fits = attempt(selection.max_ratio)
+    small = counts(selection.max_ratio)
+    best, fits = attempt(small)
     if not fits:
         sizes = analysis.sizes(analysis.removed_labels(best))
         raise InvalidArgumentError(
@@ -241,14 +246,32 @@ def _meet_budget(
             f"{sizes.params(parameter_names) / max(whole.params(parameter_names), 1):.3f} of its "
             f"parameters; raise max_ratio or ask for less"
         )
-    low, high = 0.0, selection.max_ratio
+    low, high, large = 0.0, selection.max_ratio, counts(0.0)
     for _ in range(16):
         middle = (low + high) / 2
-        removed, fits = attempt(middle)
+        wanted = counts(middle)
+        removed, fits = attempt(wanted)
         if fits:
-            high, best = middle, removed
+            high, best, small = middle, removed, wanted
         else:
-            low = middle
+            low, large = middle, wanted
+    # Many groups change their count at the same ratio: let as many as fit take the larger one.
+    larger: set[int] = set()
+    rest = [g.index for g in active if large[g.index] != small[g.index]]
+    for _ in range(_REFINEMENTS):
+        first, last = 0, len(rest) + 1
+        while last - first > 1:
+            middle_group = (first + last) // 2
+            trial = larger.union(rest[:middle_group])
+            removed, fits = attempt({i: (large if i in trial else small)[i] for i in small})
+            if fits:
+                first, best = middle_group, removed
+            else:
+                last = middle_group
+        larger.update(rest[:first])
+        rest = rest[first + 1 :]  # the next one alone is too much
+        if not rest:
+            break
     return best
 
 
