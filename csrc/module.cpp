@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(chanprune, m) {
   m.def("kd_kl_div(Tensor student, Tensor teacher, Tensor? labels, float temperature, "
         "float soft_weight, float hard_weight, float label_smoothing, int ignore_index, "
         "int reduction) -> (Tensor loss, Tensor statistics)");
+  m.def("kd_kl_div_with_gradient(Tensor student, Tensor teacher, Tensor? labels, "
+        "float temperature, float soft_weight, float hard_weight, float label_smoothing, "
+        "int ignore_index, int reduction) -> (Tensor loss, Tensor gradient)");
   m.def("kd_kl_div_backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, "
         "Tensor? labels, float temperature, float soft_weight, float hard_weight, "
         "float label_smoothing, int ignore_index, int reduction) -> Tensor");

@@ -20,7 +20,13 @@ Reduction = Literal["none", "sum", "batchmean"]
 
 _REDUCTIONS: dict[str, int] = {"none": 0, "sum": 1, "batchmean": 2}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_STATISTICS = 5  # per row, see csrc/kd_kl_div.h
+_STATISTICS = 5  # per row, see csrc/kd_kl_div_options.h
+# Logits up to which the forward also makes the gradient: a second one while it is being scaled does
+# not matter then, and one call into the kernels less does.
+_SMALL = 1 << 15
+_WIDE = (torch.float32, torch.float64)
+_NO_GRADIENTS = (None,) * 8  # of teacher, labels and options
+_OPS = torch.ops.chanprune
 
 
 def _check(
@@ -139,8 +145,9 @@ def kd_kl_div(
     """
     weights = (float(soft_weight), float(hard_weight))
     _check(student, teacher, temperature, labels, weights, label_smoothing, reduction)
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    if student.dtype != teacher.dtype:
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        student, teacher = student.to(dtype), teacher.to(dtype)
     options = (float(temperature), *weights, float(label_smoothing), ignore_index)
     if not native_available(student.device):
         _check_label_values(labels, student.shape[-1], ignore_index)
@@ -156,25 +163,32 @@ def kd_kl_div(
             reduction=reduction,
         )
     classes = student.shape[-1]
-    flat_labels = None if labels is None else labels.reshape(-1)
+    flat_labels = labels
+    flat_student, flat_teacher = student, teacher
+    if student.dim() != 2:  # a reshape would be one more step to differentiate
+        flat_student, flat_teacher = student.reshape(-1, classes), teacher.reshape(-1, classes)
+        flat_labels = None if labels is None else labels.reshape(-1)
     arguments = (
-        student.reshape(-1, classes),
-        teacher.reshape(-1, classes),
+        flat_student,
+        flat_teacher,
         flat_labels,
         *options,
         _REDUCTIONS[reduction],
     )
     loss: Tensor
     if torch.compiler.is_compiling():
-        loss = torch.ops.chanprune.kd_kl_div(*arguments)[0]
+        loss = _OPS.kd_kl_div(*arguments)[0]
     else:
         try:
-            loss = torch.ops.chanprune.kd_kl_div(*arguments)[0]
+            if student.requires_grad and torch.is_grad_enabled():
+                loss = _EagerLoss.apply(*arguments)
+            else:
+                loss = _OPS.kd_kl_div.default(*arguments)[0]
         except RuntimeError:
             if not student.is_cuda:
                 _check_label_values(flat_labels, classes, ignore_index)
             raise
-    return loss.reshape(student.shape[:-1]) if reduction == "none" else loss
+    return loss.reshape(student.shape[:-1]) if loss.dim() and student.dim() != 2 else loss
 
 
 def kd_kl_div_reference(
@@ -240,6 +254,11 @@ def _fake(
     )
 
 
+def _fake_with_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    loss, _ = _fake(student, *arguments)
+    return loss, student.new_empty(student.shape)
+
+
 def _fake_backward(grad: Tensor, student: Tensor, *_: Any) -> Tensor:  # noqa: ARG001
     return student.new_empty(student.shape)
 
@@ -259,10 +278,44 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     student, teacher, statistics, *labels = ctx.saved_tensors
-    result = torch.ops.chanprune.kd_kl_div_backward(
+    result = _OPS.kd_kl_div_backward(
         grad, student, teacher, statistics, labels[0] if labels else None, *ctx.options
     )
-    return result, *([None] * 8)
+    return result, *_NO_GRADIENTS
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The operator with its gradient, outside torch.compile.
+
+    The same as calling the operator, whose registered gradient is generic Python code that costs
+    more than the kernels do on small batches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        student, teacher, labels, *options = inputs
+        # A half gradient would be rounded before it is scaled, and could vanish.
+        ctx.has_gradient = student.is_cpu and student.dtype in _WIDE and student.numel() <= _SMALL
+        run = _OPS.kd_kl_div_with_gradient if ctx.has_gradient else _OPS.kd_kl_div
+        loss: Tensor
+        loss, kept = run.default(*inputs)
+        ctx.save_for_backward(student, teacher, labels, kept)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        student, teacher, labels, kept = ctx.saved_tensors
+        if ctx.has_gradient:
+            if not torch.is_grad_enabled():
+                result = kept * (grad if grad.dim() == 0 else grad.unsqueeze(1))
+                return result, *_NO_GRADIENTS
+            # With create_graph the result must know its formula, to refuse a second derivative.
+            with torch.no_grad():
+                _, kept = _OPS.kd_kl_div.default(student, teacher, labels, *ctx.options)
+        result = _OPS.kd_kl_div_backward.default(grad, student, teacher, kept, labels, *ctx.options)
+        return result, *_NO_GRADIENTS
 
 
 def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
@@ -274,6 +327,7 @@ def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
 
 if CPU_MODULE.loaded:
     torch.library.register_fake("chanprune::kd_kl_div", _fake)
+    torch.library.register_fake("chanprune::kd_kl_div_with_gradient", _fake_with_gradient)
     torch.library.register_fake("chanprune::kd_kl_div_backward", _fake_backward)
     torch.library.register_autograd("chanprune::kd_kl_div", _backward, setup_context=_setup_context)
     torch.library.register_autograd("chanprune::kd_kl_div_backward", _refuse_double_backward)

@@ -52,26 +52,51 @@ const Accumulator<T>* as_accumulator(const T* x, int64_t n, Accumulator<T>* buff
   }
 }
 
+// The first n < kLanes elements of x, the other lanes -inf: a class that adds nothing.
 template <typename A>
-CHANPRUNE_CLONES A largest(const A* x, int64_t n) {
-  A lanes[kLanes];
+CHANPRUNE_INLINE void pad(const A* x, int64_t n, A* __restrict lanes) {
   for (int j = 0; j < kLanes; ++j) {
     lanes[j] = -std::numeric_limits<A>::infinity();
   }
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t j = 0; j < n; ++j) {
+    lanes[j] = x[j];
+  }
+}
+
+// Halving keeps the additions independent, so that they are vectorised; short rows are mostly this.
+template <typename A>
+CHANPRUNE_INLINE A add_lanes(const A* lanes) {
+  A sums[kLanes / 2];
+  for (int j = 0; j < kLanes / 2; ++j) {
+    sums[j] = lanes[j] + lanes[j + kLanes / 2];
+  }
+  for (int width = kLanes / 4; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) {
+      sums[j] += sums[j + width];
+    }
+  }
+  return sums[0];
+}
+
+template <typename A>
+CHANPRUNE_CLONES A largest(const A* x, int64_t n) {
+  A lanes[kLanes];
+  const int64_t whole = n - n % kLanes;
+  pad(x + whole, n - whole, lanes);
+  for (int j = 0; j < kLanes; ++j) {  // NaN is passed over here and met again in the sums
+    lanes[j] = lanes[j] == lanes[j] ? lanes[j] : -std::numeric_limits<A>::infinity();
+  }
+  for (int64_t i = 0; i < whole; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
       lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
     }
   }
-  A result = lanes[0];
-  for (int j = 1; j < kLanes; ++j) {
-    result = lanes[j] > result ? lanes[j] : result;
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) {
+      lanes[j] = lanes[j + width] > lanes[j] ? lanes[j + width] : lanes[j];
+    }
   }
-  for (; i < n; ++i) {
-    result = x[i] > result ? x[i] : result;
-  }
-  return result;
+  return lanes[0];
 }
 
 template <typename A>
@@ -120,26 +145,23 @@ CHANPRUNE_CLONES void sum_chunk(const A* __restrict s, const A* __restrict t, in
   if (i < n) {
     A tail_s[kLanes];
     A tail_t[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      tail_s[j] = i + j < n ? s[i + j] : -std::numeric_limits<A>::infinity();
-      tail_t[j] = i + j < n ? t[i + j] : -std::numeric_limits<A>::infinity();
-    }
+    pad(s + i, n - i, tail_s);
+    pad(t + i, n - i, tail_t);
     A unused[kLanes] = {};
     for (int j = 0; j < kLanes; ++j) {
       add_class<Hard>(tail_s[j], tail_t[j], student_max, teacher_max, inverse_temperature, z + j,
                       w + j, cross + j, hard + j, unused + j);
     }
-    for (int j = 0; i + j < n; ++j) {
-      differences[j] += s[i + j] - student_max;
+    if constexpr (Hard) {
+      for (int j = 0; i + j < n; ++j) {
+        differences[j] += s[i + j] - student_max;
+      }
     }
   }
-  *sums = {};
-  for (int j = 0; j < kLanes; ++j) {
-    sums->student += z[j];
-    sums->teacher += w[j];
-    sums->cross += cross[j];
-    sums->hard += hard[j];
-    sums->differences += differences[j];
+  *sums = {add_lanes(z), add_lanes(w), add_lanes(cross), 0, 0};
+  if constexpr (Hard) {
+    sums->hard = add_lanes(hard);
+    sums->differences = add_lanes(differences);
   }
 }
 
@@ -208,14 +230,14 @@ RowState read_row(const T* student, const T* teacher, int64_t classes, const KdO
   return row;
 }
 
-double soft_loss(const RowState& row, const KdOptions& options) {
-  const double kl = row.cross / row.teacher - std::log(row.teacher) + std::log(row.student);
+double soft_loss(const RowState& row, double student_log_sum, double teacher_log_sum,
+                 const KdOptions& options) {
+  const double kl = row.cross / row.teacher - teacher_log_sum + student_log_sum;
   return options.soft_weight * options.temperature * options.temperature * kl;
 }
 
-double hard_loss(const RowState& row, double label_logit, int64_t classes,
+double hard_loss(const RowState& row, double log_sum, double label_logit, int64_t classes,
                  const KdOptions& options) {
-  const double log_sum = std::log(row.hard);
   double loss = (1 - options.label_smoothing) * (log_sum - (label_logit - row.student_max));
   if (options.label_smoothing > 0) {
     loss += options.label_smoothing * (log_sum - row.differences / static_cast<double>(classes));
@@ -263,42 +285,75 @@ void forward(const KdInputs& inputs, double* losses, Accumulator<T>* statistics)
         for (int64_t b = begin; b < end; ++b) {
           const T* s = student + b * classes;
           const RowState row = read_row(s, teacher + b * classes, classes, inputs.options);
-          losses[b] = inputs.options.soft_weight == 0 ? 0 : soft_loss(row, inputs.options);
+          const double student_log_sum = std::log(row.student);
+          const double teacher_log_sum = std::log(row.teacher);
+          const double hard_log_sum = inputs.options.hard ? std::log(row.hard) : 0;
+          losses[b] = inputs.options.soft_weight == 0
+                          ? 0
+                          : soft_loss(row, student_log_sum, teacher_log_sum, inputs.options);
           const int64_t label = label_of(inputs, labels, b);
           if (label >= 0) {
-            losses[b] += hard_loss(row, load(s[label]), classes, inputs.options);
+            losses[b] += hard_loss(row, hard_log_sum, load(s[label]), classes, inputs.options);
           }
           A* kept = statistics + b * kKdStatistics;
           kept[kStudentMax] = static_cast<A>(row.student_max);
-          kept[kStudentLogSum] = static_cast<A>(std::log(row.student));
+          kept[kStudentLogSum] = static_cast<A>(student_log_sum);
           kept[kTeacherMax] = static_cast<A>(row.teacher_max);
-          kept[kTeacherLogSum] = static_cast<A>(std::log(row.teacher));
-          kept[kHardLogSum] = static_cast<A>(inputs.options.hard ? std::log(row.hard) : 0.0);
+          kept[kTeacherLogSum] = static_cast<A>(teacher_log_sum);
+          kept[kHardLogSum] = static_cast<A>(hard_log_sum);
         }
       });
 }
 
-// Gradient of one chunk before the label's own term: soft (p_s - p_t) + hard (q - smoothing / C).
+// Factors of one row's gradient before the label's own term:
+// soft (p_s - p_t) + hard (q - uniform).
+template <typename A>
+struct GradientFactors {
+  A inverse_temperature;
+  A soft;
+  A hard;
+  A uniform;  // smoothing / C
+};
+
+template <bool Hard, typename A>
+CHANPRUNE_INLINE A derivative(A s, A t, const A* kept, const GradientFactors<A>& by) {
+  const A d = s - kept[kStudentMax];
+  const A p = vector_exp(d * by.inverse_temperature - kept[kStudentLogSum]);
+  const A q = vector_exp((t - kept[kTeacherMax]) * by.inverse_temperature - kept[kTeacherLogSum]);
+  A result = by.soft * (p - q);
+  if constexpr (Hard) {
+    result += by.hard * (vector_exp(d - kept[kHardLogSum]) - by.uniform);
+  }
+  return result;
+}
+
 template <bool Hard, typename A>
 CHANPRUNE_CLONES void differentiate(const A* __restrict s, const A* __restrict t, int64_t n,
-                                    const A* __restrict kept, A inverse_temperature, A soft, A hard,
-                                    A uniform, A* __restrict out) {
-  const A student_max = kept[kStudentMax];
-  const A student_log_sum = kept[kStudentLogSum];
-  const A teacher_max = kept[kTeacherMax];
-  const A teacher_log_sum = kept[kTeacherLogSum];
-  const A hard_log_sum = kept[kHardLogSum];
-  for (int64_t i = 0; i < n; ++i) {
-    const A d = s[i] - student_max;
-    const A p = vector_exp(d * inverse_temperature - student_log_sum);
-    const A q = vector_exp((t[i] - teacher_max) * inverse_temperature - teacher_log_sum);
-    out[i] = soft * (p - q);
-    if constexpr (Hard) {
-      out[i] += hard * (vector_exp(d - hard_log_sum) - uniform);
+                                    const A* __restrict statistics, GradientFactors<A> by,
+                                    A* __restrict out) {
+  A kept[kKdStatistics];  // copied: the gradient written could alias the originals
+  for (int k = 0; k < kKdStatistics; ++k) {
+    kept[k] = statistics[k];
+  }
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; ++i) {
+    out[i] = derivative<Hard>(s[i], t[i], kept, by);
+  }
+  if (whole < n) {  // through the same vector code, on a padded copy
+    A tail_s[kLanes];
+    A tail_t[kLanes];
+    pad(s + whole, n - whole, tail_s);
+    pad(t + whole, n - whole, tail_t);
+    for (int j = 0; j < kLanes; ++j) {
+      tail_s[j] = derivative<Hard>(tail_s[j], tail_t[j], kept, by);
+    }
+    for (int64_t i = whole; i < n; ++i) {
+      out[i] = tail_s[i - whole];
     }
   }
 }
 
+// Gradient of the logits for the upstream gradient `grad`, null for ones.
 template <typename T>
 void backward(const KdInputs& inputs, const Accumulator<T>* grad, const Accumulator<T>* statistics,
               T* result) {
@@ -317,8 +372,13 @@ void backward(const KdInputs& inputs, const Accumulator<T>* grad, const Accumula
         alignas(64) A result_buffer[kChunk];
         for (int64_t b = first; b < last; ++b) {
           const int64_t label = label_of(inputs, labels, b);
-          const double upstream = scale * (per_row ? grad[b] : grad[0]);
+          const double upstream = scale * (grad == nullptr ? 1 : per_row ? grad[b] : grad[0]);
           const double hard = label >= 0 ? upstream * options.hard_weight : 0;
+          const GradientFactors<A> by = {
+              static_cast<A>(1.0 / options.temperature),
+              static_cast<A>(upstream * options.soft_weight * options.temperature),
+              static_cast<A>(hard),
+              static_cast<A>(options.label_smoothing / static_cast<double>(classes))};
           const auto run = label >= 0 ? &differentiate<true, A> : &differentiate<false, A>;
           for (int64_t begin = 0; begin < classes; begin += kChunk) {
             const int64_t n = std::min(kChunk, classes - begin);
@@ -329,10 +389,7 @@ void backward(const KdInputs& inputs, const Accumulator<T>* grad, const Accumula
             }
             run(as_accumulator(student + at, n, student_buffer),
                 as_accumulator(teacher + at, n, teacher_buffer), n, statistics + b * kKdStatistics,
-                static_cast<A>(1.0 / options.temperature),
-                static_cast<A>(upstream * options.soft_weight * options.temperature),
-                static_cast<A>(hard),
-                static_cast<A>(options.label_smoothing / static_cast<double>(classes)), out);
+                by, out);
             if (label >= begin && label < begin + n) {
               out[label - begin] -= static_cast<A>(hard * (1 - options.label_smoothing));
             }
@@ -395,6 +452,43 @@ std::tuple<Tensor, Tensor> kd_kl_div_cpu(Tensor student, Tensor teacher,
   return {loss, statistics};
 }
 
+template <typename A>
+void run_with_gradient(const KdInputs& inputs, A* loss, A* gradient) {
+  std::vector<double> losses(static_cast<size_t>(inputs.rows));
+  std::vector<A> statistics(static_cast<size_t>(inputs.rows * kKdStatistics));
+  forward<A>(inputs, losses.data(), statistics.data());
+  reduce(inputs, losses, loss);
+  backward<A>(inputs, nullptr, statistics.data(), gradient);
+}
+
+std::tuple<Tensor, Tensor> kd_kl_div_with_gradient_cpu(Tensor student, Tensor teacher,
+                                                       std::optional<Tensor> labels,
+                                                       double temperature, double soft_weight,
+                                                       double hard_weight, double label_smoothing,
+                                                       int64_t ignore_index, int64_t reduction) {
+  const KdInputs inputs = check_kd_kl_div(student, teacher, labels, temperature, soft_weight,
+                                          hard_weight, label_smoothing, ignore_index, reduction);
+  check_labels(inputs);
+  const ScalarType dtype = student.scalar_type();
+  CHANPRUNE_CHECK(dtype == accumulation_dtype(dtype),
+                  "kd_kl_div_with_gradient: student should be float32 or float64 (a half gradient "
+                  "would be rounded before it is scaled), got ",
+                  dtype_name(dtype));
+  Tensor loss = inputs.options.reduction == KdReduction::kNone
+                    ? new_empty_vector(student, inputs.rows, dtype)
+                    : new_empty_strided(student, {}, {}, dtype);
+  Tensor gradient =
+      new_empty_strided(student, {inputs.rows, inputs.classes}, {inputs.classes, 1}, dtype);
+  if (dtype == ScalarType::Double) {
+    run_with_gradient(inputs, static_cast<double*>(loss.data_ptr()),
+                      static_cast<double*>(gradient.data_ptr()));
+  } else {
+    run_with_gradient(inputs, static_cast<float*>(loss.data_ptr()),
+                      static_cast<float*>(gradient.data_ptr()));
+  }
+  return {loss, gradient};
+}
+
 Tensor kd_kl_div_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor statistics,
                               std::optional<Tensor> labels, double temperature, double soft_weight,
                               double hard_weight, double label_smoothing, int64_t ignore_index,
@@ -435,5 +529,6 @@ Tensor kd_kl_div_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(chanprune, CPU, m) {
   m.impl("kd_kl_div", TORCH_BOX(&chanprune::kd_kl_div_cpu));
+  m.impl("kd_kl_div_with_gradient", TORCH_BOX(&chanprune::kd_kl_div_with_gradient_cpu));
   m.impl("kd_kl_div_backward", TORCH_BOX(&chanprune::kd_kl_div_backward_cpu));
 }

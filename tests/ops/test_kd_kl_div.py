@@ -301,6 +301,44 @@ def test_opcheck_of_the_backward(native_device):
         )
 
 
+def test_opcheck_of_the_forward_with_gradient():
+    for arguments in samples(torch.device("cpu"), False):
+        torch.library.opcheck(torch.ops.chanprune.kd_kl_div_with_gradient, arguments)
+
+
+def test_the_forward_with_gradient_refuses_half_logits():
+    with pytest.raises(RuntimeError, match=r"float32 or float64 .*got bfloat16"):
+        torch.ops.chanprune.kd_kl_div_with_gradient(
+            LOGITS.bfloat16(), LOGITS.bfloat16(), None, *OPTIONS
+        )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [3, 400])
+def test_small_and_large_batches_have_the_gradient_of_the_operator(native_device, rows, reduction):
+    # Small batches make the gradient in the forward, large ones in the backward.
+    student, teacher = torch.randn(2, rows, 100, device=native_device)
+    student.requires_grad_()
+    number = REDUCTIONS.index(reduction)
+    reference = torch.ops.chanprune.kd_kl_div(student, teacher, None, *OPTIONS[:5], number)[0]
+    loss = kd_kl_div(student, teacher, reduction=reduction)
+    assert torch.equal(loss, reference)
+    upstream = torch.randn_like(loss)
+    (gradient,) = torch.autograd.grad(loss, student, upstream)
+    (expected,) = torch.autograd.grad(reference, student, upstream)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_an_upstream_gradient_reaches_half_logits_unrounded(native_device):
+    # 1 / rows alone would vanish in float16; a loss scaler keeps it, if it comes before rounding.
+    student, teacher = torch.randn(2, 2000, 4, device=native_device).half()
+    student.requires_grad_()
+    (kd_kl_div(student, teacher) * 2.0**16).backward()
+    wide = student.detach().double().requires_grad_()
+    (kd_kl_div_reference(wide, teacher.double()) * 2.0**16).backward()
+    torch.testing.assert_close(student.grad.double(), wide.grad, rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("hard", [False, True])
 def test_gradcheck(native_device, hard, reduction):
@@ -315,8 +353,9 @@ def test_gradcheck(native_device, hard, reduction):
     )
 
 
-def test_double_backward_is_refused():
-    student, teacher = torch.randn(2, 3, 5)
+@pytest.mark.parametrize("classes", [5, 20000])
+def test_double_backward_is_refused(classes):
+    student, teacher = torch.randn(2, 3, classes)
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(kd_kl_div(student, teacher), student, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated once"):
