@@ -139,6 +139,11 @@ def score_groups(
         _check_values(model)
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     scores = [np.asarray(s, dtype=np.float64) for s in function(model, groups, seed)]
+    if len(scores) != len(groups):
+        raise InvalidArgumentError(
+            f"criterion gave scores for {len(scores)} of {len(groups)} groups; expected one array "
+            f"for each"
+        )
     for group, score in zip(groups, scores, strict=True):
         if score.shape != (group.units,) or not np.isfinite(score).all():
             raise InvalidArgumentError(

@@ -104,7 +104,7 @@ def plan(
         params_after=sizes.params(names),
         macs_before=whole.macs(),
         macs_after=sizes.macs(),
-        criterion=criterion if isinstance(criterion, str) else criterion.__name__,
+        criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
         options={
             "ratio": selection.ratio,
             "ratios": dict(selection.ratios),
@@ -200,6 +200,10 @@ def _verified_removal(
         if not culprits:
             raise refusal
         held.update(dict.fromkeys(culprits, event))
+
+
+def _name_of(criterion: Criterion) -> str:
+    return str(getattr(criterion, "__name__", type(criterion).__name__))
 
 
 def _slots_of(equation: Equation) -> tuple[Slots, ...]:
