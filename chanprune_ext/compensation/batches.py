@@ -182,7 +182,7 @@ def split_batches(items: list[Any], *, held_back: float, batch_size: int) -> Cal
     chosen = _spread(total, held_back)
 
     def part(samples: list[int]) -> tuple[Any, ...]:
-        index = torch.tensor(samples, dtype=torch.long)
+        index = torch.tensor(samples, dtype=torch.long, device="cpu")
         pieces = index.tensor_split(-(-len(samples) // batch_size))
         return tuple(_selected(whole, piece) for piece in pieces)
 

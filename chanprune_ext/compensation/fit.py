@@ -29,7 +29,9 @@ RIDGE_GROWTH = 10.0
 MOST_RIDGE_GROWTHS = 4
 LEAST_GAIN = 1e-4  # relative; a step that gains less is not kept
 GAIN_TO_GO_ON = 3e-3  # a step that gains less is the last
-SAMPLES_PER_COLUMN = 128  # more positions are thinned out
+# Positions beyond both of these are thinned out.
+SAMPLES_PER_COLUMN = 128
+ENOUGH_SAMPLES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,8 @@ class _Fit:
     def thinning(self, value: Tensor) -> tuple[int, ...]:
         """Neighbouring positions see nearly the same: where there are plenty, some will do."""
         samples = value.numel() // self.layers[0].weight.shape[0] * self.runs.fit_batches
-        surplus = samples / (SAMPLES_PER_COLUMN * sum(layer.shape[2] for layer in self.layers))
+        columns = sum(layer.shape[2] for layer in self.layers)
+        surplus = samples / max(ENOUGH_SAMPLES, SAMPLES_PER_COLUMN * columns)
         steps: list[int] = []
         for axes_left in range(self.layers[0].geometry.axes, 0, -1):
             step = max(1, int(surplus ** (1 / axes_left)))

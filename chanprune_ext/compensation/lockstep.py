@@ -53,6 +53,7 @@ class Lockstep:
         pruned: Network after pruning; its weights may change while a pair is paused.
         fit: Inputs of the batches to fit on.
         held_back: Inputs of the batches to judge by.
+        names: The calls that both networks make.
         targets: All targets, in order.
         resident_from: Call index of the first target from which on the pairs stay.
         device: Where the networks live.
@@ -64,6 +65,7 @@ class Lockstep:
         pruned: nn.Module,
         fit: Sequence[Any],
         held_back: Sequence[Any],
+        names: Sequence[str],
         targets: Sequence[Target],
         resident_from: int,
         device: torch.device,
@@ -72,6 +74,7 @@ class Lockstep:
         self._pruned = pruned
         self.fit_batches = len(fit)
         self._batches = [(x, False) for x in fit] + [(x, True) for x in held_back]
+        self._names = names
         self._targets = targets
         self._resident_from = resident_from
         self._device = device
@@ -91,8 +94,8 @@ class Lockstep:
         inputs = self._batches[batch][0]
         captures = {layer.call for target in targets for layer in target.layers}
         return (
-            PausedRun(self._original, inputs, (), self._device),
-            PausedRun(self._pruned, inputs, captures, self._device),
+            PausedRun(self._original, inputs, self._names, (), self._device),
+            PausedRun(self._pruned, inputs, self._names, captures, self._device),
         )
 
     def _advance(self, batch: int, pair: tuple[PausedRun, PausedRun], call: int) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..analysis.calls import CallMode, run_model
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
 __all__ = ["PausedRun"]
 
@@ -30,8 +30,8 @@ class _PausingMode(CallMode):
         super().__init__()
         self._run = run
 
-    def before(self, index: int, _: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._run.on_call(index, args, kwargs)
+    def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._run.on_call(index, name, args, kwargs)
 
     def after(
         self, index: int, _: str, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
@@ -40,24 +40,34 @@ class _PausingMode(CallMode):
         return output
 
 
-@contextlib.contextmanager
-def _on_stream(stream: Any) -> Iterator[None]:
-    """CUDA's current device and stream belong to a thread: take over those of the caller."""
-    if stream is None:
-        yield
-    else:
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+class _Surroundings:
+    """What torch keeps for each thread of its own, taken over from the caller's thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._default_device = torch.get_default_device()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.device(self._stream.device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            if self._default_device.type != "cpu":
+                stack.enter_context(self._default_device)
+            stack.enter_context(torch.no_grad())
             yield
 
 
 class PausedRun:
     """One forward of ``model`` that can be advanced from call to call.
 
-    The model must be in eval mode already. Use as a context manager, or call :meth:`close`.
+    The model must be in eval mode already. Call :meth:`close` in the end, come what may.
 
     Args:
         model: Network to run.
         inputs: Tensor, tuple of positional inputs or dict of keyword inputs.
+        names: The calls it must make: those it was recorded with.
         captures: Call indices whose first argument is kept from before the call.
         device: Where the model lives.
     """
@@ -66,9 +76,11 @@ class PausedRun:
         self,
         model: nn.Module,
         inputs: Any,
+        names: Sequence[str],
         captures: Collection[int],
         device: torch.device,
     ) -> None:
+        self._names = names
         self._captures = frozenset(captures)
         self._stop_at: int | None = None
         self._cancelled = False
@@ -78,23 +90,17 @@ class PausedRun:
         self._to_run = threading.Semaphore(0)
         self._to_caller = threading.Semaphore(0)
         self.captured: dict[int, tuple[Tensor, int]] = {}
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._thread = threading.Thread(
             target=self._main,
-            args=(model, inputs, stream),
+            args=(model, inputs, _Surroundings(device)),
             name="chanprune-forward",
             daemon=True,
         )
         self._started = False
 
-    def _main(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        stream: Any,
-    ) -> None:
+    def _main(self, model: nn.Module, inputs: Any, surroundings: _Surroundings) -> None:
         try:
-            with _on_stream(stream), torch.no_grad(), _PausingMode(self):
+            with surroundings.entered(), _PausingMode(self):
                 self._value = run_model(model, inputs)
         except _Cancelled:
             pass
@@ -104,10 +110,16 @@ class PausedRun:
             self._finished = True
             self._to_caller.release()
 
-    def on_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called in the forward's thread before every call."""
         if self._cancelled:
             raise _Cancelled
+        recorded = self._names[index] if index < len(self._names) else "nothing"
+        if name != recorded:
+            raise RuntimeError(
+                f"call {index} is {name}, but was {recorded} with the first inputs; the calls must "
+                "not depend on the data"
+            )
         if index in self._captures:
             x = args[0] if args else kwargs["input"]
             self.captured[index] = (x, _version(x))
@@ -122,8 +134,13 @@ class PausedRun:
         if self._cancelled:
             raise _Cancelled
 
-    def _hand_over(self, stop_at: int | None) -> Any:
-        self._stop_at = stop_at
+    def advance(self, call: int) -> Tensor:
+        """Runs on until ``call`` has been made.
+
+        Returns:
+            The call's output: the very tensor the forward goes on with.
+        """
+        self._stop_at = call
         if self._started:
             self._to_run.release()
         else:
@@ -132,24 +149,11 @@ class PausedRun:
         self._to_caller.acquire()
         if self._error is not None:
             raise self._error
-        value, self._value = self._value, None
-        return value
-
-    def advance(self, pause: int) -> Tensor:
-        """Runs on until call ``pause`` has been made.
-
-        Returns:
-            The call's output: the very tensor the forward goes on with.
-        """
-        value = self._hand_over(pause)
         if self._finished:
-            raise RuntimeError(f"the forward ended before call {pause}")
-        result: Tensor = value
-        return result
-
-    def finish(self) -> Any:
-        """Runs to the end and returns the model's output."""
-        return self._hand_over(None)
+            raise RuntimeError(f"the forward ended before call {call}")
+        value: Tensor = self._value
+        self._value = None
+        return value
 
     def captured_input(self, index: int) -> Tensor | None:
         """First argument of call ``index``; None if it has been overwritten since."""

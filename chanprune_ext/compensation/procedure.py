@@ -99,9 +99,16 @@ def compensate(
     check_options(method, ridge, one_sided_steps, held_back, memory_limit)
     kept = kept_of(pruned, plan)
     device = check_networks(pruned, original, kept)
-    items = read_batches(batches, original, device=device)
     ledger = Ledger()
-    session = _Session(pruned, original, items, kept, held_back, memory_limit, device)
+    session = _Session(
+        pruned,
+        original,
+        read_batches(batches, original, device=device),
+        kept,
+        held_back,
+        memory_limit,
+        device,
+    )
     try:
         with (
             torch.autocast(device.type, enabled=False),
@@ -165,6 +172,7 @@ class _Session:
         trace = record_calls(self.original, few)
         surveys = survey_calls(self.original, few), survey_calls(self.pruned, few)
         check_same_calls(trace, surveys)
+        self._names = [call.name for call in surveys[0].calls]
         self.targets, self.skipped = find_targets(trace, surveys[1], self._kept)
         samples = sum(sample_count(item) for item in self._items)
         self.memory = plan_memory(
@@ -223,6 +231,7 @@ class _Session:
             self.pruned,
             self.data.fit,
             self.data.held_back,
+            self._names,
             targets,
             self.memory.resident_from,
             self._device,
@@ -280,8 +289,9 @@ class _Variants:
             for name, deviation in self.deviations.items():
                 if deviation.better_than(self.deviations[best]):
                     best = name
-            measured = "; ".join(f"{name}: {d}" for name, d in self.deviations.items())
-            reason = f"smallest deviation on the held-back samples: {measured}"
+            reason = "smallest deviation on the held-back samples"
+            if best != method:
+                reason += f", {self.deviations[best]}; {method}: {self.deviations[method]}"
         else:
             reason = "asked for, and no samples were held back to judge it"
         if best != "least_squares":

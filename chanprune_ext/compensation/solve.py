@@ -96,8 +96,10 @@ class Solver:
             probes = probes.expand(groups, size, size)
             share = 1.0
         else:  # Random signs estimate a trace without the inverse of a large matrix.
-            generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(2, (groups, size, 32), generator=generator) * 2.0 - 1.0
+            generator = torch.Generator("cpu").manual_seed(0)
+            signs = (
+                torch.randint(2, (groups, size, 32), generator=generator, device="cpu") * 2.0 - 1.0
+            )
             probes = signs.to(self._factor)
             share = 1 / 32
         half = torch.linalg.solve_triangular(self._factor, probes, upper=False)

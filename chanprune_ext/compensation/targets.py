@@ -185,6 +185,8 @@ class _Finder:
         entry = self.entry_of(weight)
         if entry is None:
             return Skipped(call.module, "", kind, "its weight is computed, not a parameter")
+        if not weight.is_floating_point():
+            return Skipped(call.module, entry, kind, f"its weight is {weight.dtype}")
         if self.entry_reads.get(entry, 0) != 1:
             return Skipped(call.module, entry, kind, "its weight is used by several calls")
         if isinstance(bias, Activation):

@@ -510,6 +510,71 @@ def test_model_that_fails_in_a_tapped_thread_only(pair):
     assert no_forward_is_left()
 
 
+def test_calls_that_depend_on_the_data():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                x = x * 2
+            return torch.tanh(self.conv(x))
+
+    original = Fickle()
+    pruned = copy.deepcopy(original)
+    nn.init.normal_(pruned.conv.weight)
+    before = state(pruned)
+    batches = [torch.ones(4, 3, 5, 5), -torch.ones(2, 3, 6, 6)]
+    with pytest.raises(InvalidArgumentError, match="must not depend on the data"):
+        compensate(pruned, original, batches, plan=SimpleNamespace(kept={}), held_back=0)
+    assert same(state(pruned), before)
+    assert no_forward_is_left()
+
+
+def test_forward_in_inference_mode(pair):
+    original, pruned, plan = pair
+    expected = copy.deepcopy(pruned)
+    compensate(expected, original, images(), plan=plan)
+    for net in (original, pruned):
+        net.forward = torch.inference_mode()(net.forward)
+    compensate(pruned, original, images(), plan=plan)
+    for a, b in zip(pruned.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_calibration_inside_autocast(pair):
+    original, pruned, plan = pair
+    expected = copy.deepcopy(pruned)
+    compensate(expected, original, images(), plan=plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        compensate(pruned, original, images(), plan=plan)
+    assert same(state(pruned), state(expected))
+
+
+def test_default_device_holds_in_the_paused_forwards_too(pair):
+    """torch keeps it for each thread of its own, and a forward may rely on it."""
+    original, pruned, plan = pair
+    seen = set()
+    for net in (original, pruned):  # asking for it is a call, too: both must make it
+        net.blocks[1].register_forward_pre_hook(lambda *_: seen.add(torch.get_default_device()))
+    x = images()
+    with torch.device("meta"):
+        compensate(pruned, original, x, plan=plan)
+    assert seen == {torch.device("meta")}
+
+
+def test_progress_bar_on_a_terminal(pair, monkeypatch, capsys):
+    original, pruned, plan = pair
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    compensate(copy.deepcopy(pruned), original, images(), plan=plan, progress=False)
+    assert "compensating" not in capsys.readouterr().err
+    compensate(pruned, original, images(), plan=plan, progress=True)
+    assert "compensating" in capsys.readouterr().err
+
+
 def test_half_precision_network(pair):
     original, pruned, plan = pair
     before = error(pruned, original, images(seed=1))
