@@ -58,7 +58,7 @@ const int64_t* index_list(const std::optional<Tensor>& index, const char* name, 
                   "slice_channels: ", name, "[", i,
                   "] should be a one-dimensional int64 tensor on the CPU, got ", index->dim(),
                   " dims of ", dtype_name(index->scalar_type()));
-  kept_alive->push_back(torch::stable::contiguous(*index));
+  kept_alive->push_back(index->is_contiguous() ? *index : torch::stable::contiguous(*index));
   *count = index->numel();
   const auto* values = static_cast<const int64_t*>(kept_alive->back().data_ptr());
   bool all_in_order = *count == size;

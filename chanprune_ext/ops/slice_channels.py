@@ -31,6 +31,13 @@ def _check_index(name: str, i: int, index: Tensor, tensor: Tensor, dim: int) -> 
         )
 
 
+def _check_indices(name: str, indices: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
+    dim = 0 if name == "rows" else 1
+    for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
+        if index is not None:
+            _check_index(name, i, index, tensor, dim)
+
+
 def _check_values(
     name: str, indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dim: int
 ) -> None:
@@ -54,6 +61,8 @@ def _normalise(
             f"{name} should hold one entry per tensor, got {len(indices)} for "
             f"{len(tensors)} tensors"
         )
+    if all(index is None or (index.dtype is torch.int64 and index.is_cpu) for index in indices):
+        return list(indices)  # the usual case, whose other properties the kernel checks
     lists: list[Tensor | None] = []
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
         if index is not None:
@@ -102,19 +111,29 @@ def slice_channels(
             )
     if not tensors:
         return []
-    if not native_available(tensors[0].device):
-        _check_values("rows", row_lists, tensors, 0)
-        _check_values("cols", col_lists, tensors, 1)
-        return slice_channels_reference(tensors, row_lists, col_lists)
-    if torch.compiler.is_compiling():
+    native = native_available(tensors[0].device)
+    if native and not tensors[0].is_meta and not torch.compiler.is_compiling():
+        try:
+            return list(torch.ops.chanprune.slice_channels.default(tensors, row_lists, col_lists))
+        except RuntimeError:
+            # The kernel checks every index before it copies; the culprit is named only on failure.
+            _check_all(row_lists, col_lists, tensors)
+            raise
+    _check_indices("rows", row_lists, tensors)
+    _check_indices("cols", col_lists, tensors)
+    if native:
         return list(torch.ops.chanprune.slice_channels(tensors, row_lists, col_lists))
-    try:
-        return list(torch.ops.chanprune.slice_channels(tensors, row_lists, col_lists))
-    except RuntimeError:
-        # The kernel checks every index before it copies; find the culprit's name only on failure.
-        _check_values("rows", row_lists, tensors, 0)
-        _check_values("cols", col_lists, tensors, 1)
-        raise
+    _check_all(row_lists, col_lists, tensors)
+    return slice_channels_reference(tensors, row_lists, col_lists)
+
+
+def _check_all(
+    rows: Sequence[Tensor | None], cols: Sequence[Tensor | None], tensors: Sequence[Tensor]
+) -> None:
+    _check_indices("rows", rows, tensors)
+    _check_indices("cols", cols, tensors)
+    _check_values("rows", rows, tensors, 0)
+    _check_values("cols", cols, tensors, 1)
 
 
 def slice_channels_reference(

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/simd.h"
+#include "cpu/window_gather.h"
 
 namespace chanprune {
 namespace {
@@ -15,6 +16,8 @@ namespace {
 constexpr int64_t kGrainBytes = 131072;  // bytes worth a thread
 constexpr int64_t kUnitBytes = 65536;    // bytes of rows handed out together
 constexpr int64_t kShortCopy = 256;      // up to here vector copies in line beat a memcpy call
+constexpr int64_t kPrefetch = 1024;      // bytes read ahead of short columns
+constexpr int64_t kLongSegment = 256;    // from this mean on, adjacent columns are worth joining
 constexpr int64_t kGatherBytes = 24;     // below this mean segment, elements are gathered singly
 
 // Adjacent kept columns, copied as one.
@@ -106,11 +109,74 @@ void gather(const RowRange& range) {
   }
 }
 
-// A task made ready for row-wise execution.
+void gather_windows(const RowRange& range, const std::vector<GatherWindow>& windows) {
+  const SliceTask& task = *range.task;
+  char* destination = range.destination;
+  int64_t room = (range.end - range.begin) * task.mids * task.cols;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const char* row = source_row(task, r);
+    const int64_t ahead = task.mids > 1       ? task.mid_stride
+                          : r + 1 < range.end ? source_row(task, r + 1) - row
+                                              : 0;
+    for (int64_t m = 0; m < task.mids; ++m) {
+      gather_row(row + m * task.mid_stride, windows, destination, room, ahead);
+      destination += task.cols * task.run;
+      room -= task.cols;
+    }
+  }
+}
+
+template <int64_t Bytes>
+struct Block {
+  char bytes[Bytes];
+};
+
+// Copies every column by itself: `Blocks` words from its front and as many from its end, which
+// overlap. Without a branch that depends on the column list none is mispredicted.
+template <typename Word, int64_t Blocks>
+CHANPRUNE_CLONES void copy_columns(const RowRange& range) {
+  const SliceTask task = *range.task;
+  constexpr auto kSize = static_cast<int64_t>(sizeof(Word));
+  const int64_t from_end = task.run - Blocks * kSize;
+  char* destination = range.destination;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const char* row = source_row(task, r);
+    for (int64_t c = 0; c < task.cols; ++c) {
+      const char* source = row + task.col_index[c] * task.col_stride;
+      __builtin_prefetch(source + kPrefetch);
+      for (int64_t i = 0; i < Blocks; ++i) {
+        copy_word<Word>(destination + i * kSize, source + i * kSize);
+      }
+      for (int64_t i = 0; i < Blocks; ++i) {
+        copy_word<Word>(destination + from_end + i * kSize, source + from_end + i * kSize);
+      }
+      destination += task.run;
+    }
+  }
+}
+
+// The copy_columns for a run of this many bytes, null where there is none.
+using ColumnCopy = void (*)(const RowRange&);
+
+ColumnCopy column_copy(int64_t run) {
+  if (run < 8 || run > kLongSegment) {
+    return nullptr;
+  }
+  return run < 16    ? &copy_columns<uint64_t, 1>
+         : run < 32  ? &copy_columns<Block<16>, 1>
+         : run < 64  ? &copy_columns<Block<32>, 1>
+         : run < 128 ? &copy_columns<Block<32>, 2>
+                     : &copy_columns<Block<32>, 4>;
+}
+
+// A task made ready for row-wise execution, in the first of these ways that is set; with none of
+// them single elements are gathered.
 struct RowCopier {
   SliceTask task;
-  std::vector<Segment> segments;  // empty: gather single elements
-  int64_t row_bytes;              // of the result
+  ColumnCopy columns;
+  std::vector<GatherWindow> windows;
+  std::vector<Segment> segments;
+  int64_t row_bytes;  // of the result
   int64_t rows_per_unit;
 };
 
@@ -130,11 +196,21 @@ std::vector<Segment> column_segments(const SliceTask& task) {
 }
 
 RowCopier prepare(const SliceTask& task) {
-  RowCopier copier{task, column_segments(task), task.mids * task.cols * task.run, 1};
+  RowCopier copier{task, nullptr, {}, column_segments(task), task.mids * task.cols * task.run, 1};
   copier.rows_per_unit = std::max<int64_t>(1, kUnitBytes / copier.row_bytes);
+  if (task.col_index == nullptr) {
+    return copier;
+  }
   const auto segments = static_cast<int64_t>(copier.segments.size());
-  const bool single = task.run == task.element && task.col_index != nullptr;
-  if (single && task.cols * task.run < segments * kGatherBytes) {
+  const int64_t bytes = task.cols * task.run;
+  if (task.run != task.element) {
+    copier.columns = bytes < segments * kLongSegment ? column_copy(task.run) : nullptr;
+    return copier;
+  }
+  if (task.run == 4 && task.col_stride == 4 && bytes < segments * kLongSegment) {
+    copier.windows = plan_windows(task.col_index, task.cols);
+  }
+  if (bytes < segments * kGatherBytes) {
     copier.segments.clear();
   }
   return copier;
@@ -143,6 +219,12 @@ RowCopier prepare(const SliceTask& task) {
 void copy_rows(const RowCopier& copier, int64_t begin, int64_t end) {
   const RowRange range{&copier.task, begin, end,
                        copier.task.destination + begin * copier.row_bytes};
+  if (copier.columns != nullptr) {
+    return copier.columns(range);
+  }
+  if (!copier.windows.empty()) {
+    return gather_windows(range, copier.windows);
+  }
   if (!copier.segments.empty()) {
     return copy_segments(range, copier.segments.data(),
                          static_cast<int64_t>(copier.segments.size()));

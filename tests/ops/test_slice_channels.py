@@ -182,6 +182,37 @@ def test_compiles_in_one_graph(native_device, backend):
 INDEX = torch.tensor([0, 1])
 
 
+@pytest.mark.parametrize("columns", [5, 8, 31, 32, 33, 64, 200, 1000])
+@pytest.mark.parametrize("order", ["half", "sparse", "shuffled", "repeated", "near"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gathered_columns_of_every_order(columns, order, channels_last):
+    # Short vectors, windows that end at the last column, lists that leave a window at every step.
+    generator = torch.Generator().manual_seed(columns)
+    chosen = torch.randperm(columns, generator=generator)
+    cols = {
+        "half": chosen[: columns // 2].sort().values,
+        "sparse": chosen[: columns // 20 + 1].sort().values,
+        "shuffled": chosen,
+        "repeated": chosen.repeat(2).sort().values,
+        "near": torch.arange(columns).flip(0),
+    }[order]
+    weight = torch.randn(7, columns, 2 if channels_last else 1, 1, generator=generator)
+    if channels_last:
+        weight = weight.to(memory_format=torch.channels_last)
+    rows = torch.tensor([6, 0, 3])
+    (result,) = slice_channels([weight], [rows], [cols])
+    assert torch.equal(result, weight.index_select(0, rows).index_select(1, cols))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("run", [2, 3, 4, 7, 9, 25, 33, 49, 70])
+def test_runs_of_every_length(dtype, run):
+    weight = torch.arange(6 * 40 * run).reshape(6, 40, run).to(dtype)
+    rows, cols = torch.tensor([5, 1, 2]), torch.arange(1, 40, 2)
+    (result,) = slice_channels([weight], [rows], [cols])
+    assert torch.equal(result, weight.index_select(0, rows).index_select(1, cols))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
