@@ -11,6 +11,7 @@ from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.plan import PruningPlan, plan_of
 from chanprune_ext.pruning import plan, prune
 from chanprune_ext.recovery import recover
+from chanprune_ext.sensitivity import sensitivity
 
 __version__ = "0.1.0"
 
@@ -27,4 +28,5 @@ __all__ = [
     "recover",
     "register_rule",
     "save",
+    "sensitivity",
 ]

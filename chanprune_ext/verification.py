@@ -26,6 +26,7 @@ __all__ = [
     "max_relative_error",
     "verify_outputs",
     "verify_runs",
+    "zero_slices",
     "zeroed_copy",
     "zeroed_outputs",
 ]
@@ -55,21 +56,30 @@ def _meta_inputs(spec: Any) -> Any:
 
 
 def zeroed_copy(model: nn.Module, pruned: Mapping[str, Mapping[int, Tensor]]) -> nn.Module:
-    """A float64 copy of ``model`` with the removed slices of its parameters set to zero.
+    """A float64 copy of ``model`` with the removed slices of its parameters set to zero."""
+    reference = copied(model).double()
+    zero_slices(reference, pruned)
+    return reference
+
+
+def zero_slices(model: nn.Module, pruned: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Set slices of ``model``'s parameters to zero, in place.
 
     Buffers keep their values: a variance of zero would add a division the network never made. For
     the same reason weight norm's directions keep theirs where its magnitudes are zeroed.
+
+    Args:
+        model: The model.
+        pruned: Parameter name -> {dim: indices, int64}; names of buffers are passed over.
     """
-    reference = copied(model).double()
-    parameters = dict(reference.named_parameters())
-    directions = _weight_norm_directions(reference)
+    parameters = dict(model.named_parameters())
+    directions = _weight_norm_directions(model)
     with torch.no_grad():
         for entry, dims in pruned.items():
             if entry in parameters:
                 for dim, index in dims.items():
                     if (entry, dim) not in directions:
                         parameters[entry].index_fill_(dim, index.to(parameters[entry].device), 0)
-    return reference
 
 
 def _weight_norm_directions(model: nn.Module) -> set[tuple[str, int]]:
