@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
@@ -87,7 +88,7 @@ def squeeze(
     _moved(tracer, args[0], output, order)
 
 
-@rule("aten::expand", "aten::expand_copy")
+@rule("aten::expand", "aten::expand_copy", creates=True)
 def expand(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
@@ -105,7 +106,7 @@ def expand(
     tracer.set(output, result)
 
 
-@rule("aten::repeat")
+@rule("aten::repeat", creates=True)
 def repeat(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
@@ -304,6 +305,28 @@ def index_select(
     tracer.freeze_tensor(index, _POSITION)
     dims[dim] = np.empty((0, output.shape[dim]), dtype=np.int64)
     tracer.set(output, dims)
+
+
+@rule("aten::index")
+def index(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """``x[:, [0, 2]]``: dims without an index pass; indexed ones stay whole."""
+    source, indices = args
+    chosen = [d for d, i in enumerate(indices) if i is not None]
+    if any(indices[d].dtype in (torch.bool, torch.uint8) for d in chosen):
+        raise ValueError("channels picked by a mask")
+    dims = list(tracer.dims(source))
+    for d in chosen:
+        tracer.freeze(dims[d], _POSITION)
+        tracer.freeze_tensor(indices[d], _POSITION)
+    # The result of the indices stands where they were, or in front when something is between them.
+    together = chosen == list(range(chosen[0], chosen[-1] + 1))
+    place = chosen[0] if together else 0
+    rest = [slots for d, slots in enumerate(dims) if d not in chosen]
+    fresh = output.shape[place : place + output.dim() - len(rest)]
+    picked = [np.empty((0, n), dtype=np.int64) for n in fresh]
+    tracer.set(output, [*rest[:place], *picked, *rest[place:]])
 
 
 @rule("aten::embedding")

@@ -59,7 +59,7 @@ def _on(*names: str) -> Callable[[Follow], Follow]:
     *("permute_copy", "transpose", "t", "swapaxes", "as_strided", "unsqueeze", "squeeze"),
     *("cat", "concat", "concatenate", "stack", "slice", "narrow", "select", "unbind", "split"),
     *("split_with_sizes", "chunk", "tensor_split", "unsafe_split", "flip", "roll"),
-    *("index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *("index", "index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     "native_channel_shuffle",
     # Functions with f(0) = 0.
     *("relu", "relu6", "neg", "abs", "tanh", "sin", "tan", "sinh", "asin", "atan", "asinh"),
