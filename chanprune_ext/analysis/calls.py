@@ -311,10 +311,16 @@ class ModulePath:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = []
         self._handles: list[Any] = []
+        self._failed: str | None = None
 
     @property
     def current(self) -> str:
         return self._stack[-1] if self._stack else ""
+
+    @property
+    def failed(self) -> str:
+        """The innermost module of an error that is on its way out of the model."""
+        return self.current if self._failed is None else self._failed
 
     def __enter__(self) -> Self:
         hooks = torch.nn.modules.module
@@ -333,8 +339,14 @@ class ModulePath:
         self._stack.append(self._names.get(id(module), self.current))
 
     def _pop(self, *_: Any) -> None:
+        # Torch calls this inside its `except` clause when the module's forward has raised.
+        raised = sys.exc_info()[0] is not None
         if self._stack:
-            self._stack.pop()
+            left = self._stack.pop()
+            if not raised:
+                self._failed = None
+            elif self._failed is None:
+                self._failed = left
 
 
 class ValueTable:
@@ -417,7 +429,7 @@ def record_calls(model: nn.Module, example_inputs: Any) -> CallTrace:
                 output = run_model(model, example_inputs)
         except Exception as error:
             raise AnalysisError(
-                f"the model's forward raised while tracing, in module '{path.current}': {error}"
+                f"the model's forward raised while tracing, in module '{path.failed}': {error}"
             ) from error
     values = frozenset(recorder.values.read(t) for t in tensors_in(output))
     return CallTrace(tuple(recorder.calls), values)

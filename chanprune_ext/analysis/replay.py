@@ -152,7 +152,7 @@ def replay(
             raise
         except Exception as error:
             raise mode.diverged(
-                f"the pruned model does not run, in module '{path.current}': {error}"
+                f"the pruned model does not run, in module '{path.failed}': {error}"
             ) from error
         if mode.next_index != len(analysis.trace.calls):
             raise mode.diverged(

@@ -1,0 +1,155 @@
+"""The replay: a network that would not run as predicted is found out before it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import randomised
+from torch import Tensor, nn
+from toys import TOYS
+
+import chanprune_ext as cpx
+from chanprune_ext.analysis import Analysis, analyse
+from chanprune_ext.analysis.equations import solve_attributes
+from chanprune_ext.analysis.provenance import Attribute
+from chanprune_ext.analysis.replay import patched_attributes, replay, set_attributes
+from chanprune_ext.errors import VerificationError
+
+
+def prepared(name: str, group: int = 0, units: int = 2) -> tuple[Analysis, nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    model, inputs = randomised(TOYS[name].make()), TOYS[name].inputs()
+    analysis = analyse(model, inputs)
+    gone = np.zeros(analysis.groups[group].units, dtype=bool)
+    gone[:units] = True
+    return analysis, model, inputs, analysis.removed_labels({group: gone})
+
+
+def test_accepts_what_was_predicted() -> None:
+    for name in ("Residual", "FlattenGrid", "FilledBuffer", "DepthwiseMultiplier", "Checkpointed"):
+        analysis, model, inputs, labels = prepared(name)
+        sizes = analysis.sizes(labels)
+        attributes, violated = solve_attributes(analysis, sizes)
+        assert not violated
+        replay(analysis, model, inputs, analysis.kept_masks(labels), attributes, sizes)
+
+
+def test_attributes_are_needed() -> None:
+    analysis, model, inputs, labels = prepared("SplitByAttribute")
+    sizes, masks = analysis.sizes(labels), analysis.kept_masks(labels)
+    attributes, violated = solve_attributes(analysis, sizes)
+    assert not violated
+    assert {(a.name, a.position): v for a, v in attributes.items()} == {("sizes", 0): 2}
+    replay(analysis, model, inputs, masks, attributes, sizes)
+    with pytest.raises(VerificationError, match="split"):
+        replay(analysis, model, inputs, masks, {}, sizes)
+    assert model.sizes == [4, 12]
+
+
+def test_a_tensor_of_the_wrong_width() -> None:
+    analysis, model, inputs, labels = prepared("Residual")
+    masks = analysis.kept_masks(labels)
+    sizes = analysis.sizes(labels)
+    del masks["a.0.weight"][1]
+    with pytest.raises(VerificationError, match=r"in module 'a\.0'"):
+        replay(analysis, model, inputs, masks, {}, sizes)
+    masks = analysis.kept_masks(analysis.removed_labels({}))
+    with pytest.raises(VerificationError, match=r"conv2d.*'stem.0'"):
+        replay(analysis, model, inputs, masks, {}, sizes)
+
+
+class TakesAnotherPath(nn.Module):
+    """A branch on a size that no equation describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 1)
+        self.b = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(a.relu() if a.shape[1] > 12 else a.sigmoid())
+
+
+class OneCallMore(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y + 1 if self.a.weight.shape[0] < 12 else y
+
+
+class OneCallLess(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y + 1 if self.a.weight.shape[0] > 12 else y
+
+
+class AnotherNumber(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(a * float(a.shape[1]))
+
+
+class AnotherWholeNumber(TakesAnotherPath):
+    """A number that has lost its origin."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(a / int(str(a.shape[1])))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (TakesAnotherPath, "takes another path"),
+        (AnotherNumber, "a number computed from a size"),
+        (AnotherWholeNumber, "a number computed from a size"),
+    ],
+)
+def test_what_diverges_is_held_back_and_told(make: Any, message: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), make(), nn.Conv2d(5, 4, 1))
+    plan = cpx.plan(model, torch.randn(2, 3, 4, 4), 0.5)
+    assert "1.a.weight" not in plan.kept or 0 not in plan.kept["1.a.weight"]
+    (told,) = [f for f in plan.frozen if f.entry == "1.a.weight"]
+    assert message in told.why
+    assert told.module == "1"
+    assert told.source.startswith("test_replay.py:")
+    assert plan.kept["1.b.weight"][0].shape == (3,)
+
+
+@pytest.mark.parametrize("make", [OneCallMore, OneCallLess])
+def test_what_cannot_be_blamed_on_a_group_is_refused(make: Any) -> None:
+    """Nothing is guessed: a plan is either proved or not made."""
+    torch.manual_seed(0)
+    model = make()
+    with pytest.raises(cpx.ChanpruneError, match="call"):
+        cpx.plan(model, torch.randn(2, 3, 4, 4), 0.5)
+    assert cpx.plan_of(model) is None
+
+
+def test_patches_are_undone() -> None:
+    model = TOYS["SplitByAttribute"].make()
+    original = model.sizes
+    seen = []
+
+    def fail() -> None:
+        with patched_attributes(model, {Attribute("", "sizes", 1, 12): 7}):
+            seen.append(model.sizes)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen == [[4, 7]]
+    assert model.sizes is original
+
+
+def test_set_attributes_reports_what_it_replaced() -> None:
+    model = TOYS["UnflattenLayer"].make()
+    old = model.grid.unflattened_size
+    done = set_attributes(model, {Attribute("grid", "unflattened_size", 0, 12): 9})
+    assert model.grid.unflattened_size == (9, 4, 4)
+    assert type(model.grid.unflattened_size) is type(old)
+    assert done == [(model.grid, "unflattened_size", old)]
