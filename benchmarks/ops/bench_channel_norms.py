@@ -32,7 +32,14 @@ def vector_norm(weights: list[Tensor], dim: int) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("run", [ours, eager, vector_norm])
+def compiled(weights: list[Tensor], dim: int) -> list[Tensor]:
+    return _compiled(weights, dim)
+
+
+_compiled = torch.compile(eager, dynamic=False)
+
+
+@pytest.mark.parametrize("run", [ours, eager, vector_norm, compiled])
 @pytest.mark.parametrize("dim", [0, 1], ids=["output", "input"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -69,12 +69,19 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
         InvalidArgumentError: an argument is not as described.
     """
     weights, dims = list(weights), list(dims)
-    _check(weights, dims, p)
-    if not weights:
+    if not weights and not dims:
         return []
-    if not native_available(weights[0].device):
-        return channel_norms_reference(weights, dims, p)
-    return list(torch.ops.chanprune.channel_norms(weights, dims, float(p)))
+    native = bool(weights) and native_available(weights[0].device)
+    if native and not weights[0].is_meta and not torch.compiler.is_compiling():
+        try:
+            return list(torch.ops.chanprune.channel_norms.default(weights, dims, float(p)))
+        except RuntimeError:
+            _check(weights, dims, p)  # the kernel checks the same; the culprit is named only here
+            raise
+    _check(weights, dims, p)
+    if native:
+        return list(torch.ops.chanprune.channel_norms(weights, dims, float(p)))
+    return channel_norms_reference(weights, dims, p)
 
 
 def channel_norms_reference(
