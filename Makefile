@@ -3,7 +3,8 @@
 #   make test      lint, types and all tests but the slow ones
 #   make test-all  the slow ones too
 #   make lint      ruff, mypy, clang-format
-#   make bench     benchmarks; writes runs/benchmarks.json
+#   make sanitize  tests of the native modules under AddressSanitizer and UBSan, built in a temporary folder
+#   make bench     benchmarks; writes runs/benchmarks.json, renders docs/benchmarks.md (NOTE='words on the run')
 #   make clean     remove what was built and all results (keeps the environment)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment's folder, and
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.chanprune-installed
 NATIVE_SOURCES := $(shell find csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo test test-all lint sanitize bench clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -50,9 +51,25 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 
+# The sanitizer's runtime must be loaded before Python, and with it the C++ library whose exceptions
+# it watches. Leaks are not looked for: the interpreter and torch have their own.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+sanitize: $(INSTALLED)
+	set -e; python=$(abspath $(BIN))/python; folder=$$(mktemp -d); trap "rm -rf $$folder" EXIT; \
+	git ls-files -z chanprune_ext csrc tests setup.py pyproject.toml README.md \
+	  | xargs -0 cp --parents -t $$folder; \
+	cd $$folder; \
+	CHANPRUNE_CXX_FLAGS="$(SANITIZERS) -fno-omit-frame-pointer -O1 -DCHANPRUNE_NO_CLONES" FORCE_CUDA=0 \
+	  $$python setup.py -q build_ext --inplace; \
+	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"; \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2; \
+	$$python -c "from chanprune_ext import _C; assert _C.__file__.startswith('$$folder'), _C"; \
+	$$python -m pytest -q -m "not slow" tests/ops tests/analysis/test_labels.py
+
 bench: $(INSTALLED)
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
+	$(BIN)/python benchmarks/render.py runs/benchmarks.json docs '$(NOTE)'
 
 clean:
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

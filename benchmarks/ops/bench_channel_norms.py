@@ -45,6 +45,8 @@ _compiled = torch.compile(eager, dynamic=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def bench_channel_norms(moved, benchmark, device, dtype, model, dim, run: Callable):
     benchmark.group = f"channel_norms {model} {'input' if dim else 'output'} {dtype} {device}"
+    if run is compiled:
+        torch.compiler.reset()  # beyond a few shapes it would silently run the eager code
     weights = matrices(model, device, dtype)
     channels = sum(w.shape[dim] for w in weights)
     moved(total_bytes(weights) + 4 * channels, lambda: run(weights, dim))
