@@ -7,6 +7,7 @@ benchmarks.json (times and bytes, and of the machine only its processor) and one
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -36,6 +37,14 @@ NO_CUDA = """
 CUDA kernels were compiled here, not run: this machine has no GPU, hence no CUDA rows."""
 
 
+def variant_of(bench: dict[str, Any]) -> str:
+    """Name of the function that was timed, which pytest-benchmark keeps as its representation."""
+    found = re.search(r"<function (\w+)", bench["params"]["run"])
+    if found is None:
+        raise ValueError(f"no function in the parameter run of {bench['name']}")
+    return found.group(1)
+
+
 def load(path: Path) -> dict[str, Any]:
     """The rows of a pytest-benchmark file and what to know of the machine."""
     raw = json.loads(path.read_text())
@@ -46,9 +55,7 @@ def load(path: Path) -> dict[str, Any]:
             {
                 "operator": operator,
                 "case": case,
-                "variant": bench["params"]["run"]
-                if isinstance(bench["params"]["run"], str)
-                else bench["param"].split("-")[-1],
+                "variant": variant_of(bench),
                 "median_s": bench["stats"]["median"],
                 "iqr_s": bench["stats"]["iqr"],
                 "rounds": bench["stats"]["rounds"],
