@@ -13,7 +13,7 @@ from torch import Tensor
 from .linear_maps import unfolded
 from .moments import Moments
 from .report import LayerReport
-from .solve import Solution, Solver, quadratic_loss
+from .samples import Samples
 from .targets import DEAD_SCALE
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .ledger import Ledger
     from .lockstep import Lockstep, Observation
+    from .ridge import Change, Evidence, Solver
     from .targets import Layer, Target
 
 __all__ = ["FitOptions", "fit_target", "one_sided_residual", "skipped_report"]
@@ -135,7 +136,10 @@ class _Fit:
             torch.where(live, 1 / layer.scale, torch.zeros_like(layer.scale)) for layer in layers
         ]
         self.intercept_at = next((i for i, x in enumerate(layers) if x.holds_intercept), None)
+        groups, rows, _ = layers[0].shape
+        self.shape = groups, rows, sum(layer.shape[2] for layer in layers)
         self.every: tuple[int, ...] = ()
+        self.fit_samples = 0
 
     def inputs(self, seen: Observation) -> list[Tensor] | None:
         """Inputs of the layers; None if one has been overwritten."""
@@ -167,9 +171,11 @@ class _Fit:
         """What the target's rows should change by."""
         return one_sided_residual(original, pruned, bounds) * self.live.to(pruned.dtype)
 
-    def moments(self) -> Moments:
-        groups, rows, _ = self.layers[0].shape
-        columns = sum(layer.shape[2] for layer in self.layers)
+    def evidence(self) -> Evidence:
+        """Where pieces are collected: as moments, or as they are if that is less."""
+        groups, rows, columns = self.shape
+        if self.fit_samples < columns:
+            return Samples()
         return Moments(groups, rows, columns, self.layers[0].weight.device)
 
     def run(self) -> list[LayerReport]:
@@ -177,7 +183,7 @@ class _Fit:
         reason = self.reason_to_skip()
         if reason is not None:
             return [skipped_report(layer, self.target, reason) for layer in self.layers]
-        fit, judge, before = self.moments(), self.moments(), _Error(self.target.bounds)
+        fit, judge, before = self.evidence(), self.evidence(), _Error(self.target.bounds)
         for piece in self.pieces():
             before.add(piece.original, piece.pruned, held_back=piece.held_back)
             residual = self.residual(piece.original, piece.pruned, None)
@@ -188,6 +194,7 @@ class _Fit:
             steps, error, change = self.descend(solver, change, fit, error)
         if steps and change is not None:
             self.apply(change)
+        rank, condition = solver.spectrum()
         seconds = time.perf_counter() - start
         return [
             replace(
@@ -196,8 +203,8 @@ class _Fit:
                 error_before=before.relative,
                 error_after=error,
                 ridge=solver.ridge,
-                condition=solver.condition,
-                rank=solver.rank,
+                condition=condition,
+                rank=rank,
                 steps=steps,
                 seconds=seconds / len(self.layers),
                 skipped=None if steps else "no gain",
@@ -221,39 +228,39 @@ class _Fit:
     def thinning(self, value: Tensor) -> tuple[int, ...]:
         """Neighbouring positions see nearly the same: where there are plenty, some will do."""
         samples = value.numel() // self.layers[0].weight.shape[0] * self.runs.fit_batches
-        columns = sum(layer.shape[2] for layer in self.layers)
-        surplus = samples / max(ENOUGH_SAMPLES, SAMPLES_PER_COLUMN * columns)
+        surplus = samples / max(ENOUGH_SAMPLES, SAMPLES_PER_COLUMN * self.shape[2])
         steps: list[int] = []
         for axes_left in range(self.layers[0].geometry.axes, 0, -1):
             step = max(1, int(surplus ** (1 / axes_left)))
             surplus /= step
+            samples //= step
             steps.append(step)
+        self.fit_samples = samples
         return tuple(steps)
 
-    def least_squares(self, fit: Moments, judge: Moments) -> tuple[Solver, Solution | None]:
+    def least_squares(self, fit: Evidence, judge: Evidence) -> tuple[Solver, Change | None]:
         """The fit, with the ridge raised as long as the held-back samples gain by it.
 
         The change is None if the held-back samples are better off without any.
         """
-        holds_intercept = self.intercept_at is not None
-        solver = Solver(fit, self.options.ridge, intercept=holds_intercept)
-        change = solver.solve(fit)
+        intercept = self.intercept_at is not None
+        solver = fit.solver(self.options.ridge, intercept=intercept)
+        change = solver.solve()
         if not judge.samples:
             return solver, change
-        loss = float(quadratic_loss(judge, change).sum())
+        loss = judge.loss(change)
         for _ in range(MOST_RIDGE_GROWTHS):
-            stiffer = Solver(fit, solver.ridge * RIDGE_GROWTH, intercept=holds_intercept)
-            candidate = stiffer.solve(fit)
-            candidate_loss = float(quadratic_loss(judge, candidate).sum())
+            stiffer = fit.solver(solver.ridge * RIDGE_GROWTH, intercept=intercept)
+            candidate = stiffer.solve()
+            candidate_loss = judge.loss(candidate)
             if not candidate_loss < loss:
                 break
             solver, change, loss = stiffer, candidate, candidate_loss
-        unchanged = float(judge.row_energy.sum()) / judge.samples
-        return solver, change if loss < unchanged else None
+        return solver, change if loss < judge.loss(None) else None
 
     def descend(
-        self, solver: Solver, change: Solution, fit: Moments, error: float
-    ) -> tuple[int, float, Solution]:
+        self, solver: Solver, change: Change, fit: Evidence, error: float
+    ) -> tuple[int, float, Change]:
         """Goes on from the least-squares change with one-sided ones while the error shrinks.
 
         Returns:
@@ -276,10 +283,10 @@ class _Fit:
             if gain < GAIN_TO_GO_ON:
                 return step + 1, error, made
             if step < one_sided:
-                change = made + solver.solve(fit, made)
+                change = made + solver.solve(made)
         return 1 + one_sided, error, made
 
-    def apply(self, change: Solution) -> None:
+    def apply(self, change: Change) -> None:
         """Adds a change to the layers, and to the values of the paused forwards."""
         first = 0
         for i, (layer, inverse) in enumerate(zip(self.layers, self.inverse_scales, strict=True)):

@@ -1,9 +1,11 @@
-"""Second moments of a layer's columns and of what they should explain, piece by piece."""
+"""Least squares from second moments, for more samples than unknowns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .ridge import Change, Factor
 
 __all__ = ["Moments"]
 
@@ -41,12 +43,7 @@ class Moments:
         self.row_energy = zeros(rows)
 
     def add(self, columns: Tensor, residual: Tensor) -> None:
-        """Adds the samples of one piece.
-
-        Args:
-            columns: ``[groups, columns, samples]``.
-            residual: What a change of the weights should add, ``[groups, rows, samples]``.
-        """
+        """Adds a piece: ``[groups, columns, samples]`` and ``[groups, rows, samples]``."""
         self.samples += columns.shape[-1]
         self.gram += columns @ columns.mT
         self.column_sum += columns.sum(-1)
@@ -62,3 +59,60 @@ class Moments:
         """Forgets the residual and keeps what is known of the columns."""
         for total in (self.cross, self.row_sum, self.row_energy):
             total.zero_()
+
+    def solver(self, ridge: float, *, intercept: bool) -> MomentSolver:
+        """Factorises the moments of the columns."""
+        return MomentSolver(self, ridge, intercept=intercept)
+
+    def loss(self, change: Change | None) -> float:
+        """Mean squared residual left by a change, summed over rows."""
+        loss = self.row_energy
+        if change is not None:
+            w = change.weight
+            loss = loss - 2 * (w * self.cross).sum(-1) + ((w @ self.gram) * w).sum(-1)
+            if change.intercept is not None:
+                d = change.intercept
+                explained = (w @ self.column_sum.unsqueeze(-1)).squeeze(-1)
+                loss = loss + 2 * d * (explained - self.row_sum) + d.square() * self.samples
+        return float(loss.sum()) / self.samples
+
+
+class MomentSolver:
+    """Solves ``D = (C - lambda M) (G + lambda I)^-1`` with ``G = E[x x^T]``, ``C = E[r x^T]``.
+
+    With an intercept the moments are centred first, so that the intercept carries no penalty.
+
+    Args:
+        moments: Moments of the columns; their residual may change later.
+        ridge: Strength of the ridge, relative to the mean energy of a column.
+        intercept: Whether the layer can hold an intercept.
+    """
+
+    def __init__(self, moments: Moments, ridge: float, *, intercept: bool) -> None:
+        self._moments = moments
+        gram = moments.gram / moments.samples
+        energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        self._mean = moments.column_sum / moments.samples if intercept else None
+        if self._mean is not None:
+            gram = gram - self._mean.unsqueeze(-1) * self._mean.unsqueeze(-2)
+        self._columns = gram.shape[-1]
+        self._factor = Factor(gram, energy, ridge)
+        self.ridge = self._factor.ridge
+
+    def solve(self, made: Change | None = None) -> Change:
+        """The change that explains the moments' present residual best."""
+        cross = self._moments.cross / self._moments.samples
+        mean_row = self._moments.row_sum / self._moments.samples
+        if self._mean is not None:
+            cross = cross - mean_row.unsqueeze(-1) * self._mean.unsqueeze(-2)
+        if made is not None:
+            cross = cross - self._factor.penalty * made.weight
+        weight = self._factor.solve(cross.mT).mT
+        if self._mean is None:
+            return Change(weight, None)
+        return Change(weight, mean_row - (weight @ self._mean.unsqueeze(-1)).squeeze(-1))
+
+    def spectrum(self) -> tuple[float, float]:
+        """Effective number of unknowns and condition number."""
+        top, bottom = self._factor.extremes()
+        return float((self._columns - self._factor.lost()).sum()), float((top / bottom).max())
