@@ -9,10 +9,12 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/simd.h"
-
-#if CHANPRUNE_HAS_CLONES
+// Chosen by asking the processor, not by the linker, so that sanitised builds have it too.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CHANPRUNE_VECTOR_GATHER 1
 #include <immintrin.h>
+#else
+#define CHANPRUNE_VECTOR_GATHER 0
 #endif
 
 namespace chanprune {
@@ -28,7 +30,7 @@ struct GatherWindow {
 enum class GatherWidth { kNone, kAvx2, kAvx512 };
 
 inline GatherWidth gather_width() {
-#if CHANPRUNE_HAS_CLONES
+#if CHANPRUNE_VECTOR_GATHER
   static const GatherWidth width = __builtin_cpu_supports("avx512f") ? GatherWidth::kAvx512
                                    : __builtin_cpu_supports("avx2")  ? GatherWidth::kAvx2
                                                                      : GatherWidth::kNone;
@@ -86,7 +88,7 @@ inline std::vector<GatherWindow> plan_windows(const int64_t* columns, int64_t co
   return planned * 2 <= count ? windows : std::vector<GatherWindow>();
 }
 
-#if CHANPRUNE_HAS_CLONES
+#if CHANPRUNE_VECTOR_GATHER
 // One row: windows of `source` to `destination`. Whole vectors are stored where `room` elements
 // from `destination` allow it; the next window or row then overwrites the surplus.
 __attribute__((target("avx512f"))) inline void gather_row_avx512(const char* source,
@@ -141,7 +143,7 @@ __attribute__((target("avx2"))) inline void gather_row_avx2(const char* source,
 // guess.
 inline void gather_row(const char* source, const std::vector<GatherWindow>& windows,
                        char* destination, int64_t room, int64_t ahead) {
-#if CHANPRUNE_HAS_CLONES
+#if CHANPRUNE_VECTOR_GATHER
   if (gather_width() == GatherWidth::kAvx512) {
     gather_row_avx512(source, windows.data(), windows.size(), destination, room, ahead);
   } else {
