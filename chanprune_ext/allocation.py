@@ -347,7 +347,8 @@ def _is_part_everywhere(analysis: Analysis, group: CouplingGroup) -> bool:
 
 def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) -> str:
     if not analysis.groups:
-        reasons = "; ".join(str(f) for f in analysis.frozen[:3])
+        events = dict.fromkeys([*map(str, analysis.trace.unknown), *map(str, analysis.frozen)])
+        reasons = "; ".join(list(events)[:4])
         return "the model has no channels that may be removed" + (f": {reasons}" if reasons else "")
     if held:
         return "every group that was asked for is held back by sizes that cannot change"

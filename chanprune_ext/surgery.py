@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.analysis.calls import steady_calls
 from chanprune_ext.analysis.replay import set_attributes
 from chanprune_ext.analysis.trace import tensors_of
 from chanprune_ext.copying import carry_over, copied
@@ -75,7 +76,8 @@ def apply_plan(
             _swap(tensors, sliced, gradients, undo)
         else:
             pruned = copied(model, _replacements(tensors, sliced, gradients))
-        _set_attributes(plan, pruned, undo)
+        with steady_calls(pruned):  # in training mode, spectral norm would move on when looked at
+            _set_attributes(plan, pruned, undo)
         if verify is not None:
             verify_runs(plan, pruned)
         if expected is not None:

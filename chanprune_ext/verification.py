@@ -41,7 +41,8 @@ def input_shapes(value: Any) -> Any:
     if isinstance(value, dict):
         return {"dict": {k: input_shapes(v) for k, v in value.items()}}
     if isinstance(value, (tuple, list)):
-        return {"tuple": [input_shapes(v) for v in value]}
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [input_shapes(v) for v in value]}
     return {"value": value if isinstance(value, (int, float, str, bool)) else None}
 
 
@@ -52,6 +53,8 @@ def _meta_inputs(spec: Any) -> Any:
         return {k: _meta_inputs(v) for k, v in spec["dict"].items()}
     if "tuple" in spec:
         return tuple(_meta_inputs(v) for v in spec["tuple"])
+    if "list" in spec:
+        return [_meta_inputs(v) for v in spec["list"]]
     return spec["value"]
 
 

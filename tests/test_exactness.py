@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from toys import TOYS, Toy
 
 import chanprune_ext as cpx
+from chanprune_ext.analysis.calls import run_model
 from chanprune_ext.copying import copied
 from chanprune_ext.errors import NothingToPruneError
 
@@ -51,7 +52,7 @@ def assert_trains(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     for net in (model, pruned):
         net = copied(net).train()
         net.zero_grad()
-        outputs = leaves(net(**inputs) if isinstance(inputs, dict) else net(inputs))
+        outputs = leaves(run_model(net, inputs))
         sum(o.float().pow(2).sum() for o in outputs).backward()
         grown.append({name for name, p in net.named_parameters() if p.grad is not None})
         shapes.append([tuple(o.shape) for o in outputs])
@@ -315,7 +316,7 @@ def check_random(net: nn.Module, **options: Any) -> None:
 
 
 @settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -350,6 +350,8 @@ def test_inputs_the_model_does_not_take(inputs: Any, kind: type[Exception], mess
 def test_models_that_cannot_be_followed() -> None:
     with pytest.raises(InvalidArgumentError, match=r"must be a torch.nn.Module, got function"):
         cpx.plan(lambda x: x, IMAGES)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="prune the plain model"):
+        cpx.plan(nn.Sequential(torch.compile(net())), IMAGES)
     with pytest.raises(InvalidArgumentError, match="prune the eager model"):
         cpx.plan(torch.jit.trace(net(), IMAGES), IMAGES)
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3))
@@ -393,11 +395,22 @@ class OnlyHead(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class OnlyBag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(9, 8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bag(x.flatten(1).long() * 0))
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         (OnlyHead, {}, r"no channels that may be removed: 4 channels of 'fc.weight'"),
         (nn.ReLU, {}, "no channels that may be removed"),
+        (OnlyBag, {}, "no rule for aten::_embedding_bag"),
         (Net, {"ratio": 0.0}, "none has a ratio above 0"),
         (Net, {"ignore": ["a", "b"]}, "ignored"),
         (Net, {"ratio": 0.01}, "nothing would be removed"),

@@ -1515,3 +1515,98 @@ class LongShortTermMemory(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.lstm(F.relu(self.read(x)))[0])
+
+
+@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="size 16", min_removed=0.1)
+class TrainingPath(nn.Module):
+    """A literal that only the training mode meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.b = _block(16, 24)
+        self.head = _Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        if self.training:
+            a = a.view(-1, 16, 8, 8)
+        return self.head(self.b(a))
+
+
+@_toy()
+class BooleanMask(nn.Module):
+    """Buffers of truth values and whole numbers, as wide as the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.b = _block(16, 12)
+        self.register_buffer("mask", torch.rand(1, 16, 1, 1) > 0.3)
+        self.register_buffer("levels", torch.arange(12))
+        self.head = _Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x) * self.mask) * self.levels[:, None, None])
+
+
+@_toy()
+class SpectralNorm(nn.Module):
+    """A weight divided by its largest singular value, followed by power iteration in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.spectral_norm(_conv(3, 16))
+        self.b = nn.utils.parametrizations.spectral_norm(_conv(16, 12))
+        self.head = _Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@_toy(inputs=lambda: ([torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)],))
+class ListOfImages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.head = _Head(16)
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        return [self.head(self.a(x)) for x in images]
+
+
+@_toy()
+class MixtureOfKernels(nn.Module):
+    """Every image gets its own kernel, a mixture chosen by its content (CondConv)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.route = nn.Linear(16, 4)
+        self.kernels = nn.Parameter(torch.randn(4, 12, 16, 1, 1) / 4)
+        self.head = _Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        n, c, h, w = a.shape
+        chosen = torch.softmax(self.route(a.mean((2, 3))), 1)
+        kernel = torch.einsum("ne,eoihw->noihw", chosen, self.kernels)
+        o = kernel.shape[1]
+        y = F.conv2d(a.reshape(1, n * c, h, w), kernel.reshape(n * o, c, 1, 1), groups=n)
+        return self.head(F.relu(y.view(n, o, h, w)))
+
+
+@_toy()
+class BlurPool(nn.Module):
+    """A fixed kernel, one copy per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _block(3, 16)
+        self.register_buffer("blur", torch.ones(16, 1, 3, 3) / 9)
+        self.b = _block(16, 12)
+        self.head = _Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.head(self.b(F.conv2d(a, self.blur, stride=2, groups=a.shape[1])))

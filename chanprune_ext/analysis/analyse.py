@@ -35,6 +35,11 @@ def analyse(model: nn.Module, example_inputs: Any) -> Analysis:
             "model is a scripted module, whose forward cannot be followed; prune the eager model "
             "and script the result"
         )
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise InvalidArgumentError(
+            "model is compiled, or parts of it are; prune the plain model (torch.compile keeps it "
+            "as '_orig_mod') and compile the result"
+        )
     inputs = tensors_in(example_inputs)
     if not inputs:
         raise InvalidArgumentError(

@@ -481,18 +481,20 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
         stand_ins: dict[str, Tensor] = {}
         for name, tensor in tensors_of(model).items():
             stand_ins[name] = stand_in(tensor)
-            if tensor.is_floating_point() or tensor.is_complex():
-                dims = tuple(tracer.fresh(n) for n in tensor.shape)
-                parameters[name] = dims
-                tracer.set(stand_ins[name], dims, (name, tuple(range(len(dims)))))
-                # Zeroing a network is zeroing its parameters: buffers keep their values.
-                tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
+            dims = tuple(tracer.fresh(n) for n in tensor.shape)
+            parameters[name] = dims
+            tracer.set(stand_ins[name], dims, (name, tuple(range(len(dims)))))
+            # Zeroing a network is zeroing its parameters: buffers keep their values.
+            tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
         inputs = substitute(example_inputs, stand_in)
         calls = _watch(tracer, model, stand_ins, inputs)
         costs = list(tracer.costs)
-        unused = [name for name, t in stand_ins.items() if id(t) not in tracer.used]
-        unused = [name for name in unused if name in parameters]
-        if unused:
+        unused = [
+            name
+            for name, t in stand_ins.items()
+            if id(t) not in tracer.used and t.is_floating_point()
+        ]
+        if unused or any(map(_asks_for_training, {type(m) for m in model.modules()})):
             _watch_training(tracer, model, stand_ins, inputs, unused)
     return Trace(
         store=tracer.store,
@@ -532,10 +534,11 @@ def _watch_training(
     inputs: Any,
     unused: Sequence[str],
 ) -> None:
-    """Follow the training-mode forward too, for parts (auxiliary heads) that only run there.
+    """Follow the training-mode forward too, for parts and paths that only run there.
 
     Everything learnt only restricts, so both modes stay right. Batch statistics of a single value
-    are refused by torch: a second try doubles the batch.
+    are refused by torch: a second try doubles the batch. A model that cannot run in training mode
+    on these inputs is only an error where it has parts that eval mode does not show.
     """
     for module in model.modules():
         module.training = True
@@ -547,11 +550,24 @@ def _watch_training(
             failure = error
         else:
             return
+    if not unused:
+        return
     raise AnalysisError(
         f"parameters such as '{unused[0]}' ({len(unused)} in all) are not used in eval mode, and "
         f"the training-mode forward, which may use them, raised {_told(failure)}. Give "
         f"example_inputs that the model can train on (larger, say), or remove the unused parts."
     ) from (failure.__cause__ or failure)
+
+
+def _asks_for_training(kind: type[nn.Module]) -> bool:
+    """Whether a module's own code (not torch's) mentions its training flag."""
+    return any(
+        "training" in code.co_names
+        for base in kind.__mro__
+        if base.__module__.partition(".")[0] != "torch"
+        for member in vars(base).values()
+        if (code := getattr(member, "__code__", None)) is not None
+    )
 
 
 def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
