@@ -184,7 +184,10 @@ def _padded(
     return list(tracer.zeros(inputs[0])) if value == 0 else [False] * out.dim()
 
 
-@_on("convolution", "_convolution", "convolution_overrideable", "linear", "mm", "bmm", "addmm")
+@_on(
+    *("convolution", "_convolution", "convolution_overrideable", "linear", "mm", "bmm", "addmm"),
+    "mv",
+)
 def _contracted(
     tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
 ) -> list[bool]:
