@@ -160,7 +160,10 @@ def _check_values(model: nn.Module) -> None:
                 f"'{name}' is on the meta device and has no values to score; load the weights, or "
                 f"use criterion='random'"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # One vectorised pass without a temporary, which NaN and Inf come through.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
             raise InvalidArgumentError(
                 f"'{name}' contains NaN or Inf; channels of such a model cannot be ranked"
             )
