@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NETWORKS",
+    "called",
     "doubled",
     "leaves",
     "network",
@@ -75,12 +76,15 @@ def leaves(value: Any) -> list[Tensor]:
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The outputs of ``model`` in float64 and eval mode, on a copy of it."""
-    model = copied(model).double().eval()
-    inputs = doubled(inputs)
     with torch.no_grad():
-        if isinstance(inputs, dict):
-            return leaves(model(**inputs))
-        return leaves(model(*inputs)) if isinstance(inputs, tuple) else leaves(model(inputs))
+        return leaves(called(copied(model).double().eval(), doubled(inputs)))
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on a tuple of positional inputs, a dict of keyword inputs or a single input."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def zeroed(model: nn.Module, plan: PruningPlan) -> nn.Module:

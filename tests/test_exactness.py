@@ -13,13 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import NETWORKS, doubled, leaves, network, randomised, relative_error, run, zeroed
+from models import (
+    NETWORKS,
+    called,
+    doubled,
+    leaves,
+    network,
+    randomised,
+    relative_error,
+    run,
+    zeroed,
+)
 from random_nets import SIDE, random_net
 from torch import Tensor, nn
 from toys import TOYS, Toy
 
 import chanprune_ext as cpx
-from chanprune_ext.analysis.calls import run_model
 from chanprune_ext.copying import copied
 from chanprune_ext.errors import NothingToPruneError
 
@@ -52,7 +61,7 @@ def assert_trains(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     for net in (model, pruned):
         net = copied(net).train()
         net.zero_grad()
-        outputs = leaves(run_model(net, inputs))
+        outputs = leaves(called(net, inputs))
         sum(o.float().pow(2).sum() for o in outputs).backward()
         grown.append({name for name, p in net.named_parameters() if p.grad is not None})
         shapes.append([tuple(o.shape) for o in outputs])
@@ -82,6 +91,9 @@ def test_toy(name: str) -> None:
     else:
         assert not any(g.normalised for g in shrunk)
         assert_equals_zeroed(model, pruned, plan, inputs)
+    if toy.expects != "frozen":
+        # Nothing had to be found out by running a plan that fails.
+        assert {f.why for f in plan.frozen} <= {"the model's output", *toy.also_kept}
     for entry in toy.kept_whole:
         assert 0 not in plan.kept.get(entry, {})
         told = [f for f in plan.frozen if f.entry == entry]

@@ -267,6 +267,21 @@ def test_parametrisations_survive() -> None:
     assert pruned.a.weight.shape == (8, 3, 3, 3)
 
 
+def test_looking_at_a_weight_does_not_change_the_model() -> None:
+    """In training mode spectral norm moves its buffers on whenever its weight is read."""
+    model, inputs = made("SpectralNorm")
+    model.train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = plan_for(model, inputs)
+    pruned = plan.apply(model)
+    for name, tensor in pruned.state_dict().items():
+        expected = state[name]
+        for dim, kept in plan.kept.get(name, {}).items():
+            expected = expected.index_select(dim, kept)
+        assert torch.equal(tensor, expected), name
+    assert pruned.a.training
+
+
 def test_buffers_keep_their_kind() -> None:
     model, inputs = made("ChannelVectors")
     pruned = plan_for(model, inputs).apply(model)

@@ -33,6 +33,7 @@ class Toy:
         kept_whole: Weights whose output channels must all stay.
         reason: What the frozen entry of those weights must mention.
         min_removed: Least fraction of the parameters that must go at ratio 0.5.
+        also_kept: Reasons for which other channels may stay, besides being the output.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Toy:
     kept_whole: tuple[str, ...] = ()
     reason: str = ""
     min_removed: float = 0.25
+    also_kept: tuple[str, ...] = ()
 
 
 TOYS: dict[str, Toy] = {}
@@ -241,7 +243,7 @@ class BroadcastSum(nn.Module):
         return self.head(self.b(a + self.map(a) + self.vector(pooled)))
 
 
-@_toy(kept_whole=(), min_removed=0.2)
+@_toy(also_kept=("one channel is broadcast against many",))
 class OneChannelSlice(nn.Module):
     """A slice of width one, broadcast against all channels."""
 
@@ -256,7 +258,7 @@ class OneChannelSlice(nn.Module):
         return self.head(self.b(a) * a[:, 0:1])
 
 
-@_toy(min_removed=0.2)
+@_toy(also_kept=("one channel is broadcast against many",))
 class OneChannelSliceByAttribute(nn.Module):
     """As above, but the width is an attribute that must not become 0."""
 
@@ -364,7 +366,7 @@ class PickedChannels(nn.Module):
         return self.head(self.b(picked))
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="", min_removed=0.1)
+@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="fixed places", min_removed=0.1)
 class SplitAtFixedPlaces(nn.Module):
     """tensor_split at literal indices: pieces of equal size that must not shrink."""
 
@@ -982,7 +984,7 @@ class SoftmaxOverChannels(nn.Module):
         return self.head(self.b(self.a(x).softmax(1)))
 
 
-@_toy(min_removed=0.2)
+@_toy(also_kept=("every channel depends on all others",))
 class ChannelAttention(nn.Module):
     """Channels attend to channels: the affinity of a pair is normalised over the second."""
 
@@ -1564,7 +1566,7 @@ class SpectralNorm(nn.Module):
         return self.head(F.relu(self.b(F.relu(self.a(x)))))
 
 
-@_toy(inputs=lambda: ([torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)],))
+@_toy(inputs=lambda: [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
 class ListOfImages(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1575,7 +1577,7 @@ class ListOfImages(nn.Module):
         return [self.head(self.a(x)) for x in images]
 
 
-@_toy()
+@_toy(also_kept=("every channel depends on all others",))
 class MixtureOfKernels(nn.Module):
     """Every image gets its own kernel, a mixture chosen by its content (CondConv)."""
 

@@ -215,6 +215,7 @@ def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output
         return
     count = next(iter(args[1:2]), next(iter(kwargs.values()), None))
     even = isinstance(count, int) and len({p.shape[1] for p in pieces}) == 1
+    uneven = "chunks of unequal size" if isinstance(count, int) else "pieces cut at fixed places"
     for piece in pieces[1:] if even else pieces:
         if even:
             first = TracedInt(pieces[0].shape[1], Dim(pieces[0]))
@@ -223,7 +224,7 @@ def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output
             else:
                 tracer.freeze(pieces[0], "chunks of equal size")
         else:
-            tracer.freeze(piece, "chunks of unequal size")
+            tracer.freeze(piece, uneven)
 
 
 @_on("layer_norm", "rms_norm")
