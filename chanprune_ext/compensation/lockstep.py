@@ -36,12 +36,19 @@ class Observation:
     inputs: dict[int, Tensor | None]
     held_back: bool
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        tensors = [self.original, self.pruned, *self.inputs.values()]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
 
 class Lockstep:
     """Pairs of forwards, one pair a batch.
 
     Pairs either *stay*, paused from target to target with their activations in memory, or, for
-    targets before ``resident_from``, are run anew up to the target each time and dropped again.
+    targets before ``resident_from``, are run anew up to the target and dropped again: once if what
+    is seen there fits into ``cache``, otherwise each time it is looked at.
 
     Both networks must be in eval mode. Use as a context manager.
 
@@ -56,6 +63,7 @@ class Lockstep:
         names: The calls that both networks make.
         targets: All targets, in order.
         resident_from: Call index of the first target from which on the pairs stay.
+        cache: Bytes that may be spent on keeping what is seen at one target.
         device: Where the networks live.
     """
 
@@ -68,6 +76,7 @@ class Lockstep:
         names: Sequence[str],
         targets: Sequence[Target],
         resident_from: int,
+        cache: int,
         device: torch.device,
     ) -> None:
         self._original = original
@@ -77,6 +86,8 @@ class Lockstep:
         self._names = names
         self._targets = targets
         self._resident_from = resident_from
+        self._cache = cache
+        self._seen: list[Observation] = []
         self._device = device
         self._resident: list[tuple[PausedRun, PausedRun]] | None = None
         self._at: int | None = None
@@ -107,14 +118,7 @@ class Lockstep:
     def observe(self, target: Target) -> Iterator[Observation]:
         """The batches at ``target``, one after the other. May be repeated."""
         if target.call < self._resident_from:
-            for batch, (_, held_back) in enumerate(self._batches):
-                pair = self._pair(batch, [target])
-                try:
-                    original, pruned = self._advance(batch, pair, target.call)
-                    yield self._observation(target, pair[1], original, pruned, held_back)
-                finally:
-                    for run in pair:
-                        run.close()
+            yield from self._seen or self._observe_anew(target)
             return
         if self._resident is None:
             staying = [t for t in self._targets if t.call >= self._resident_from]
@@ -128,6 +132,23 @@ class Lockstep:
             yield self._observation(
                 target, self._resident[batch][1], *self._values[batch], held_back
             )
+
+    def _observe_anew(self, target: Target) -> Iterator[Observation]:
+        kept: list[Observation] | None = []
+        for batch, (_, held_back) in enumerate(self._batches):
+            pair = self._pair(batch, [target])
+            try:
+                original, pruned = self._advance(batch, pair, target.call)
+                seen = self._observation(target, pair[1], original, pruned, held_back)
+            finally:
+                for run in pair:
+                    run.close()
+            if kept is not None:
+                kept.append(seen)
+                if sum(observation.bytes for observation in kept) > self._cache:
+                    kept = None
+            yield seen
+        self._seen = kept or []
 
     def _observation(
         self, target: Target, run: PausedRun, original: Tensor, pruned: Tensor, held_back: bool
@@ -147,10 +168,13 @@ class Lockstep:
             layer: The layer whose weights were changed.
             change: Input of the layer -> change of the target's value.
         """
-        if target.call < self._resident_from or self._resident is None:
-            return
-        for (_, run), (_, value) in zip(self._resident, self._values, strict=True):
-            x = run.captured_input(layer.call)
+        places = [(seen.inputs[layer.call], seen.pruned) for seen in self._seen]
+        if target.call >= self._resident_from and self._resident is not None:
+            places = [
+                (run.captured_input(layer.call), value)
+                for (_, run), (_, value) in zip(self._resident, self._values, strict=True)
+            ]
+        for x, value in places:
             if x is not None:
                 with torch.inference_mode(value.is_inference()):
                     value.add_(change(x).to(value.dtype))
@@ -161,4 +185,5 @@ class Lockstep:
             for layer in target.layers:
                 run.release(layer.call)
         self._values = []
+        self._seen = []
         self._at = None

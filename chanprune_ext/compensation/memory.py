@@ -31,11 +31,13 @@ class MemoryPlan:
         batch_size: Most samples that go through the networks together.
         piece: Most elements of one unfolded piece of a layer's input.
         resident_from: Call index from which on all batches can stay paused in memory together.
+        cache: Bytes that may be spent on keeping one target's values before that.
     """
 
     batch_size: int
     piece: int
     resident_from: int
+    cache: int
 
 
 def free_memory(device: torch.device) -> int:
@@ -87,11 +89,11 @@ def plan_memory(
             f"memory_limit: one sample needs {int(peak + 16 * piece):,} bytes, got {limit:,}; "
             "raise the limit"
         )
-    batch_size = max(1, min(_MOST_BATCH, int(left / 2 / peak))) if peak else _MOST_BATCH
+    batch_size = max(1, min(_MOST_BATCH, int(limit / 8 / peak))) if peak else _MOST_BATCH
     left -= int(batch_size * peak)
     resident_from = len(alive)
     for target in reversed(targets):
         if alive[target.call] * samples > left:
             break
         resident_from = target.call
-    return MemoryPlan(batch_size, piece, resident_from)
+    return MemoryPlan(batch_size, piece, resident_from, cache=int(left))

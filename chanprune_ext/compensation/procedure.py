@@ -234,6 +234,7 @@ class _Session:
             self._names,
             targets,
             self.memory.resident_from,
+            self.memory.cache,
             self._device,
         )
         with runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,29 @@ def test_memory_plan_uses_both_ways(pair, monkeypatch):
         compensate(copy.deepcopy(pruned), original, images(30), plan=plan, memory_limit=limit)
     assert seen[0].resident_from < seen[2].resident_from
     assert seen[0].batch_size > seen[2].batch_size
+    assert seen[0].cache > seen[2].cache
+
+
+def test_all_ways_of_looking_at_a_target_agree(pair, monkeypatch):
+    """Paused forwards, forwards run anew with what was seen kept, and run anew at every look."""
+    original, pruned, plan = (m.double() if isinstance(m, nn.Module) else m for m in pair)
+    planner, x, forwards, results = implementation.plan_memory, images(30).double(), [], []
+    for resident_from, cache in ((0, 0), (10**9, 10**9), (10**9, 0)):
+        net = copy.deepcopy(pruned)
+        count = []
+        net.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        monkeypatch.setattr(
+            implementation,
+            "plan_memory",
+            lambda *a, r=resident_from, c=cache: replace(planner(*a), resident_from=r, cache=c),
+        )
+        compensate(net, original, x, plan=plan)
+        forwards.append(len(count))
+        results.append(dict(net.named_parameters()))
+    assert forwards[0] < forwards[1] < forwards[2]
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.allclose(other[name], value, rtol=1e-6, atol=1e-8), name
 
 
 def test_memory_limit_that_cannot_be_met(pair):
