@@ -20,11 +20,6 @@ class Ledger:
             if tensor is not None and id(tensor) not in self._saved:
                 self._saved[id(tensor)] = (tensor, tensor.detach().clone())
 
-    def before(self, tensor: Tensor) -> Tensor:
-        """The value a tensor had when it was first noted, or its present one."""
-        saved = self._saved.get(id(tensor))
-        return tensor.detach() if saved is None else saved[1]
-
     def restore(self) -> None:
         """Puts every noted value back."""
         with torch.no_grad():

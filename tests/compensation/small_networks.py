@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+
+KEEP = [0, 2, 3, 6]  # inner channels that the pair of residual networks keeps
 
 
 def cut(
@@ -135,3 +138,25 @@ class InvertedResidual(nn.Module):
         y = self.act(self.norm1(self.expand(x)))
         y = self.act(self.norm2(self.depthwise(y)))
         return x + self.norm3(self.project(y))
+
+
+def images(count: int = 60, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def error(pruned: nn.Module, original: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        y = original.eval()(x)
+        return float((pruned.eval()(x) - y).norm() / y.norm())
+
+
+def no_forward_is_left() -> bool:
+    return not [t for t in threading.enumerate() if t.name == "chanprune-forward"]
