@@ -400,7 +400,8 @@ def test_a_pruned_network_gets_its_accuracy_back() -> None:
     options: dict[str, Any] = {"train": train, "val": test, "batch_size": 64}
     original = run(model, epochs=3, lr=0.1, **options).last
     pruned = cpx.prune(model, torch.zeros(1, 1, 8, 8), ratio=0.5)
-    result = run(pruned, model, epochs=3, lr=0.05, **options)
+    # Enough epochs that the outcome does not hang on rounding, which threads change.
+    result = run(pruned, model, epochs=12, lr=0.05, **options)
     assert result.before.top1 < 0.7 * original.top1
     assert result.last.top1 > 0.9 * original.top1
     assert cpx.plan_of(pruned) is not None
