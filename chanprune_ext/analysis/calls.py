@@ -195,7 +195,7 @@ def source_line() -> tuple[str, int]:
 
 
 class CallMode(TorchFunctionMode):
-    """Numbers the torch-level calls made under it. Subclasses override the three hooks."""
+    """Numbers the torch-level calls made under it. Subclasses override the hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,6 +204,13 @@ class CallMode(TorchFunctionMode):
     def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a question about a tensor."""
         return func(*args, **kwargs)
+
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call between :meth:`before` and :meth:`after`."""
+        index = self.next_index
+        self.next_index = index + 1
+        self.before(index, name, args, kwargs)
+        return self.after(index, name, args, kwargs, func(*args, **kwargs))
 
     def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called with the arguments of call ``index`` before it runs."""
@@ -226,14 +233,9 @@ class CallMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         name = call_name(func)
-        if is_query(name):
-            return self.query(name, func, args, kwargs)
-        index = self.next_index
-        self.next_index = index + 1
-        self.before(index, name, args, kwargs)
-        return self.after(index, name, args, kwargs, func(*args, **kwargs))
+        handle = self.query if is_query(name) else self.call
+        return handle(name, func, args, kwargs or {})
 
 
 def _never(*_: Any) -> bool:

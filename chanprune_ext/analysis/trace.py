@@ -39,6 +39,8 @@ from chanprune_ext.analysis.provenance import (
     plain,
     traced_attributes,
 )
+from chanprune_ext.analysis.rules import apply_rule
+from chanprune_ext.analysis.sizes import numbers_in, record_equations
 from chanprune_ext.errors import AnalysisError
 
 __all__ = ["Cost", "Event", "Slots", "Trace", "TracedCall", "Tracer", "substitute", "trace_model"]
@@ -75,12 +77,20 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class TracedCall:
-    """One Python-level call: what a replay must do again, with which output shapes."""
+    """One Python-level call: what a replay must do again, with which shapes.
+
+    Attributes:
+        name: Low-level name, such as ``"conv2d"``.
+        module: Dotted path of the innermost module being run.
+        numbers: Numbers it computes with.
+        inputs: Slots of every dim of every tensor among its arguments, before it ran.
+        outputs: Slots of every dim of every tensor it made.
+    """
 
     name: str
     module: str
-    source: str
     numbers: tuple[float, ...]
+    inputs: tuple[tuple[Slots, ...], ...]
     outputs: tuple[tuple[Slots, ...], ...]
 
 
@@ -324,8 +334,6 @@ class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        from chanprune_ext.analysis.rules import apply_rule
-
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         apply_rule(self.tracer, func, args, kwargs, output)
@@ -358,25 +366,13 @@ class _ProvenanceMode(CallMode):
             product = product * _traced_size(n, slots)
         return product
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        from chanprune_ext.analysis.calls import call_name, is_query
-        from chanprune_ext.analysis.sizes import numbers_in, record_equations
-
-        kwargs = kwargs or {}
-        name = call_name(func)
-        if is_query(name):
-            return self.query(name, func, args, kwargs)
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.next_index += 1
         tracer = self.tracer
         outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
         tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
         tracer.enter_call()
+        inputs = tuple(tracer.dims(t) for t in tensors_in((args, kwargs)))
         try:
             output = func(*plain(args), **plain(kwargs))
         except Exception:
@@ -390,8 +386,8 @@ class _ProvenanceMode(CallMode):
             TracedCall(
                 name,
                 tracer.path.current,
-                "",
                 numbers_in(name, args, kwargs),
+                inputs,
                 tuple(tracer.dims(t) for t in results),
             )
         )
