@@ -49,6 +49,8 @@ Slots = np.ndarray  # int64 (k, n): k label slots for each of the n indices of o
 # The parameter that a tensor computed from parameters alone stands for: its entry, and for each dim
 # the parameter's dim (or None).
 Origin = tuple[str, tuple[int | None, ...]]
+# Two rows of slots that one operation made equal, column by column, and the event that says where.
+Join = tuple[int, Slots, Slots]
 NORMALISED = 1  # flag: some layer computes a statistic over these channels
 
 
@@ -109,6 +111,8 @@ class Trace:
     calls: list[TracedCall]
     unknown: list[Event]
     substrate: str
+    joins: list[Join] = field(default_factory=list)
+    axes: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -140,6 +144,8 @@ class Tracer:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     order: dict[str, None] = field(default_factory=dict)
     unknown: list[Event] = field(default_factory=list)
+    joins: list[Join] = field(default_factory=list)
+    axes: list[int] = field(default_factory=list)  # first label of every row of new labels, rising
     used: set[int] = field(default_factory=set)
     failed_at: str = ""
     call_args: tuple[Any, ...] = ()
@@ -237,6 +243,7 @@ class Tracer:
         if n <= 1:
             return anonymous(n)
         first = self.store.fresh(n)
+        self.axes.append(first)
         return np.arange(first, first + n, dtype=np.int64)[None]
 
     def enter_call(self) -> None:
@@ -253,7 +260,20 @@ class Tracer:
         """Index i of ``a`` is removed if and only if index i of ``b`` is."""
         if a is b or (not len(a) and not len(b)) or (a.shape == b.shape and np.array_equal(a, b)):
             return
-        self.store.unify(a, b, self.reason("channels meet others that cannot be removed"))
+        reason = self.reason("channels meet others that cannot be removed")
+        self.store.unify(a, b, reason)
+        if len(a) and len(b):
+            self.joins.append((reason, a, b))
+
+    def note_factors(
+        self, reason: int, first: int, slots: Slots, sizes: Sequence[int], pieces: Sequence[Slots]
+    ) -> None:
+        """Remember that a split of ``slots`` made new labels, from ``first`` on, for ``pieces``."""
+        self.axes.append(first)
+        positions = np.unravel_index(np.arange(slots.shape[1]), tuple(sizes))
+        for piece, position in zip(pieces, positions, strict=True):
+            if (piece >= first).any():
+                self.joins.append((reason, slots, piece[:, position]))
 
     def freeze(self, slots: Slots, detail: str) -> None:
         """Keep every index of this dimension."""
@@ -504,6 +524,8 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
         calls=calls,
         unknown=tracer.unknown,
         substrate=substrate,
+        joins=tracer.joins,
+        axes=tracer.axes,
     )
 
 

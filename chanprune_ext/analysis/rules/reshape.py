@@ -28,7 +28,11 @@ def merge(tracer: Tracer, dims: Sequence[Slots]) -> Slots:
 def split(tracer: Tracer, slots: Slots, sizes: Sequence[int]) -> list[Slots]:
     """The slots of one dimension seen as several: factors of a grid of channels."""
     reason = tracer.reason("a reshape mixes these channels with a fixed size")
-    return list(tracer.store.split(slots, list(sizes), reason))
+    first = tracer.store.size
+    pieces = list(tracer.store.split(slots, list(sizes), reason))
+    if tracer.store.size > first:
+        tracer.note_factors(reason, first, slots, sizes, pieces)
+    return pieces
 
 
 def reshaped(tracer: Tracer, dims: Sequence[Slots], shape: Sequence[int]) -> list[Slots]:
