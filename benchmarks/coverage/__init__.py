@@ -1,0 +1,1 @@
+"""Coverage of architectures: every model pruned, checked and timed. See ``__main__.py``."""

@@ -1,0 +1,295 @@
+"""What a pruned network must compute: the original with the removed channels zeroed.
+
+Where a layer takes a statistic over removed channels, zeroing them is not removing them: there the
+original is run with that one call restricted to the channels that stay. Everything else runs at its
+full width on zeroed weights, so a channel that is still read somewhere shows up as a difference.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.coverage.case import called
+from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
+from chanprune_ext.analysis.trace import NORMALISED, substitute
+from chanprune_ext.verification import zero_slices
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chanprune_ext.analysis import Analysis
+    from chanprune_ext.analysis.trace import Slots, TracedCall
+
+__all__ = [
+    "OracleError",
+    "in_float64",
+    "reference_outputs",
+    "relative_error",
+    "removed_labels",
+    "removes_normalised",
+]
+
+# Calls that keep their shape and look at all of some dimension.
+_NORMS = frozenset(
+    [
+        *("layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm"),
+        *("softmax", "log_softmax", "native_layer_norm", "native_group_norm"),
+    ]
+)
+# Calls that make a dimension vanish. A product of activations is one: what is zeroed at its factors
+# need not be zero in them.
+_REDUCTIONS = frozenset(
+    [
+        *("mean", "nanmean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"),
+        *("linalg_norm", "sum", "nansum", "logsumexp", "amax", "amin", "aminmax", "max", "min"),
+        *("prod", "median", "cosine_similarity", "matmul", "__matmul__", "__rmatmul__", "mm"),
+        *("bmm", "baddbmm", "einsum", "dot", "mv", "linear", "conv1d", "conv2d", "conv3d"),
+        "scaled_dot_product_attention",
+    ]
+)
+_ATTENTION = "scaled_dot_product_attention"
+_WITH_SHAPE = frozenset(["layer_norm", "rms_norm", "native_layer_norm"])
+
+
+class OracleError(Exception):
+    """The reference cannot be computed: nothing is known about the pruned network."""
+
+
+class _Float64(CallMode):
+    """Runs in float64 what a model insists on computing in float32."""
+
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(a is torch.float32 for a in (*args, *kwargs.values())):
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        if name == "float":
+            func = Tensor.double
+        elif name == "type" and len(args) > 1 and args[1] == "torch.FloatTensor":
+            args = (args[0], "torch.DoubleTensor")
+        return super().call(name, func, args, kwargs)
+
+
+class _Restricted(_Float64):
+    """Gives the calls that take statistics over removed channels the kept ones only."""
+
+    def __init__(self, analysis: Analysis, removed: np.ndarray, *, rescale: bool) -> None:
+        super().__init__()
+        self.analysis = analysis
+        self.rescale = rescale
+        self.removed = removed
+        roots = np.flatnonzero(removed)
+        flagged = (analysis.trace.store.flags(roots) & NORMALISED) != 0
+        self.flagged = np.zeros_like(removed)
+        self.flagged[roots[flagged]] = True
+
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.next_index >= len(self.analysis.trace.calls):
+            raise OracleError(f"the model makes more calls than when traced: {name}")
+        traced = self.analysis.trace.calls[self.next_index]
+        if traced.name != name:
+            raise OracleError(f"the model calls {name}, when traced it called {traced.name}")
+        removed = self.flagged
+        if self.rescale and name == _ATTENTION and kwargs.get("scale") is None:
+            removed = self.removed
+        if name not in _NORMS and name not in _REDUCTIONS:
+            return super().call(name, func, args, kwargs)
+        inputs = [[self._kept(s, removed) for s in dims] for dims in traced.inputs]
+        if not self._looks_at_removed(name, traced, inputs):
+            return super().call(name, func, args, kwargs)
+        feed = iter(inputs)
+        args, kwargs = substitute((args, kwargs), lambda t: _selected(t, next(feed)))
+        args, kwargs = _resized(name, args, kwargs, inputs)
+        output = super().call(name, func, args, kwargs)
+        masks = iter([[self._kept(s, removed) for s in dims] for dims in traced.outputs])
+        return _mapped(output, lambda t: _scattered(t, next(masks)))
+
+    def _kept(self, slots: Slots, removed: np.ndarray) -> np.ndarray | None:
+        """Which indices stay; None for all."""
+        mask = self.analysis.kept_mask(slots, removed)
+        return None if mask.all() else mask
+
+    def _looks_at_removed(
+        self, name: str, traced: TracedCall, inputs: list[list[np.ndarray | None]]
+    ) -> bool:
+        if name in _NORMS:
+            return any(mask is not None for mask in (inputs[0] if inputs else ()))
+        resolve = self.analysis.trace.store.resolve
+        carried = [resolve(s) for dims in traced.outputs for s in dims if len(s)]
+        return any(
+            mask is not None and not any(np.array_equal(resolve(slots), c) for c in carried)
+            for dims, masks in zip(traced.inputs, inputs, strict=True)
+            for slots, mask in zip(dims, masks, strict=True)
+        )
+
+
+def _selected(tensor: Tensor, masks: list[np.ndarray | None]) -> Tensor:
+    for dim, mask in enumerate(masks):
+        if mask is not None:
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(mask)))
+    return tensor
+
+
+def _scattered(tensor: Tensor, masks: list[np.ndarray | None]) -> Tensor:
+    for dim, mask in enumerate(masks):
+        if mask is not None:
+            shape = list(tensor.shape)
+            shape[dim] = len(mask)
+            index = torch.from_numpy(np.flatnonzero(mask))
+            tensor = tensor.new_zeros(shape).index_copy(dim, index, tensor)
+    return tensor
+
+
+def _mapped(output: Any, change: Any) -> Any:
+    """``change`` on every tensor of a call's output, which may be a tuple with names."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, (tuple, list)):
+        items = [_mapped(v, change) for v in output]
+        return items if isinstance(output, list) else tuple(items)
+    return output
+
+
+def _resized(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: list[list[np.ndarray | None]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Size arguments of a norm for its restricted input."""
+    if name in _WITH_SHAPE:
+        given = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+        shape = list(args[0].shape[args[0].dim() - len(given) :])
+        if len(args) > 1:
+            return (args[0], shape, *args[2:]), kwargs
+        return args, {**kwargs, "normalized_shape": shape}
+    if name == "group_norm":
+        given = args[1] if len(args) > 1 else kwargs["num_groups"]
+        mask = inputs[0][1]
+        groups = given if mask is None else int(mask.reshape(given, -1).any(axis=1).sum())
+        if len(args) > 1:
+            return (args[0], groups, *args[2:]), kwargs
+        return args, {**kwargs, "num_groups": groups}
+    return args, kwargs
+
+
+def removed_labels(
+    analysis: Analysis, kept: Mapping[str, Mapping[int, Tensor]]
+) -> np.ndarray | None:
+    """Bool (labels,): the label classes that leave exactly ``kept`` of every parameter.
+
+    None where no choice of units of ``analysis`` does.
+    """
+    masks: dict[str, dict[int, np.ndarray]] = {}
+    for entry, dims in kept.items():
+        for dim, index in dims.items():
+            stays = np.zeros(analysis.trace.shapes[entry][dim], dtype=bool)
+            stays[index.numpy()] = True
+            if not stays.all():
+                masks.setdefault(entry, {})[dim] = stays
+    units = {}
+    for group in analysis.groups:
+        gone = np.ones(group.units, dtype=bool)
+        for member in group.members:
+            mask = masks.get(member.entry, {}).get(member.dim)
+            gone &= False if mask is None else ~mask[member.indices].any(axis=1)
+        if gone.any():
+            units[group.index] = gone
+    removed = analysis.removed_labels(units)
+    found = analysis.kept_masks(removed)
+    same = found.keys() == masks.keys() and all(
+        found[e].keys() == masks[e].keys()
+        and all(np.array_equal(found[e][d], masks[e][d]) for d in masks[e])
+        for e in masks
+    )
+    return removed if same else None
+
+
+def removes_normalised(analysis: Analysis, removed: np.ndarray) -> bool:
+    """Whether a layer takes a statistic over something that is removed."""
+    roots = np.flatnonzero(removed)
+    return bool((analysis.trace.store.flags(roots) & NORMALISED).any())
+
+
+def _double_inputs(inputs: Any) -> Any:
+    return substitute(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
+
+
+def _run(model: nn.Module, inputs: Any, mode: CallMode, seed: int) -> list[Tensor]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        inputs = _double_inputs(inputs)
+        torch.manual_seed(seed)
+        with steady_calls(model), mode:
+            output = called(model, inputs)
+    finally:
+        torch.set_default_dtype(default)
+    return tensors_in(output)
+
+
+def in_float64(model: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:
+    """All output tensors of ``model``, which is turned to float64 in place, in eval mode."""
+    return _run(model.double(), inputs, _Float64(), seed)
+
+
+def reference_outputs(
+    model: nn.Module,
+    inputs: Any,
+    pruned: Mapping[str, Mapping[int, Tensor]],
+    analysis: Analysis | None = None,
+    removed: np.ndarray | None = None,
+    *,
+    rescale: bool = False,
+    seed: int = 0,
+) -> list[Tensor]:
+    """What the pruned network must return.
+
+    Args:
+        model: The original; turned to float64 and zeroed in place.
+        inputs: A batch.
+        pruned: Parameter name -> {dim: removed indices}.
+        analysis: With ``removed``, restrict the calls that take statistics over removed channels.
+        removed: Bool (labels,), from :func:`removed_labels`.
+        rescale: Let the default scale of attention follow the size of the pruned heads.
+        seed: For models that draw numbers in eval mode.
+
+    Raises:
+        OracleError: The model's calls are not those that were traced.
+    """
+    model.double()
+    zero_slices(model, pruned)
+    if analysis is None or removed is None:
+        return _run(model, inputs, _Float64(), seed)
+    return _run(model, inputs, _Restricted(analysis, removed, rescale=rescale), seed)
+
+
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference over the largest value, the worst of all outputs; inf if not comparable.
+
+    Raises:
+        OracleError: The reference itself is not finite, or there is none.
+    """
+    if not expected:
+        raise OracleError("the model returns no tensor")
+    if len(actual) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if not b.numel():
+            continue
+        a, b = a.double(), b.double()
+        finite = torch.isfinite(b)
+        if not torch.equal(finite, torch.isfinite(a)) or not torch.equal(a[~finite], b[~finite]):
+            if bool(torch.isnan(b).any()):
+                raise OracleError("the reference itself is not finite")
+            return float("inf")
+        a, b = a[finite], b[finite]
+        if b.numel():
+            worst = max(worst, float((a - b).abs().max()) / max(float(b.abs().max()), 1e-12))
+    return worst
