@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.analysis.couplings import Couplings
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.trace import tensors_of
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch.optim import Optimizer
+
+    from chanprune_ext.explanation import Explanation
 
 __all__ = ["GroupSummary", "PruningPlan", "plan_of", "structure_of"]
 
@@ -65,6 +68,7 @@ class PruningPlan:
         options: The selection arguments the plan was made with.
         fingerprint: Structure of the model the plan belongs to.
         inputs: Shapes and dtypes of the example inputs, nested as they were given.
+        couplings: What couples the channels of each group, for :meth:`explain`.
         example_inputs: The inputs themselves; not saved.
     """
 
@@ -80,6 +84,7 @@ class PruningPlan:
     options: Mapping[str, Any]
     fingerprint: Mapping[str, Any]
     inputs: Any
+    couplings: Couplings = field(default_factory=Couplings, repr=False)
     example_inputs: Any = field(default=None, repr=False)
 
     @property
@@ -115,6 +120,23 @@ class PruningPlan:
             example_inputs=example_inputs,
         )
 
+    def explain(self, name: str) -> Explanation:
+        """Say who is coupled to a layer, through which operation, and what keeps its channels.
+
+        Args:
+            name: A module, for all its parameters and those of its children, or one parameter or
+                buffer; a shared one under any of its names.
+
+        Returns:
+            An object to print, with the same facts as attributes.
+
+        Raises:
+            InvalidArgumentError: Nothing of the model has this name, or it has no parameters.
+        """
+        from chanprune_ext.explanation import explain
+
+        return explain(name, self.couplings, self.groups, self.frozen, self.fingerprint)
+
     def check(self, model: nn.Module) -> None:
         """Raise :class:`PlanMismatchError`, naming the first difference, unless the plan fits."""
         difference = _first_difference(self.fingerprint, structure_of(model))
@@ -149,6 +171,7 @@ class PruningPlan:
             "options": dict(self.options),
             "fingerprint": dict(self.fingerprint),
             "inputs": self.inputs,
+            "couplings": self.couplings.to_dict(),
         }
 
     @classmethod
@@ -196,6 +219,7 @@ class PruningPlan:
                 options=data["options"],
                 fingerprint=data["fingerprint"],
                 inputs=data["inputs"],
+                couplings=_read_couplings(data),
             )
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             if isinstance(error, CheckpointError):
@@ -245,6 +269,16 @@ class PruningPlan:
         )
         lines.extend(str(f) for f in self.frozen)
         return "\n".join(lines)
+
+
+def _read_couplings(data: Mapping[str, Any]) -> Couplings:
+    """The couplings of a saved plan; none where an older version saved it."""
+    if "couplings" not in data:
+        return Couplings()
+    couplings = Couplings.from_dict(data["couplings"])
+    if len(couplings.units) != len(data["groups"]):
+        raise ValueError(f"couplings of {len(couplings.units)} groups, not {len(data['groups'])}")
+    return couplings
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from chanprune_ext.allocation import Budget, Selection, allocate
 from chanprune_ext.analysis import Analysis, analyse
+from chanprune_ext.analysis.couplings import couplings_of
 from chanprune_ext.analysis.equations import solve_attributes
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Dim, Op
 from chanprune_ext.analysis.replay import DivergenceError, replay
 from chanprune_ext.analysis.trace import substitute
 from chanprune_ext.criteria import Criterion, score_groups
-from chanprune_ext.errors import NothingToPruneError, VerificationError
+from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError, VerificationError
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
 from chanprune_ext.verification import input_shapes
 
@@ -62,6 +63,9 @@ def plan(
         threshold: Remove every channel whose score is below this, instead of a ratio.
         budget: Meet a budget on MACs and/or parameters with one common ratio (or, with
             ``scope="global"``, one common threshold), instead of a ratio.
+
+            Only one of ``ratio`` and ``ratios``, ``threshold``, and ``budget`` may be given;
+            ``ignore`` and ``max_ratio`` go with each of them.
         round_to: Make kept widths multiples of this where a group is wide enough.
         ignore: Globs on the names of modules whose channels must all stay.
         max_ratio: Most that global ranking, a threshold or a budget may take from one group.
@@ -71,11 +75,13 @@ def plan(
         A verified plan: the pruned network has been run on stand-in tensors.
 
     Raises:
-        InvalidArgumentError: An argument is out of range or names no group.
+        InvalidArgumentError: An argument is out of range, names no group, or is given beside one
+            that makes it void.
         NothingToPruneError: No channel may be removed.
         AnalysisError: The model's forward raised.
         VerificationError: The pruned network would not run as predicted.
     """
+    _check_alternatives(ratio, ratios, threshold, budget)
     selection = Selection(
         ratio=0.5 if ratio is None else ratio,
         ratios={} if ratios is None else ratios,
@@ -119,8 +125,26 @@ def plan(
         },
         fingerprint=structure_of(model),
         inputs=input_shapes(example_inputs),
+        couplings=couplings_of(analysis, model),
         example_inputs=substitute(example_inputs, Tensor.detach),
     )
+
+
+def _check_alternatives(
+    ratio: float | None,
+    ratios: Mapping[str, float] | None,
+    threshold: float | None,
+    budget: Budget | None,
+) -> None:
+    """A threshold or a budget decides how much goes: a ratio beside it would be void."""
+    decides = "threshold" if threshold is not None else "budget" if budget is not None else ""
+    given = "ratios" if ratios else "ratio" if ratio is not None else ""
+    if decides and given:
+        raise InvalidArgumentError(
+            f"give either {given} or {decides}, not both: {decides} alone decides how many "
+            f"channels go; name layers that should keep theirs with ignore, and set the most that "
+            f"one group may lose with max_ratio"
+        )
 
 
 def prune(

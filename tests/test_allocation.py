@@ -14,7 +14,7 @@ from toys import TOYS
 
 import chanprune_ext as cpx
 from chanprune_ext.analysis import analyse
-from chanprune_ext.errors import NothingToPruneError
+from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
 IMAGES = torch.randn(2, 3, 8, 8)
@@ -363,3 +363,21 @@ def test_any_scores_give_a_network_that_works(name: str, seed: int) -> None:
     assert error < 1e-9
     assert all(g.width_after >= 0 for g in plan.groups)
     assert all(len(i) for dims in plan.kept.values() for i in dims.values())
+
+
+@pytest.mark.parametrize("given", [{"ratio": 0.3}, {"ratio": 0.0}, {"ratios": {"convs.1": 0.0}}])
+@pytest.mark.parametrize(
+    "decides", [{"budget": cpx.Budget(macs=0.5)}, {"threshold": 0.1}], ids=["budget", "threshold"]
+)
+def test_a_ratio_beside_a_budget_or_threshold_is_refused(
+    given: dict[str, object], decides: dict[str, object]
+) -> None:
+    """It would have no effect: the user asked for something else than what would happen."""
+    message = f"give either {next(iter(given))} or {next(iter(decides))}, not both"
+    with pytest.raises(InvalidArgumentError, match=message):
+        cpx.plan(chain(8, 8), IMAGES, **given, **decides)
+
+
+def test_an_empty_mapping_of_ratios_goes_with_a_budget() -> None:
+    plan = cpx.plan(chain(8, 8), IMAGES, ratios={}, budget=cpx.Budget(params=0.5))
+    assert plan.params_after <= 0.5 * plan.params_before

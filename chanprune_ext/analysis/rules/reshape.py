@@ -27,6 +27,10 @@ def merge(tracer: Tracer, dims: Sequence[Slots]) -> Slots:
 
 def split(tracer: Tracer, slots: Slots, sizes: Sequence[int]) -> list[Slots]:
     """The slots of one dimension seen as several: factors of a grid of channels."""
+    wide = [j for j, size in enumerate(sizes) if size > 1]
+    if len(wide) == 1:
+        # It passes whole, and keeps its own labels: those tell who made these channels.
+        return [slots if j == wide[0] else slots[:0, :1] for j in range(len(sizes))]
     reason = tracer.reason("a reshape mixes these channels with a fixed size")
     first = tracer.store.size
     pieces = list(tracer.store.split(slots, list(sizes), reason))
