@@ -167,6 +167,8 @@ def _check(case: Case, step: _Steps, *, ratio: float, export: bool) -> None:
     step("original training")
     try:
         train_form, reached = trained(model, trainable, dynamic=case.dynamic)
+        # A forward may leave graph tensors on the model, which torch then refuses to copy.
+        _evaluated(model, inputs)
     except Exception as error:  # noqa: BLE001 - some models do not train on two small examples
         train_form, reached = None, set()
         send({"original_training": f"{type(error).__name__}: {error}"[:200]})
@@ -193,6 +195,7 @@ def _check(case: Case, step: _Steps, *, ratio: float, export: bool) -> None:
     step("training")
     if train_form is not None:
         found, reached_after = trained(pruned, trainable, dynamic=case.dynamic)
+        _evaluated(pruned, inputs)
         if found != train_form:
             raise CheckError(f"training mode: shapes {found}, before {train_form}"[:300])
         lost = sorted((reached & dict(pruned.named_parameters()).keys()) - reached_after)

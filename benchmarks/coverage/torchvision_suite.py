@@ -86,7 +86,7 @@ def _segmentation() -> list[Case]:
 _CLIPS = {
     "mvit_v1_b": (16, 224),
     "mvit_v2_s": (16, 224),
-    "s3d": (16, 64),
+    "s3d": (16, 224),
     "swin3d_t": (8, 64),
     "swin3d_s": (8, 64),
     "swin3d_b": (8, 64),
