@@ -104,7 +104,7 @@ def plan(
             for entry, dims in removal.masks.items()
         },
         attributes=removal.attributes,
-        groups=_summaries(analysis, removal.units),
+        groups=group_summaries(analysis, removal.units),
         frozen=(*analysis.frozen, *removal.held),
         params_before=whole.params(names),
         params_after=sizes.params(names),
@@ -269,7 +269,10 @@ def _held_back(analysis: Analysis, held: Mapping[int, Event]) -> tuple[Frozen, .
     )
 
 
-def _summaries(analysis: Analysis, removed: Mapping[int, np.ndarray]) -> tuple[GroupSummary, ...]:
+def group_summaries(
+    analysis: Analysis, removed: Mapping[int, np.ndarray]
+) -> tuple[GroupSummary, ...]:
+    """What a removal does to every group; ``removed`` maps group index -> bool (units,)."""
     summaries = []
     for group in analysis.groups:
         kept = (
