@@ -75,8 +75,10 @@ class ExplainedGroup:
 
     def _title(self) -> str:
         summary = self.summary
-        width = f"{summary.width_before} -> {summary.width_after} channels"
-        title = f"group '{summary.name}': {width}"
+        width = str(summary.width_before)
+        if summary.width_after < summary.width_before:
+            width += f" -> {summary.width_after}"
+        title = f"group '{summary.name}': {width} channels"
         if self.units == 1:
             title += ", which only go all at once"
         elif self.units != summary.width_before:

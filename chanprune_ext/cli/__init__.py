@@ -10,6 +10,7 @@ from chanprune_ext.cli.demo import demo
 from chanprune_ext.cli.errors import ErrorReportingGroup
 from chanprune_ext.cli.evaluate import evaluate
 from chanprune_ext.cli.info import info
+from chanprune_ext.cli.inspect import inspect
 from chanprune_ext.cli.prune import prune
 from chanprune_ext.cli.recover import recover
 from chanprune_ext.cli.report import report
@@ -35,5 +36,5 @@ def main(
     """Makes trained PyTorch networks smaller by removing channels, and gives accuracy back."""
 
 
-for command in (demo, reproduce, prune, recover, evaluate, report, info):
+for command in (demo, reproduce, prune, recover, evaluate, inspect, report, info):
     app.command()(command)

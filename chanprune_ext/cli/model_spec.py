@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from chanprune_ext.cli.model_families import FAMILIES, family_constructor
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.models import CIFAR_RESNETS
 
@@ -19,19 +20,23 @@ if TYPE_CHECKING:
 __all__ = ["build_model", "parse_arguments", "parse_ratios", "parse_shape"]
 
 
-def build_model(spec: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+def build_model(
+    spec: str, arguments: Mapping[str, Any] | None = None, *, on_meta: bool = False
+) -> nn.Module:
     """Builds the model a specification names, with fresh weights.
 
     Args:
         spec: A CIFAR network of this package (``resnet56``), ``torchvision:<name>``
-            (``torchvision:resnet50``), or ``<module>:<callable>``, where the callable returns an
-            ``nn.Module`` and the module may lie in the working directory.
-        arguments: Keyword arguments of the constructor.
+            (``torchvision:resnet50``), ``timm:<name>``, ``hf:<type or repository>`` (``hf:bert``,
+            ``hf:llama:AutoModelForCausalLM``), or ``<module>:<callable>``, where the callable
+            returns an ``nn.Module`` and the module may lie in the working directory.
+        arguments: Keyword arguments of the constructor, or of the configuration (``hf:``).
+        on_meta: Give ``hf:`` models no memory for weights: enough to look at them.
 
     Raises:
         InvalidArgumentError: No such model, or its constructor refused the arguments.
     """
-    constructor = _constructor(spec)
+    constructor = _constructor(spec, on_meta)
     try:
         model = constructor(**(arguments or {}))
     except Exception as error:
@@ -80,8 +85,8 @@ def parse_ratios(pairs: Sequence[str]) -> dict[str, float]:
     return ratios
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Reads a shape such as ``1,3,224,224``.
+def parse_shape(text: str, option: str = "--input-shape") -> tuple[int, ...]:
+    """Reads a shape such as ``1,3,224,224`` or ``1x3x224x224``.
 
     Raises:
         InvalidArgumentError: Not a list of positive integers.
@@ -89,39 +94,23 @@ def parse_shape(text: str) -> tuple[int, ...]:
     parts = text.replace("x", ",").split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InvalidArgumentError(
-            f"--input-shape: expected positive integers like 1,3,224,224, got {text!r}"
+            f"{option}: expected positive integers like 1,3,224,224, got {text!r}"
         )
     return tuple(int(part) for part in parts)
 
 
-def _constructor(spec: str) -> Callable[..., Any]:
+def _constructor(spec: str, on_meta: bool) -> Callable[..., Any]:
     family, colon, name = spec.partition(":")
     if not colon:
         if spec not in CIFAR_RESNETS:
             raise InvalidArgumentError(
                 f"MODEL: no model named {spec!r}; expected one of {', '.join(CIFAR_RESNETS)}, "
-                "'torchvision:<name>' or '<module>:<callable>'"
+                f"{', '.join(map(repr, FAMILIES.values()))} or '<module>:<callable>'"
             )
         return CIFAR_RESNETS[spec]
-    if family == "torchvision":
-        return _torchvision_constructor(name)
+    if family in FAMILIES:
+        return family_constructor(family, name, on_meta=on_meta)
     return _imported_constructor(family, name)
-
-
-def _torchvision_constructor(name: str) -> Callable[..., Any]:
-    import torchvision
-
-    if name not in torchvision.models.list_models():
-        raise InvalidArgumentError(
-            f"MODEL: torchvision has no model named {name!r}; "
-            "torchvision.models.list_models() lists those it has"
-        )
-
-    def construct(**arguments: Any) -> nn.Module:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **arguments)
-        return model
-
-    return construct
 
 
 def _imported_constructor(module_name: str, name: str) -> Callable[..., Any]:

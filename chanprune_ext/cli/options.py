@@ -28,7 +28,8 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="resnet20 to resnet110 (CIFAR), torchvision:<name>, or <module>:<callable>.",
+        help="resnet20 to resnet110 (CIFAR), torchvision:<name>, timm:<name>, hf:<type or "
+        "repository>, or <module>:<callable>.",
         show_default=False,
     ),
 ]
