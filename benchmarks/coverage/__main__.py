@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from benchmarks.coverage.checks import check  # noqa: E402
+from benchmarks.coverage.ours import check  # noqa: E402
 from benchmarks.coverage.sandbox import Limits, run_all  # noqa: E402
 
 if TYPE_CHECKING:
@@ -96,9 +96,12 @@ def _short(report: dict[str, Any]) -> str:
     if "params" in report:
         before, after = report["params"]
         parts.append(f"params x{after / max(before, 1):.2f}")
+    if "covered" in report:
         parts.append(f"covered {report['covered']:.0%}")
     if "apply_s" in report:
         parts.append(f"{report['plan_s'] + report['apply_s']:.2f} s")
+    if "prune_s" in report:
+        parts.append(f"{report['prune_s']:.2f} s")
     return "  ".join(parts)
 
 

@@ -7,6 +7,7 @@ full width on zeroed weights, so a channel that is still read somewhere shows up
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage.case import called
-from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import CallMode, ModulePath, steady_calls, tensors_in
 from chanprune_ext.analysis.trace import NORMALISED, substitute
 from chanprune_ext.verification import zero_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis
     from chanprune_ext.analysis.trace import Slots, TracedCall
@@ -73,12 +74,40 @@ class _Float64(CallMode):
         return super().call(name, func, args, kwargs)
 
 
-class _Restricted(_Float64):
-    """Gives the calls that take statistics over removed channels the kept ones only."""
+class _Recorded(_Float64):
+    """Notes name and module of every call."""
 
-    def __init__(self, analysis: Analysis, removed: np.ndarray, *, rescale: bool) -> None:
+    def __init__(self, path: ModulePath) -> None:
+        super().__init__()
+        self.path = path
+        self.calls: list[tuple[str, str]] = []
+
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls.append((name, self.path.current))
+        return super().call(name, func, args, kwargs)
+
+
+class _Restricted(_Float64):
+    """Gives the calls that take statistics over removed channels the kept ones only.
+
+    Args:
+        analysis: Knows the labels of every traced call.
+        removed: Bool (labels,).
+        traced: For every call that will come, the one it was when traced, or None.
+        rescale: See :func:`reference_outputs`.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        removed: np.ndarray,
+        traced: Sequence[TracedCall | None],
+        *,
+        rescale: bool,
+    ) -> None:
         super().__init__()
         self.analysis = analysis
+        self.traced = traced
         self.rescale = rescale
         self.removed = removed
         roots = np.flatnonzero(removed)
@@ -87,11 +116,13 @@ class _Restricted(_Float64):
         self.flagged[roots[flagged]] = True
 
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.next_index >= len(self.analysis.trace.calls):
-            raise OracleError(f"the model makes more calls than when traced: {name}")
-        traced = self.analysis.trace.calls[self.next_index]
+        if self.next_index >= len(self.traced):
+            raise OracleError(f"the model makes more calls than a moment ago: {name}")
+        traced = self.traced[self.next_index]
+        if traced is None:
+            return super().call(name, func, args, kwargs)
         if traced.name != name:
-            raise OracleError(f"the model calls {name}, when traced it called {traced.name}")
+            raise OracleError(f"the model calls {name}, a moment ago it called {traced.name}")
         removed = self.flagged
         if self.rescale and name == _ATTENTION and kwargs.get("scale") is None:
             removed = self.removed
@@ -177,11 +208,14 @@ def _resized(
 
 
 def removed_labels(
-    analysis: Analysis, kept: Mapping[str, Mapping[int, Tensor]]
+    analysis: Analysis,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    *,
+    without: Collection[str] = (),
 ) -> np.ndarray | None:
     """Bool (labels,): the label classes that leave exactly ``kept`` of every parameter.
 
-    None where no choice of units of ``analysis`` does.
+    None where no choice of units of ``analysis`` does. Entries in ``without`` are not looked at.
     """
     masks: dict[str, dict[int, np.ndarray]] = {}
     for entry, dims in kept.items():
@@ -194,12 +228,13 @@ def removed_labels(
     for group in analysis.groups:
         gone = np.ones(group.units, dtype=bool)
         for member in group.members:
-            mask = masks.get(member.entry, {}).get(member.dim)
-            gone &= False if mask is None else ~mask[member.indices].any(axis=1)
+            if member.entry not in without:
+                mask = masks.get(member.entry, {}).get(member.dim)
+                gone &= False if mask is None else ~mask[member.indices].any(axis=1)
         if gone.any():
             units[group.index] = gone
     removed = analysis.removed_labels(units)
-    found = analysis.kept_masks(removed)
+    found = {e: dims for e, dims in analysis.kept_masks(removed).items() if e not in without}
     same = found.keys() == masks.keys() and all(
         found[e].keys() == masks[e].keys()
         and all(np.array_equal(found[e][d], masks[e][d]) for d in masks[e])
@@ -214,26 +249,52 @@ def removes_normalised(analysis: Analysis, removed: np.ndarray) -> bool:
     return bool((analysis.trace.store.flags(roots) & NORMALISED).any())
 
 
-def _double_inputs(inputs: Any) -> Any:
-    return substitute(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
-
-
-def _run(model: nn.Module, inputs: Any, mode: CallMode, seed: int) -> list[Tensor]:
+def _run(model: nn.Module, inputs: Any, mode: Callable[[ModulePath], CallMode], seed: int) -> Any:
     default = torch.get_default_dtype()
+    inputs = substitute(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
     torch.set_default_dtype(torch.float64)
     try:
-        inputs = _double_inputs(inputs)
         torch.manual_seed(seed)
-        with steady_calls(model), mode:
-            output = called(model, inputs)
+        with steady_calls(model), ModulePath(model) as path, mode(path):
+            return called(model, inputs)
     finally:
         torch.set_default_dtype(default)
-    return tensors_in(output)
+
+
+def _plain(_: ModulePath) -> CallMode:
+    return _Float64()
+
+
+def _aligned(
+    model: nn.Module, inputs: Any, analysis: Analysis, seed: int
+) -> list[TracedCall | None]:
+    """For every call of a run, the traced one it is.
+
+    A trace on stand-in tensors may differ from a run on values where a model looks at them (at
+    a mask, say): such calls belong to no traced one.
+    """
+    records: list[_Recorded] = []
+
+    def recording(path: ModulePath) -> CallMode:
+        records.append(_Recorded(path))
+        return records[0]
+
+    _run(model, inputs, recording, seed)
+    found = records[0].calls
+    calls = analysis.trace.calls
+    names = [(call.name, call.module) for call in calls]
+    if found == names:
+        return list(calls)
+    result: list[TracedCall | None] = [None] * len(found)
+    matcher = difflib.SequenceMatcher(None, names, found, autojunk=False)
+    for start, position, length in matcher.get_matching_blocks():
+        result[position : position + length] = calls[start : start + length]
+    return result
 
 
 def in_float64(model: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:
     """All output tensors of ``model``, which is turned to float64 in place, in eval mode."""
-    return _run(model.double(), inputs, _Float64(), seed)
+    return tensors_in(_run(model.double(), inputs, _plain, seed))
 
 
 def reference_outputs(
@@ -263,8 +324,10 @@ def reference_outputs(
     model.double()
     zero_slices(model, pruned)
     if analysis is None or removed is None:
-        return _run(model, inputs, _Float64(), seed)
-    return _run(model, inputs, _Restricted(analysis, removed, rescale=rescale), seed)
+        return tensors_in(_run(model, inputs, _plain, seed))
+    traced = _aligned(model, inputs, analysis, seed)
+    restricted = _Restricted(analysis, removed, traced, rescale=rescale)
+    return tensors_in(_run(model, inputs, lambda _: restricted, seed))
 
 
 def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
