@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,9 @@ def narrow_weights(tmp_path: Path) -> Path:
 
 def test_help_lists_the_commands() -> None:
     output = succeed("--help")
-    for command in ("demo", "reproduce", "prune", "recover", "evaluate", "report", "info"):
+    for command in (
+        *("demo", "reproduce", "prune", "recover", "evaluate", "inspect", "report", "info"),
+    ):
         assert command in output
 
 
@@ -140,6 +143,103 @@ def test_report_renders_a_saved_run_again(tmp_path: Path) -> None:
 
     assert "90.0 ± 1.0 %" in succeed("report", tmp_path / "report.json")
     assert page.exists()
+
+
+def test_inspect_shows_groups_and_what_must_stay(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "found.json"
+    output = succeed("inspect", "resnet20", *NARROW, "--input", "1x1x8x8", "--json", out)
+    # One group inside each of nine blocks; the stream carries 4 channels, padded to 8 and to 16.
+    assert f"12 groups; {4 + 6 * (4 + 8 + 16)} of {4 + 6 * (4 + 8 + 16) + 10} output" in output
+    assert "layer1.0.conv1" in output
+    assert "the model's output" in output
+
+    found = json.loads(out.read_text())
+    first = found["groups"][0]
+    assert (first["name"], first["width"], first["units"]) == ("conv1", 4, 4)
+    every = [f"layer{stage}.{k}.conv2" for stage in (1, 2, 3) for k in range(3)]
+    assert first["producers"] == ["conv1", *every]
+    assert [f["entry"] for f in found["frozen"]] == ["linear.weight"]
+    assert found["model"] == "resnet20"
+
+
+def test_inspect_tells_about_layers() -> None:
+    output = succeed(
+        *("inspect", "resnet20", *NARROW, "--input", "1x1x8x8"),
+        *("--layer", "layer2.1.conv2", "--layer", "linear"),
+    )
+    assert "layer2.1.conv2\n  makes group 'conv1': 4 channels\n" in output
+    assert "  makes group 'layer2.0.conv2': 4 channels\n" in output
+    assert re.search(r"layer2\.2\.conv2 .* -- add in 'layer2\.2' \(models\.py:\d+\) -- ", output)
+    assert "keeps 10 channels (linear.weight dim 0, linear.bias dim 0) that must stay" in output
+
+
+def test_inspect_follows_a_model_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inspected_networks.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    spec = "inspected_networks:network"
+    assert "--input: needed for 'inspected_networks:network'" in fail("inspect", spec)
+    assert "1 groups; 8 of 10 output" in succeed("inspect", spec, "--input", "2x3x8x8")
+    assert "--input: expected positive integers" in fail("inspect", spec, "--input", "2x3xa")
+    assert "expected a torch dtype" in fail("inspect", spec, "--input", "2x3x8x8:floaty")
+    wrong = fail("inspect", spec, "--input", "2x4x8x8")
+    assert "while tracing" in wrong
+    layer = ("--input", "2x3x8x8", "--layer", "00")
+    assert "name '00' is no module or parameter of the model" in fail("inspect", spec, *layer)
+
+
+def test_inspect_knows_what_models_of_a_family_take() -> None:
+    output = succeed("inspect", "torchvision:squeezenet1_1")
+    assert "on meta tensors" in output
+    assert "torchvision has no model named 'resnet19' (did you mean" in fail(
+        "inspect", "torchvision:resnet19"
+    )
+
+
+def test_inspect_models_of_timm() -> None:
+    pytest.importorskip("timm")
+    assert "output channels may go" in succeed("inspect", "timm:resnet18")
+    assert "did you mean 'resnet" in fail("inspect", "timm:resnet18x")
+
+
+@pytest.mark.parametrize("spec", ["hf:bert", "hf:vit:AutoModelForImageClassification", "hf:t5"])
+def test_inspect_models_of_transformers(spec: str) -> None:
+    pytest.importorskip("transformers")
+    size = ("--model-arg", "num_hidden_layers=2", "--model-arg", "num_layers=2")
+    output = succeed("inspect", spec, *size)
+    assert "output channels may go" in output
+    assert " 0 of " not in output
+
+
+def test_models_of_transformers_that_do_not_exist() -> None:
+    pytest.importorskip("transformers")
+    assert "no model type 'beert' (did you mean 'bert'" in fail("inspect", "hf:beert")
+    assert "no auto class 'AutoNothing'" in fail("inspect", "hf:bert:AutoNothing")
+    assert "no auto class 'BertModel'" in fail("inspect", "hf:bert:BertModel")
+    twice = ("--input", "1x8", "--input", "1x8")
+    assert "expected the shape of 'input_ids' alone" in fail("inspect", "hf:bert", *twice)
+
+
+def test_a_transformers_folder_is_a_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=48, num_attention_heads=4
+    ).to_json_file(tmp_path / "config.json")
+    model = build_model(f"hf:{tmp_path}", on_meta=True)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.config.hidden_size == 48
+    assert not next(build_model(f"hf:{tmp_path}").parameters()).is_meta
+
+
+@pytest.mark.parametrize(("package", "spec"), [("timm", "timm:x"), ("transformers", "hf:bert")])
+def test_a_package_that_is_missing(
+    package: str, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = fail("inspect", spec)
+    assert f"needs the package {package}" in message
+    assert "pip install 'chanprune_ext[models]'" in message
 
 
 def test_mistakes_read_as_one_message(

@@ -76,7 +76,8 @@ def inspect(
         free = found.channels - found.stuck
         console.print(
             f"{len(found.groups)} groups; {free:,} of {found.channels:,} output channels may go; "
-            f"analysed in {seconds:.2f} s on {found.substrate} tensors"
+            f"analysed in {seconds:.2f} s on {found.substrate} tensors",
+            soft_wrap=True,
         )
     if json_out is not None:
         make_folder(json_out.parent)
