@@ -23,16 +23,14 @@ class Case:
         build: Makes the model with random weights.
         inputs: Makes a batch of two examples from torch's global generator: a tensor, a tuple of
             positional inputs or a dict of keyword inputs.
-        train_inputs: The same for training mode, where that needs targets too.
         dynamic: Output shapes depend on values (detections), so another batch has others.
-        huge: Checked at half precision of effort: no copies beyond what pruning itself needs.
+        huge: So large that only one copy beside the pruned model fits: fewer checks, more time.
         family: Heading in the rendered table.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], Any]
-    train_inputs: Callable[[], Any] | None = None
     dynamic: bool = False
     huge: bool = False
     family: str = ""

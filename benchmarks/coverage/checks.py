@@ -84,9 +84,9 @@ def cpu_seconds(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, round(time.process_time() - start, 5)
 
 
-def _batch(case: Case, seed: int, *, train: bool = False) -> Any:
+def _batch(case: Case, seed: int) -> Any:
     torch.manual_seed(seed)
-    return case.train_inputs() if train and case.train_inputs else case.inputs()
+    return case.inputs()
 
 
 def _form(output: Any, *, dynamic: bool) -> Any:
@@ -132,7 +132,7 @@ def subject(case: Case, step: Steps) -> Subject:
     """Build a model and see how it behaves."""
     step("build")
     model = built(case)
-    inputs, other, trainable = _batch(case, 1), _batch(case, 2), _batch(case, 3, train=True)
+    inputs, other, trainable = _batch(case, 1), _batch(case, 2), _batch(case, 3)
     step("original forward")
     evaluated(model, inputs)
     output, seconds = cpu_seconds(lambda: evaluated(model, other))

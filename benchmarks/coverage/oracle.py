@@ -41,18 +41,22 @@ _NORMS = frozenset(
         *("softmax", "log_softmax", "native_layer_norm", "native_group_norm"),
     ]
 )
-# Calls that make a dimension vanish. A product of activations is one: what is zeroed at its factors
-# need not be zero in them.
+# Calls that make a dimension vanish.
 _REDUCTIONS = frozenset(
     [
         *("mean", "nanmean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"),
         *("linalg_norm", "sum", "nansum", "logsumexp", "amax", "amin", "aminmax", "max", "min"),
-        *("prod", "median", "cosine_similarity", "matmul", "__matmul__", "__rmatmul__", "mm"),
-        *("bmm", "baddbmm", "einsum", "dot", "mv", "linear", "conv1d", "conv2d", "conv3d"),
-        "scaled_dot_product_attention",
+        *("prod", "median", "cosine_similarity", "einsum"),
     ]
 )
 _ATTENTION = "scaled_dot_product_attention"
+# The dimension of the first tensor that a product sums over: what is zeroed at the factors of a
+# product of activations need not be zero in them.
+_CONTRACTED = {
+    **dict.fromkeys(["matmul", "__matmul__", "mm", "bmm", "dot", "mv", "linear", _ATTENTION], -1),
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], 1),
+}
+_RESTRICTED = frozenset([*_NORMS, *_REDUCTIONS, *_CONTRACTED])
 _WITH_SHAPE = frozenset(["layer_norm", "rms_norm", "native_layer_norm"])
 
 
@@ -126,10 +130,10 @@ class _Restricted(_Float64):
         removed = self.flagged
         if self.rescale and name == _ATTENTION and kwargs.get("scale") is None:
             removed = self.removed
-        if name not in _NORMS and name not in _REDUCTIONS:
+        if name not in _RESTRICTED or _grouped(name, args, kwargs):
             return super().call(name, func, args, kwargs)
         inputs = [[self._kept(s, removed) for s in dims] for dims in traced.inputs]
-        if not self._looks_at_removed(name, traced, inputs):
+        if not self._looks_at_removed(name, traced, inputs, removed):
             return super().call(name, func, args, kwargs)
         feed = iter(inputs)
         args, kwargs = substitute((args, kwargs), lambda t: _selected(t, next(feed)))
@@ -144,10 +148,16 @@ class _Restricted(_Float64):
         return None if mask.all() else mask
 
     def _looks_at_removed(
-        self, name: str, traced: TracedCall, inputs: list[list[np.ndarray | None]]
+        self,
+        name: str,
+        traced: TracedCall,
+        inputs: list[list[np.ndarray | None]],
+        removed: np.ndarray,
     ) -> bool:
         if name in _NORMS:
             return any(mask is not None for mask in (inputs[0] if inputs else ()))
+        if name in _CONTRACTED:
+            return self._kept(traced.inputs[0][_CONTRACTED[name]], removed) is not None
         resolve = self.analysis.trace.store.resolve
         carried = [resolve(s) for dims in traced.outputs for s in dims if len(s)]
         return any(
@@ -155,6 +165,11 @@ class _Restricted(_Float64):
             for dims, masks in zip(traced.inputs, inputs, strict=True)
             for slots, mask in zip(dims, masks, strict=True)
         )
+
+
+def _grouped(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a convolution whose channels do not all meet."""
+    return name.startswith("conv") and (args[6] if len(args) > 6 else kwargs.get("groups", 1)) != 1
 
 
 def _selected(tensor: Tensor, masks: list[np.ndarray | None]) -> Tensor:

@@ -131,6 +131,8 @@ def _pruned(
         output_transform=lambda out: [t for t in tensors_in(out) if t.requires_grad],
     )
     pruner.step()
+    if hasattr(model, "hidden_dim") and hasattr(model, "conv_proj"):
+        model.hidden_dim = model.conv_proj.out_channels  # torchvision's vision transformer
     for module, first, count in attentions:
         width = first.weight.shape[0] if not hasattr(first, "nf") else first.weight.shape[1]
         parts = 3 if _name_in(module, first) in ("qkv", "query_key_value", "c_attn") else 1
@@ -153,9 +155,13 @@ def _output_layers(model: nn.Module, analysis: Analysis | None) -> list[nn.Modul
             m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))
         ]
         return layers[-1:]
-    entries = [f.entry for f in analysis.frozen if f.why == "the model's output"]
-    owners = dict.fromkeys(entry.rpartition(".")[0] for entry in entries)
-    return [model.get_submodule(owner) for owner in owners if owner]
+    entries = {f.entry for f in analysis.frozen if f.why == "the model's output"}
+    weights = {id(p) for name, p in model.named_parameters() if name in entries}
+    holders = [
+        m for m in model.modules() if any(id(p) in weights for p in m.parameters(recurse=False))
+    ]
+    # An embedding tied to the last layer is not an output itself.
+    return [m for m in holders if not isinstance(m, nn.Embedding)]
 
 
 def _attention_heads(

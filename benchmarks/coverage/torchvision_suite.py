@@ -145,9 +145,7 @@ def _detection() -> list[Case]:
         if not name.startswith("ssd"):
             options |= {"min_size": 96, "max_size": 128}
 
-        def some(_name: str = name) -> tuple[Any, ...]:
-            return ([torch.rand(3, 96, 96), torch.rand(3, 96, 96)],)
-
+        # Targets are for training mode, where these models return losses; eval mode ignores them.
         def labelled(_name: str = name) -> tuple[Any, ...]:
             targets = _targets(_name.startswith("mask"), _name.startswith("keypoint"))
             return ([torch.rand(3, 96, 96), torch.rand(3, 96, 96)], targets)
@@ -156,7 +154,6 @@ def _detection() -> list[Case]:
             Case(
                 name,
                 _builder(getattr(module, name), **options),
-                some,
                 labelled,
                 dynamic=True,
                 family="detection",
