@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["ExplainedGroup", "ExplainedMember", "Explanation", "cause", "explain"]
 
 _HEADINGS = {"out": "made by", "with": "going along", "in": "read by"}
+_VERBS = {"out": "makes", "with": "goes along with", "in": "reads"}
+_IN_FULL = 3  # groups a layer goes along with that are told in full; beyond, one line each
 # What backends and overloads add to the name of an operation.
 _AFFIXES = ("native_", "cudnn_", "miopen_", "mkldnn_", "_legit", "_no_training", "_with_update")
 
@@ -89,8 +91,7 @@ class ExplainedGroup:
 
     def lines(self) -> list[str]:
         """The group in full: every member, by role, with its nearest coupling."""
-        verb = {"out": "makes", "with": "goes along with", "in": "reads"}[self.role]
-        lines = [f"{verb} {self._title()}"]
+        lines = [f"{_VERBS[self.role]} {self._title()}"]
         if self.held is not None:
             lines.append(f"  kept whole by this plan: {cause(self.held)}")
         if self.rivals:
@@ -116,7 +117,7 @@ class ExplainedGroup:
         near = next((m for m in met_here if m.role == "out"), next(iter(met_here), None))
         makers = _listed(self.summary.producers)
         met = "" if near is None else f"; {asked.module} -- {_told(near.via)} -- {near.module}"
-        return f"reads {self._title()}, made by {makers}{met}"
+        return f"{_VERBS[self.role]} {self._title()}, made by {makers}{met}"
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,10 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self.name]
         lines.extend(f"  {alias} is {entry}, shared" for alias, entry in self.aliases.items())
+        many = sum(group.role == "with" for group in self.groups) > _IN_FULL
         for group in self.groups:
-            lines.extend(f"  {line}" for line in group.lines())
+            told = [group.short()] if many and group.role == "with" else group.lines()
+            lines.extend(f"  {line}" for line in told)
         lines.extend(f"  {group.short()}" for group in self.reads)
         alike: dict[tuple[bool, int, Event | None], list[str]] = {}
         for stuck in self.stuck:

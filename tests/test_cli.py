@@ -212,6 +212,13 @@ def test_inspect_models_of_transformers(spec: str) -> None:
     assert " 0 of " not in output
 
 
+def test_inspect_gives_weights_to_a_model_that_looks_at_values() -> None:
+    """Longformer asks whether any token has global attention: the meta device cannot say."""
+    pytest.importorskip("transformers")
+    size = ("--model-arg", "num_hidden_layers=1", "--model-arg", "attention_window=[8]")
+    assert "on real tensors" in succeed("inspect", "hf:longformer", *size)
+
+
 def test_models_of_transformers_that_do_not_exist() -> None:
     pytest.importorskip("transformers")
     assert "no model type 'beert' (did you mean 'bert'" in fail("inspect", "hf:beert")

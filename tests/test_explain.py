@@ -157,6 +157,19 @@ def test_a_concatenation_is_read_in_parts() -> None:
     assert modules(group, "out") == {"a"}
 
 
+def test_a_layer_beside_many_groups_is_told_briefly() -> None:
+    """Batch norms of a dense block go along with every group before them."""
+    plan = cpx.plan(network("densenet121")[0], torch.zeros(1, 3, 64, 64), 0.5)
+    found = plan.explain("features.denseblock1.denselayer6.norm1")
+    assert [group.role for group in found.groups] == ["with"] * 6
+    lines = str(found).splitlines()
+    assert len(lines) == 7
+    assert lines[1].startswith(
+        "  goes along with group 'features.conv0': 64 -> 32 channels, made by"
+    )
+    assert "-- batch_norm in 'features.denseblock1.denselayer6.norm1' (densenet.py:" in lines[1]
+
+
 def test_a_coupling_through_tensors_that_are_no_parameters() -> None:
     """The two convolutions never meet: each is added to the same zeros."""
 

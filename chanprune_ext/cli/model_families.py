@@ -105,6 +105,8 @@ def _transformers(name: str, on_meta: bool) -> Callable[..., nn.Module]:
             config = transformers.AutoConfig.for_model(name, **arguments)
         # A cache among the outputs would keep all heads as they are.
         config.use_cache = False
+        # Where a type has several classes, the first is wanted; without a list there it fails.
+        config.architectures = config.architectures or []
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             model: nn.Module = auto.from_config(config)
         return model
