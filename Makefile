@@ -5,6 +5,9 @@
 #   make lint      ruff, mypy, clang-format
 #   make sanitize  tests of the native modules under AddressSanitizer and UBSan, built in a temporary folder
 #   make bench     benchmarks; writes runs/benchmarks.json, renders docs/benchmarks.md (NOTE='words on the run')
+#   make coverage  prune every model of torchvision, timm, transformers and the toys; writes
+#                  docs/results/coverage-*.json and docs/coverage.md (SUITES='timm toys' chooses,
+#                  PEER=1 runs Torch-Pruning on the same models)
 #   make clean     remove what was built and all results (keeps the environment)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment's folder, and
@@ -18,7 +21,7 @@ INSTALLED := $(VENV)/.chanprune-installed
 NATIVE_SOURCES := $(shell find csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 
-.PHONY: help install demo test test-all lint sanitize bench clean
+.PHONY: help install demo test test-all lint sanitize bench coverage clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -70,6 +73,15 @@ bench: $(INSTALLED)
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
 	$(BIN)/python benchmarks/render.py runs/benchmarks.json docs '$(NOTE)'
+
+SUITES ?= torchvision timm transformers toys
+coverage: $(INSTALLED)
+	$(PIP_INSTALL) -e '.[coverage]' --no-build-isolation
+	set -e; for suite in $(SUITES); do \
+	  $(BIN)/python -m benchmarks.coverage --suite $$suite $(if $(PEER),--peer torch-pruning) \
+	    --json docs/results/coverage-$$suite.json || test $$? -eq 1; \
+	done
+	$(BIN)/python -m benchmarks.coverage.render docs/results docs/coverage.md
 
 clean:
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

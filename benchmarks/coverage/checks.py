@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ __all__ = [
     "evaluated",
     "subject",
     "survives",
+    "told",
 ]
 
 TOLERANCE = 1e-9
@@ -38,6 +40,11 @@ Report = dict[str, Any]
 
 class CheckError(Exception):
     """A check did not hold; the message says what was seen."""
+
+
+def told(error: Exception, length: int = 600) -> str:
+    """Kind and message of an error, without the folders of this machine."""
+    return re.sub(r"(/[\w.\-]+)+/", "", f"{type(error).__name__}: {error}")[:length]
 
 
 class Steps:
@@ -144,7 +151,7 @@ def subject(case: Case, step: Steps) -> Subject:
         evaluated(model, inputs)
     except Exception as error:  # noqa: BLE001 - some models do not train on two small examples
         train_form, reached = None, set()
-        step.send({"original_training": f"{type(error).__name__}: {error}"[:200]})
+        step.send({"original_training": told(error, 200)})
     return Subject(case, model, inputs, other, trainable, output, train_form, reached)
 
 

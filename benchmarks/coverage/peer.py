@@ -18,6 +18,7 @@ from benchmarks.coverage.checks import (
     cpu_seconds,
     subject,
     survives,
+    told,
 )
 from benchmarks.coverage.oracle import (
     OracleError,
@@ -54,7 +55,7 @@ def check_peer(case: Case, send: Callable[[Report], None], *, ratio: float) -> N
     try:
         _check(case, step, ratio=ratio)
     except Exception as error:  # noqa: BLE001 - whatever it raises is a result
-        send({"verdict": f"failed: {step.current}: {type(error).__name__}: {error}"[:400]})
+        send({"verdict": f"failed: {step.current}: {told(error, 400)}"})
 
 
 def _check(case: Case, step: Steps, *, ratio: float) -> None:
