@@ -193,7 +193,8 @@ def explain(
     for i, member in enumerate(couplings.members):
         of_group.setdefault(member.group, []).append(i)
     neighbours: dict[int, list[tuple[int, Event]]] = {}
-    for a, b, event in couplings.edges:
+    for a, b, number in couplings.edges.tolist():
+        event = couplings.events[number]
         neighbours.setdefault(a, []).append((b, event))
         neighbours.setdefault(b, []).append((a, event))
     stuck = tuple(s for s in couplings.stuck if s.entry in entries)

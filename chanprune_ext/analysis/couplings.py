@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chanprune_ext.analysis.coupling_graph import CoupledDim, CouplingGraph
 from chanprune_ext.analysis.trace import Event, Trace
 
 if TYPE_CHECKING:
@@ -22,33 +23,6 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Analysis
 
 __all__ = ["CoupledDim", "Couplings", "StuckDim", "couplings_of"]
-
-Edge = tuple[int, int, Event]
-
-
-@dataclass(frozen=True)
-class CoupledDim:
-    """One dimension of one parameter or buffer in one group, or a step between such.
-
-    Attributes:
-        entry: Name of the parameter or buffer; empty for a step on the way, such as the factors a
-            reshape makes of a dimension.
-        dim: The dimension that shrinks with the group.
-        role: ``"out"`` (makes the channels), ``"in"`` (reads them) or ``"with"`` (goes along).
-        group: Index of the group.
-        channels: How many indices of the dimension belong to the group.
-    """
-
-    entry: str
-    dim: int
-    role: str
-    group: int
-    channels: int
-
-    @property
-    def module(self) -> str:
-        """Path of the module that owns the entry."""
-        return self.entry.rpartition(".")[0] or self.entry
 
 
 @dataclass(frozen=True)
@@ -76,7 +50,9 @@ class Couplings:
 
     Attributes:
         members: Every dimension of every group, by group, and the steps between them.
-        edges: ``(a, b, event)``: positions in ``members`` that the operation ``event`` joined.
+        edges: int64 (edges, 3): two positions in ``members``, and the position in ``events`` of the
+            operation that joined them. An array, for there are thousands.
+        events: The operations.
         stuck: Channels that must stay.
         units: For every group, into how many parts it can be taken that leave one by one.
         rivals: Pairs of groups that are two ways to take the same channels (heads, or the same
@@ -85,7 +61,8 @@ class Couplings:
     """
 
     members: tuple[CoupledDim, ...] = ()
-    edges: tuple[Edge, ...] = ()
+    edges: np.ndarray = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
+    events: tuple[Event, ...] = ()
     stuck: tuple[StuckDim, ...] = ()
     units: tuple[int, ...] = ()
     rivals: tuple[tuple[int, int], ...] = ()
@@ -93,21 +70,20 @@ class Couplings:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain numbers, strings, lists and dicts; each event is written once."""
-        events: dict[Event | None, int] = {}
-
-        def number(event: Event | None) -> int:
-            return events.setdefault(event, len(events))
-
-        edges = [[a, b, number(event)] for a, b, event in self.edges]
-        stuck = [[s.entry, s.dim, s.role, s.channels, number(s.why)] for s in self.stuck]
+        events: dict[Event | None, int] = {event: i for i, event in enumerate(self.events)}
+        stuck = [
+            [s.entry, s.dim, s.role, s.channels, events.setdefault(s.why, len(events))]
+            for s in self.stuck
+        ]
         return {
             "members": [list(astuple(m)) for m in self.members],
-            "edges": edges,
+            "edges": self.edges.tolist(),
             "stuck": stuck,
             "units": list(self.units),
             "rivals": [list(pair) for pair in self.rivals],
             "aliases": dict(self.aliases),
             "events": [None if event is None else list(astuple(event)) for event in events],
+            "joining": len(self.events),
         }
 
     @classmethod
@@ -118,14 +94,14 @@ class Couplings:
             KeyError, TypeError, ValueError, IndexError: ``data`` is damaged.
         """
         events = [None if fields is None else Event(*fields) for fields in data["events"]]
+        joining = tuple(event for event in events[: data["joining"]] if event is not None)
         members = tuple(CoupledDim(*fields) for fields in data["members"])
         units = tuple(int(n) for n in data["units"])
-        edges: list[Edge] = []
-        for a, b, event in data["edges"]:
-            where = events[event]
-            if where is None or not (0 <= a < len(members) and 0 <= b < len(members)):
-                raise ValueError(f"a coupling between {a} and {b} of {len(members)} dimensions")
-            edges.append((a, b, where))
+        edges = np.array(data["edges"], dtype=np.int64).reshape(len(data["edges"]), 3)
+        if edges.size and (
+            edges.min() < 0 or (edges.max(axis=0) >= [len(members)] * 2 + [len(joining)]).any()
+        ):
+            raise ValueError(f"couplings among {len(members)} dimensions name others")
         for member in members:
             if not 0 <= member.group < len(units):
                 raise ValueError(f"group {member.group} of '{member.entry}' is one of {len(units)}")
@@ -134,7 +110,7 @@ class Couplings:
             for entry, dim, role, channels, event in data["stuck"]
         )
         rivals = tuple((int(a), int(b)) for a, b in data["rivals"])
-        return cls(members, tuple(edges), stuck, units, rivals, dict(data["aliases"]))
+        return cls(members, edges, joining, stuck, units, rivals, dict(data["aliases"]))
 
 
 def couplings_of(analysis: Analysis, model: nn.Module) -> Couplings:
@@ -152,113 +128,19 @@ def couplings_of(analysis: Analysis, model: nn.Module) -> Couplings:
     for group in analysis.groups:
         group_of_root[group.roots] = group.index
     groups = group_of_root[leaves]
-    graph = _Graph(analysis, groups)
+    graph = CouplingGraph(analysis, groups)
     for event, a, b in trace.joins:
         graph.join(event, a, b)
-    members, edges = graph.finished(trace.events)
+    members, edges, events = graph.finished(trace.events)
     return Couplings(
         members,
         edges,
+        events,
         tuple(_stuck(trace, groups)),
         tuple(group.units for group in analysis.groups),
         tuple(sorted(analysis.conflicts)),
         _aliases(model),
     )
-
-
-class _Graph:
-    """Edges between (row of labels, group) pairs, gathered join by join."""
-
-    def __init__(self, analysis: Analysis, groups: np.ndarray) -> None:
-        trace = analysis.trace
-        self.members = [
-            CoupledDim(m.entry, m.dim, m.role, group.index, m.indices.size)
-            for group in analysis.groups
-            for m in group.members
-        ]
-        first_label = {
-            (entry, dim): int(slots[0, 0])
-            for entry, dims in trace.parameters.items()
-            for dim, slots in enumerate(dims)
-            if len(slots)
-        }
-        # Labels of parameters come first; what follows the last of them belongs to none.
-        end = max(
-            (int(s[0, -1]) + 1 for dims in trace.parameters.values() for s in dims if len(s)),
-            default=1,
-        )
-        starts = np.unique(np.array([0, end, *trace.axes], dtype=np.int64))
-        row_of = {int(first): row for row, first in enumerate(starts)}
-        self.node = {
-            (row_of[first_label[m.entry, m.dim]], m.group): i for i, m in enumerate(self.members)
-        }
-        # Labels beside each other in the same row and the same groups form a cell: joins are
-        # compared cell by cell, not label by label.
-        rows = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, groups.shape[1]]))
-        keys = np.concatenate([rows[None], groups])
-        begins = np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)]
-        self.cell_of = np.cumsum(begins) - 1
-        self.cells = [
-            (int(row), frozenset(int(g) for g in found if g >= 0))
-            for row, *found in keys[:, begins].T.tolist()
-        ]
-        self.edges: dict[tuple[int, int], int] = {}
-        self._seen: set[tuple[int, int]] = set()
-
-    def join(self, event: int, a: np.ndarray, b: np.ndarray) -> None:
-        """Add the edges of one operation that made the columns of ``a`` and ``b`` equal."""
-        for left in self.cell_of[a]:
-            for right in self.cell_of[b]:
-                new = np.flatnonzero((left[1:] != left[:-1]) | (right[1:] != right[:-1])) + 1
-                first = [0, *new.tolist()]
-                for pair in zip(left[first].tolist(), right[first].tolist(), strict=True):
-                    if pair not in self._seen:
-                        self._seen.add(pair)
-                        self._add(event, *pair)
-
-    def _add(self, event: int, left: int, right: int) -> None:
-        (row_a, groups_a), (row_b, groups_b) = self.cells[left], self.cells[right]
-        if row_a == row_b:
-            return
-        for group in sorted(groups_a & groups_b):
-            a, b = sorted((self._node(row_a, group), self._node(row_b, group)))
-            self.edges.setdefault((a, b), event)
-
-    def _node(self, row: int, group: int) -> int:
-        found = self.node.setdefault((row, group), len(self.members))
-        if found == len(self.members):
-            self.members.append(CoupledDim("", 0, "", group, 0))
-        return found
-
-    def finished(
-        self, events: list[Event]
-    ) -> tuple[tuple[CoupledDim, ...], tuple[tuple[int, int, Event], ...]]:
-        """Members and edges, without steps that lead nowhere."""
-        neighbours: dict[int, set[int]] = {}
-        for a, b in self.edges:
-            neighbours.setdefault(a, set()).add(b)
-            neighbours.setdefault(b, set()).add(a)
-        dropped: set[int] = set()
-        pending = [i for i, m in enumerate(self.members) if not m.entry]
-        while pending:
-            i = pending.pop()
-            if self.members[i].entry or i in dropped or len(neighbours[i]) > 1:
-                continue
-            dropped.add(i)
-            for other in neighbours[i]:
-                neighbours[other].discard(i)
-                pending.append(other)
-        position = {
-            i: p for p, i in enumerate(i for i in range(len(self.members)) if i not in dropped)
-        }
-        return (
-            tuple(self.members[i] for i in position),
-            tuple(
-                (position[a], position[b], events[event])
-                for (a, b), event in self.edges.items()
-                if a in position and b in position
-            ),
-        )
 
 
 def _stuck(trace: Trace, groups: np.ndarray) -> list[StuckDim]:
