@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr
+from chanprune_ext.analysis.equations import attributes_in
+from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,19 @@ __all__ = ["solve_linked_counts"]
 Buckets = dict[int, list[tuple[np.ndarray, int]]]
 
 
+Key = tuple[str, str, "int | None"]
+
+
+def _key(attribute: Attribute) -> Key:
+    return attribute.module, attribute.name, attribute.position
+
+
 class _Linear:
-    """Surviving sizes as linear functions of "unit u is kept", over the units of active groups."""
+    """Surviving sizes as linear functions of the unknowns.
+
+    The unknowns are "unit u is kept", over the units of active groups, and the attributes that are
+    not the size of something that stays. A function is its coefficients and a constant.
+    """
 
     def __init__(self, analysis: Analysis, active: Sequence[CouplingGroup]) -> None:
         self.analysis = analysis
@@ -31,10 +43,20 @@ class _Linear:
         for group in active:
             first = self.start[group.index]
             self.unit_of_label[group.roots] = np.arange(first, first + group.units)
+        equations = analysis.trace.equations
+        found = {_key(a): a.value for e in equations for a in attributes_in(e.expr)}
+        self.bound = {_key(e.expr) for e in equations if isinstance(e.expr, Attribute)}
+        self.fixed: set[Key] = set()
+        self.attributes = {key: self.units + i for i, key in enumerate(found)}
+        self.values = np.r_[np.ones(self.units), np.array(list(found.values()), dtype=float)]
+        for equation in equations:
+            size = self.size(equation.slots) if isinstance(equation.expr, Attribute) else None
+            if size is not None and not size[0].any():
+                self.fixed.add(_key(equation.expr))  # type: ignore[arg-type]
 
     def size(self, slots: Slots) -> tuple[np.ndarray, float] | None:
         """Coefficients and constant; None where two active groups multiply."""
-        coefficients = np.zeros(self.units)
+        coefficients = np.zeros(len(self.values))
         resolved = self.analysis.trace.store.resolve(slots)
         if not len(resolved):
             return coefficients, float(slots.shape[1])
@@ -47,15 +69,26 @@ class _Linear:
 
     def of(self, expr: Expr) -> tuple[np.ndarray, float] | None:
         """An expression as a linear function; None where it is not one."""
-        if isinstance(expr, Const):
-            return np.zeros(self.units), float(expr.value)
         if isinstance(expr, Dim):
             return self.size(expr.slots)
+        coefficients = np.zeros(len(self.values))
+        if isinstance(expr, Const):
+            return coefficients, float(expr.value)
         if isinstance(expr, Attribute):
-            return None
+            if _key(expr) in self.fixed:
+                return coefficients, float(expr.value)
+            coefficients[self.attributes[_key(expr)]] = 1.0
+            return coefficients, 0.0
+        quotient = expr.left if isinstance(expr.left, Op) and expr.left.symbol == "//" else None
+        if expr.symbol == "*" and quotient is not None and _same(quotient.right, expr.right):
+            return self.of(quotient.left)  # (a // b) * b: code that checks for a remainder
         left, right = self.of(expr.left), self.of(expr.right)
         if left is None or right is None:
             return None
+        part = expr.right if isinstance(expr.right, Attribute) else None
+        if part is not None and _key(part) not in self.bound and left[0].any():
+            # Of two unknowns that multiply, a number of parts keeps its value unless told.
+            right = (coefficients, float(part.value)) if expr.symbol in ("*", "//") else right
         if expr.symbol in "+-":
             sign = 1.0 if expr.symbol == "+" else -1.0
             return left[0] + sign * right[0], left[1] + sign * right[1]
@@ -69,33 +102,34 @@ class _Linear:
         return None
 
     def rows(self) -> list[np.ndarray]:
-        """Rows r with ``r @ kept == r @ 1``: every linear link between sizes."""
+        """Rows r that keep their product with the unknowns: every linear link between sizes."""
         rows: dict[bytes, np.ndarray] = {}
-
-        def add(row: np.ndarray) -> None:
-            if np.abs(row).max(initial=0.0) > 1e-9:
-                rows.setdefault(np.round(row, 6).tobytes(), row)
-
-        bound: dict[tuple[str, str, int | None], np.ndarray] = {}
         for equation in self.analysis.trace.equations:
-            found = self._row(equation, bound)
-            if found is not None:
-                add(found)
+            found = self._row(equation)
+            if found is not None and np.abs(found).max(initial=0.0) > 1e-9:
+                rows.setdefault(np.round(found, 6).tobytes(), found)
         return list(rows.values())
 
-    def _row(
-        self, equation: Equation, bound: dict[tuple[str, str, int | None], np.ndarray]
-    ) -> np.ndarray | None:
-        right = self.size(equation.slots)
-        if right is None:
+    def _row(self, equation: Equation) -> np.ndarray | None:
+        target = self.size(equation.slots)
+        if target is None:
             return None
-        if isinstance(equation.expr, Attribute):
-            # All dimensions bound to one attribute keep equal sizes.
-            key = (equation.expr.module, equation.expr.name, equation.expr.position)
-            first = bound.setdefault(key, right[0])
-            return right[0] - first
-        left = self.of(equation.expr)
-        return None if left is None else left[0] - right[0]
+        expr = equation.expr
+        whole = self.of(expr)
+        if whole is not None:
+            return whole[0] - target[0]
+        if isinstance(expr, Op) and expr.symbol == "//" and not target[0].any():
+            # a // b stays what it is: a follows b.
+            left, right = self.of(expr.left), self.of(expr.right)
+            if left is not None and right is not None:
+                return left[0] - target[1] * right[0]
+        return None
+
+
+def _same(a: Expr, b: Expr) -> bool:
+    if isinstance(a, Dim) and isinstance(b, Dim):
+        return a.slots is b.slots
+    return not isinstance(a, Op) and a == b
 
 
 def solve_linked_counts(
@@ -118,9 +152,8 @@ def solve_linked_counts(
         one may lose all of them where the layers it belongs to keep others.
     """
     linear = _Linear(analysis, active)
-    rows = linear.rows()
     result: Buckets = {}
-    for groups, own_rows in _components(active, rows):
+    for groups, own_rows in _components(linear, active, linear.rows()):
         if own_rows:
             result.update(_solve(linear, own_rows, groups, wanted, round_to))
         else:
@@ -131,18 +164,19 @@ def solve_linked_counts(
 
 
 def _components(
-    active: Sequence[CouplingGroup], rows: Sequence[np.ndarray]
+    linear: _Linear, active: Sequence[CouplingGroup], rows: Sequence[np.ndarray]
 ) -> Iterator[tuple[list[CouplingGroup], list[np.ndarray]]]:
     """Groups that links join, with their links; a group without links comes alone."""
-    owner = np.repeat(np.arange(len(active)), [g.units for g in active])
+    attributes = np.arange(len(active), len(active) + len(linear.attributes))
+    owner = np.r_[np.repeat(np.arange(len(active)), [g.units for g in active]), attributes]
     members = [np.unique(owner[row != 0]) for row in rows]
-    component = np.arange(len(active))
+    component = np.arange(len(active) + len(attributes))
     for joined in members:
         joined = np.unique(component[joined])
         component[np.isin(component, joined)] = joined[0]
-    for first in np.unique(component):
+    for first in np.unique(component[: len(active)]):
         yield (
-            [g for g, c in zip(active, component, strict=True) if c == first],
+            [g for g, c in zip(active, component, strict=False) if c == first],
             [r for r, m in zip(rows, members, strict=True) if component[m[0]] == first],
         )
 
@@ -197,7 +231,7 @@ def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarr
     pieces that channels are cut into.
     """
     analysis = linear.analysis
-    owned = np.zeros(linear.units, dtype=bool)
+    owned = np.zeros(len(linear.values), dtype=bool)
     covered: dict[tuple[str, int], int] = {}
     for group in tied:
         owned[linear.start[group.index] :][: group.units] = True
@@ -227,22 +261,24 @@ def _integer_program(
     wanted: Mapping[int, float],
     round_to: int,
 ) -> list[int] | None:
-    """Variables: kept units per bucket, |distance| per bucket, multiples per group."""
+    """Variables: kept units and |distance| per bucket, multiples per group, attributes."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     n, m = len(buckets), len(tied)
+    used = np.flatnonzero(np.any([row != 0 for row in rows], axis=0)[linear.units :])
+    used += linear.units
     steps = [_step(g, round_to) for g in tied]
-    size = 2 * n + m
+    size = 2 * n + m + len(used)
     sizes = np.array([len(units) for _, units in buckets], dtype=float)
     group_units = {g.index: g.units for g in tied}
     goal = np.array([wanted[i] * len(units) / group_units[i] for i, units in buckets], dtype=float)
     first_unit = [linear.start[index] + int(units[0]) for index, units in buckets]
     blocks: list[tuple[np.ndarray, float, float]] = []
     for row in rows:
-        line = np.r_[row[first_unit], np.zeros(n + m)]
-        total = float(line[:n] @ sizes)
+        line = np.r_[row[first_unit], np.zeros(n + m), row[used]]
+        total = float(line[:n] @ sizes + row[used] @ linear.values[used])
         blocks.append((line, total, total))
-    blocks.extend((np.r_[row[first_unit], np.zeros(n + m)], 1.0, np.inf) for row in least)
+    blocks.extend((np.r_[row[first_unit], np.zeros(size - n)], 1.0, np.inf) for row in least)
     for b in range(n):
         for sign in (1.0, -1.0):
             line = np.zeros(size)
@@ -257,12 +293,12 @@ def _integer_program(
     weight = np.array([float(group_channels(tied, i)) for i, _ in buckets])
     solution = milp(
         # Distance first; among equal plans the one that keeps more.
-        np.r_[-1e-4 * weight, weight, np.zeros(m)],
+        np.r_[-1e-4 * weight, weight, np.zeros(size - 2 * n)],
         constraints=LinearConstraint(
             np.stack([b[0] for b in blocks]), [b[1] for b in blocks], [b[2] for b in blocks]
         ),
-        integrality=np.r_[np.ones(n), np.zeros(n), np.ones(m)],
-        bounds=Bounds(np.zeros(size), np.r_[sizes, np.full(n, np.inf), np.full(m, np.inf)]),
+        integrality=np.r_[np.ones(n), np.zeros(n), np.ones(size - 2 * n)],
+        bounds=Bounds(np.zeros(size), np.r_[sizes, np.full(size - n, np.inf)]),
         options={"time_limit": 20.0},
     )
     if solution.x is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from chanprune_ext.analysis.couplings import Couplings
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
+from chanprune_ext.analysis.scales import Rescaling
 from chanprune_ext.analysis.trace import tensors_of
 from chanprune_ext.atomic_files import write_atomically
 from chanprune_ext.errors import CheckpointError, PlanMismatchError
@@ -60,6 +61,8 @@ class PruningPlan:
         kept: Parameter or buffer name -> {dim: kept indices, int64, sorted, unique}; only what
             changes is listed.
         attributes: Ints stored on modules that must change -> new value.
+        rescalings: Kept indices that are multiplied, so that a constant which the model computes
+            from a width (the scale of attention logits) keeps its effect.
         groups: Every prunable coupling group, with its width before and after.
         frozen: Output channels that no plan may remove, and why.
         params_before, params_after: Elements of all parameters.
@@ -74,6 +77,7 @@ class PruningPlan:
 
     kept: Mapping[str, Mapping[int, Tensor]]
     attributes: Mapping[Attribute, int]
+    rescalings: tuple[Rescaling, ...]
     groups: tuple[GroupSummary, ...]
     frozen: tuple[Frozen, ...]
     params_before: int
@@ -163,6 +167,7 @@ class PruningPlan:
             "attributes": [
                 {**asdict(attribute), "new": new} for attribute, new in self.attributes.items()
             ],
+            "rescalings": [{**vars(r), "indices": r.indices.tolist()} for r in self.rescalings],
             "groups": [asdict(g) for g in self.groups],
             "frozen": [asdict(f) for f in self.frozen],
             "params": [self.params_before, self.params_after],
@@ -197,9 +202,14 @@ class PruningPlan:
                 for entry, dims in data["kept"].items()
             }
             _check_indices(kept, data["fingerprint"]["tensors"])
+            rescalings = tuple(
+                Rescaling(**{**r, "indices": torch.tensor(r["indices"], dtype=torch.int64)})
+                for r in data["rescalings"]
+            )
             return cls(
                 kept=kept,
                 attributes=attributes,
+                rescalings=rescalings,
                 groups=tuple(
                     GroupSummary(
                         **{

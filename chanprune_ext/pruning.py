@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.allocation import Budget, Selection, allocate
+from chanprune_ext.allocation import Budget, Selection
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.couplings import couplings_of
-from chanprune_ext.analysis.equations import solve_attributes
-from chanprune_ext.analysis.groups import Frozen
-from chanprune_ext.analysis.provenance import Dim, Op
-from chanprune_ext.analysis.replay import DivergenceError, replay
 from chanprune_ext.analysis.trace import substitute
 from chanprune_ext.criteria import Criterion, score_groups
-from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError, VerificationError
+from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
+from chanprune_ext.removal import verified_removal
 from chanprune_ext.verification import input_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from chanprune_ext.analysis.groups import Sizes
-    from chanprune_ext.analysis.provenance import Attribute, Equation
-    from chanprune_ext.analysis.trace import Event, Slots
 
 __all__ = ["plan", "prune"]
 
@@ -95,7 +88,7 @@ def plan(
     analysis = analyse(model, example_inputs)
     scores = score_groups(model, analysis.groups, criterion, seed)
     names = [name for name, _ in model.named_parameters()]
-    removal = _verified_removal(analysis, model, example_inputs, scores, selection, names)
+    removal = verified_removal(analysis, model, example_inputs, scores, selection, names)
     sizes = removal.sizes
     whole = analysis.sizes(analysis.removed_labels({}))
     return PruningPlan(
@@ -104,6 +97,7 @@ def plan(
             for entry, dims in removal.masks.items()
         },
         attributes=removal.attributes,
+        rescalings=removal.rescalings,
         groups=group_summaries(analysis, removal.units),
         frozen=(*analysis.frozen, *removal.held),
         params_before=whole.params(names),
@@ -178,95 +172,8 @@ def prune(
     return made.apply(model, inplace=inplace, optimizer=optimizer, verify=verify)
 
 
-@dataclass(frozen=True)
-class _Removal:
-    units: dict[int, np.ndarray]
-    masks: dict[str, dict[int, np.ndarray]]
-    sizes: Sizes
-    attributes: dict[Attribute, int]
-    held: tuple[Frozen, ...]
-
-
-def _verified_removal(
-    analysis: Analysis,
-    model: nn.Module,
-    example_inputs: Any,
-    scores: list[np.ndarray],
-    selection: Selection,
-    names: list[str],
-) -> _Removal:
-    """Allocate, solve the attributes, replay; hold back the groups that any of these refuses."""
-    held: dict[int, Event] = {}
-    while True:
-        units = allocate(analysis, scores, selection, names, frozenset(held))
-        if not units:
-            raise NothingToPruneError(
-                f"nothing would be removed: every group keeps all its channels under ratio="
-                f"{selection.ratio}, round_to={selection.round_to}; ask for a larger ratio or a "
-                f"smaller round_to"
-            )
-        labels = analysis.removed_labels(units)
-        sizes = analysis.sizes(labels)
-        attributes, violated = solve_attributes(analysis, sizes)
-        if violated:
-            event = analysis.trace.events[violated[0].reason]
-            slots = _slots_of(violated[0])
-            refusal = VerificationError(f"no plan satisfies the sizes at {event}")
-        else:
-            masks = analysis.kept_masks(labels)
-            try:
-                replay(analysis, model, example_inputs, masks, attributes, sizes)
-            except DivergenceError as error:
-                event, slots, refusal = error.where, error.slots, error
-            else:
-                return _Removal(units, masks, sizes, attributes, _held_back(analysis, held))
-        culprits = _groups_in(analysis, slots) & units.keys()
-        if not culprits:
-            raise refusal
-        held.update(dict.fromkeys(culprits, event))
-
-
 def _name_of(criterion: Criterion) -> str:
     return str(getattr(criterion, "__name__", type(criterion).__name__))
-
-
-def _slots_of(equation: Equation) -> tuple[Slots, ...]:
-    """Every dimension an equation speaks of."""
-    found, stack = [equation.slots], [equation.expr]
-    while stack:
-        expr = stack.pop()
-        if isinstance(expr, Dim):
-            found.append(expr.slots)
-        elif isinstance(expr, Op):
-            stack += [expr.left, expr.right]
-    return tuple(found)
-
-
-def _groups_in(analysis: Analysis, slots: Sequence[Slots]) -> set[int]:
-    """Groups that any of these dimensions loses channels with."""
-    owner = np.full(analysis.trace.store.size, -1, dtype=np.int64)
-    for group in analysis.groups:
-        owner[group.roots] = group.index
-    found: set[int] = set()
-    for each in slots:
-        resolved = analysis.trace.store.resolve(each)
-        found.update(int(i) for i in np.unique(owner[resolved]) if i >= 0)
-    return found
-
-
-def _held_back(analysis: Analysis, held: Mapping[int, Event]) -> tuple[Frozen, ...]:
-    """Groups a plan had to leave whole, told like frozen channels."""
-    return tuple(
-        Frozen(
-            next(m.entry for m in analysis.groups[index].members if m.role == "out"),
-            analysis.groups[index].units * analysis.groups[index].multiplicity,
-            event.detail or event.op,
-            event.op,
-            event.module,
-            event.source,
-        )
-        for index, event in held.items()
-    )
 
 
 def group_summaries(

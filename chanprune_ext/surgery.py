@@ -67,6 +67,7 @@ def apply_plan(
     plan.check(model)
     tensors = tensors_of(model)
     sliced = _sliced_tensors(plan, tensors)
+    _rescale(plan, tensors, sliced)
     gradients = _sliced_gradients(plan, tensors)
     state = _sliced_state(plan, tensors, optimizer)
     expected = zeroed_outputs(plan, model, example_inputs) if verify == "numeric" else None
@@ -92,6 +93,25 @@ def _sliced_tensors(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[st
     names = [name for name in plan.kept if name in tensors]
     results = sliced_like([tensors[n] for n in names], [plan.kept[n] for n in names])
     return dict(zip(names, results, strict=True))
+
+
+def _rescale(plan: PruningPlan, tensors: Mapping[str, Tensor], sliced: dict[str, Tensor]) -> None:
+    """Multiply what the plan rescales, in copies of the model's tensors."""
+    for rescaling in plan.rescalings:
+        whole = tensors[rescaling.entry]
+        if rescaling.entry not in sliced:
+            sliced[rescaling.entry] = whole.detach().clone()
+        factors = torch.ones(whole.shape[rescaling.dim], dtype=torch.float64)
+        factors[rescaling.indices] = rescaling.factor
+        kept = plan.kept.get(rescaling.entry, {}).get(rescaling.dim)
+        if kept is not None:
+            factors = factors[kept]
+        tensor = sliced[rescaling.entry]
+        shape = [1] * tensor.dim()
+        shape[rescaling.dim] = -1
+        # In float64, and rounded once.
+        product = tensor.double() * factors.to(tensor.device).view(shape)
+        sliced[rescaling.entry] = product.to(tensor.dtype)
 
 
 def _sliced_gradients(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

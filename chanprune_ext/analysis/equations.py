@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op, leaves
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from chanprune_ext.analysis.groups import Analysis, Sizes
 
 __all__ = ["solve_attributes"]
@@ -23,7 +25,7 @@ def attributes_in(expr: Expr) -> list[Attribute]:
     return [leaf for leaf in leaves(expr) if isinstance(leaf, Attribute)]
 
 
-def evaluate(expr: Expr, sizes: Sizes, values: dict[_Key, int]) -> int:
+def evaluate(expr: Expr, sizes: Sizes, values: Mapping[_Key, int]) -> int:
     """The value of an expression with surviving sizes and the attribute values known so far."""
     if isinstance(expr, Const):
         return expr.value
@@ -44,7 +46,7 @@ def evaluate(expr: Expr, sizes: Sizes, values: dict[_Key, int]) -> int:
 
 
 def _invert(
-    expr: Expr, target: int, unknown: _Key, sizes: Sizes, values: dict[_Key, int]
+    expr: Expr, target: int, unknown: _Key, sizes: Sizes, values: Mapping[_Key, int]
 ) -> int | None:
     """The value of the one unknown attribute for which ``expr`` equals ``target``."""
     if isinstance(expr, Attribute):
@@ -70,6 +72,29 @@ def _invert(
     return None if wanted is None else _invert(inner, wanted, unknown, sizes, values)
 
 
+def _next_value(
+    equations: Sequence[Equation], sizes: Sizes, values: Mapping[_Key, int]
+) -> tuple[Attribute, int] | None:
+    """An attribute that an equation asks to change, and its value.
+
+    An equation with one unknown attribute says what that is. Where all that are left have several,
+    the largest of them follows the width: the smaller ones are numbers of parts.
+    """
+    several: list[tuple[Attribute, int]] = []
+    for equation in equations:
+        unknown = {_key(a): a for a in attributes_in(equation.expr) if _key(a) not in values}
+        target = sizes.of(equation.slots)
+        if not unknown or evaluate(equation.expr, sizes, values) == target:
+            continue
+        key, attribute = max(unknown.items(), key=lambda item: item[1].value)
+        value = _invert(equation.expr, target, key, sizes, values)
+        if value is not None and value >= 0:
+            if len(unknown) == 1:
+                return attribute, value
+            several.append((attribute, value))
+    return several[0] if several else None
+
+
 def solve_attributes(
     analysis: Analysis, sizes: Sizes
 ) -> tuple[dict[Attribute, int], list[Equation]]:
@@ -77,7 +102,8 @@ def solve_attributes(
 
     Returns:
         Attribute -> new value for those that change, and the equations that nothing satisfies:
-        the two sides differ, or a piece cut out of some channels would be left with none.
+        the two sides differ, a piece cut out of some channels would be left with none, or two sizes
+        that the forward told apart would be equal.
     """
     values: dict[_Key, int] = {}
     attributes: dict[_Key, Attribute] = {}
@@ -87,25 +113,20 @@ def solve_attributes(
         if isinstance(equation.expr, Attribute):
             values.setdefault(_key(equation.expr), sizes.of(equation.slots))
             attributes[_key(equation.expr)] = equation.expr
-    progress = True
-    while progress:
-        progress = False
-        for equation in pending:
-            unknown = {_key(a): a for a in attributes_in(equation.expr) if _key(a) not in values}
-            target = sizes.of(equation.slots)
-            if len(unknown) != 1 or evaluate(equation.expr, sizes, values) == target:
-                continue
-            key, attribute = next(iter(unknown.items()))
-            value = _invert(equation.expr, target, key, sizes, values)
-            if value is not None and value >= 0:
-                values[key], attributes[key] = value, attribute
-                progress = True
+    while found := _next_value(pending, sizes, values):
+        attribute, value = found
+        values[_key(attribute)], attributes[_key(attribute)] = value, attribute
     violated = [
         equation
         for equation in pending
         # A size of zero never makes a working layer, whatever the equation says.
         if evaluate(equation.expr, sizes, values) != sizes.of(equation.slots)
         or sizes.of(equation.slots) == 0 < equation.slots.shape[1]
+    ]
+    violated += [
+        difference
+        for difference in analysis.trace.differences
+        if evaluate(difference.expr, sizes, values) == 0
     ]
     changed = {
         attributes[key]: value for key, value in values.items() if value != attributes[key].value

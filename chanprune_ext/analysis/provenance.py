@@ -31,18 +31,9 @@ __all__ = [
     "traced_attributes",
 ]
 
-# Ints of torch.nn modules that describe windows and modes, never channel counts.
+# Ints that describe windows, never channel counts.
 _WINDOW_NAMES = frozenset(
-    {
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "output_padding",
-        "dim",
-        "start_dim",
-        "end_dim",
-    }
+    {"kernel_size", "stride", "padding", "dilation", "output_padding", "start_dim", "end_dim"}
 )
 
 
@@ -95,8 +86,9 @@ class Equation:
     reason: int
 
 
-# Called with both sides when code finds two sizes equal: what follows was written for that case.
-_NOTICES: list[Callable[[Expr, Expr], None]] = []
+# Called with both sides when code compares two sizes, and whether they are equal: what follows was
+# written for that case.
+_NOTICES: list[Callable[[Expr, Expr, bool], None]] = []
 
 
 class TracedInt(int):
@@ -125,9 +117,8 @@ class TracedInt(int):
         if not isinstance(other, int):
             return int(self) == other
         equal = int(self) == int(other)
-        if equal:
-            for notice in _NOTICES:
-                notice(self.expr, expression(other))
+        for notice in _NOTICES:
+            notice(self.expr, expression(other), equal)
         return equal
 
     def __ne__(self, other: object) -> bool:
@@ -191,20 +182,24 @@ def _traced(value: Any, module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def traced_attributes(
-    model: nn.Module, found_equal: Callable[[Expr, Expr], None]
+    model: nn.Module, compared: Callable[[Expr, Expr, bool], None]
 ) -> Iterator[None]:
     """Replace the ints stored on all modules by traced ones, and put them back on exit.
 
     Args:
         model: The model about to run.
-        found_equal: Called with the two expressions whenever ``==`` holds for a traced int.
+        compared: Called with the two expressions, and the result, whenever a traced int is compared
+            by ``==`` or ``!=``.
     """
     replaced: list[tuple[nn.Module, str, Any, Any]] = []
-    _NOTICES.append(found_equal)
+    _NOTICES.append(compared)
     try:
         for path, module in model.named_modules():
             for name, value in list(module.__dict__.items()):
                 if name.startswith("__") or name in _WINDOW_NAMES:
+                    continue
+                # Torch's own modules call an axis so, others a width.
+                if name == "dim" and type(module).__module__.startswith("torch."):
                     continue
                 traced = _traced(value, path, name)
                 if traced is not value:
@@ -212,7 +207,7 @@ def traced_attributes(
                     replaced.append((module, name, value, traced))
         yield
     finally:
-        _NOTICES.remove(found_equal)
+        _NOTICES.remove(compared)
         for module, name, value, traced in reversed(replaced):
             now = module.__dict__.get(name)
             if now is traced:

@@ -16,6 +16,7 @@ from chanprune_ext.analysis.calls import (
     steady_calls,
     tensors_in,
 )
+from chanprune_ext.analysis.scales import fold_scales, scale_factor
 from chanprune_ext.analysis.sizes import numbers_in
 from chanprune_ext.analysis.trace import (
     Event,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.groups import Analysis, Sizes
     from chanprune_ext.analysis.provenance import Attribute
+    from chanprune_ext.analysis.scales import Rescaling
     from chanprune_ext.analysis.trace import Slots
 
 __all__ = ["DivergenceError", "patched_attributes", "replay", "set_attributes"]
@@ -82,6 +84,7 @@ class _ReplayMode(CallMode):
         self.calls = analysis.trace.calls
         self.sizes = sizes
         self.path = path
+        self.factors: dict[int, float] = {}
 
     def after(
         self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -97,10 +100,13 @@ class _ReplayMode(CallMode):
             )
         numbers = numbers_in(name, args, kwargs)
         if numbers != expected.numbers:
-            raise self.diverged(
-                f"a number computed from a size has changed from {expected.numbers} to {numbers}: "
-                f"{where}"
-            )
+            factor = scale_factor(name, expected.numbers, numbers)
+            if factor is None:
+                raise self.diverged(
+                    f"a number computed from a size has changed from {expected.numbers} to "
+                    f"{numbers}: {where}"
+                )
+            self.factors[index] = factor
         results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
         shapes = [tuple(t.shape) for t in results]
         predicted = [tuple(self.sizes.of(s) for s in dims) for dims in expected.outputs]
@@ -128,8 +134,11 @@ def replay(
     masks: Mapping[str, Mapping[int, np.ndarray]],
     attributes: Mapping[Attribute, int],
     sizes: Sizes,
-) -> None:
+) -> tuple[Rescaling, ...]:
     """Prove on stand-ins that a removal leaves a network that runs as predicted.
+
+    Returns:
+        What must be multiplied for constants computed from a width to mean what they meant.
 
     Raises:
         DivergenceError: A call, a shape or a constant differs; the message names the place.
@@ -159,6 +168,25 @@ def replay(
                 f"the pruned model makes {mode.next_index} calls, before "
                 f"{len(analysis.trace.calls)}"
             )
+    return _folded(analysis, model, example_inputs, mode.factors) if mode.factors else ()
+
+
+def _folded(
+    analysis: Analysis, model: nn.Module, example_inputs: Any, factors: Mapping[int, float]
+) -> tuple[Rescaling, ...]:
+    rescalings, refused = fold_scales(model, example_inputs, analysis.trace.substrate, factors)
+    if refused is None:
+        return tuple(rescalings)
+    call = analysis.trace.calls[refused]
+    why = (
+        f"a number computed from a size would change by x{1 / factors[refused]:.4g} and cannot be "
+        f"folded into a weight"
+    )
+    raise DivergenceError(
+        f"{why}: call {refused} ({call.name}) in '{call.module}'",
+        Event(call.name, call.module, call.source, why),
+        call.inputs[0],
+    )
 
 
 def _narrowed(tensor: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:

@@ -48,12 +48,23 @@ def record_equations(
 
 def numbers_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
     """Numbers that a call computes with, as opposed to sizes."""
+    if name == "scaled_dot_product_attention":
+        return (_attention_scale(args, kwargs),)
     kinds = (float, int) if name.strip("_") in ARITHMETIC else float
     return tuple(
         float(a)
         for a in (*args, *kwargs.values())
         if isinstance(a, kinds) and not isinstance(a, bool)
     )
+
+
+def _attention_scale(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The scale of the logits: as given, or the default that follows the head width."""
+    scale = args[6] if len(args) > 6 else kwargs.get("scale")
+    if scale is None:
+        query = args[0] if args else kwargs["query"]
+        scale = max(query.shape[-1], 1) ** -0.5
+    return float(scale)
 
 
 def _on(*names: str) -> Callable[[Handler], Handler]:
@@ -204,7 +215,7 @@ def _split(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output
 
 @_on("chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
 def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Pieces of equal size stay equal; uneven ones and cuts at given places stay as they are."""
+    """Pieces of equal size stay equal; cuts at given places stay as they are."""
     x = args[0]
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     if tracer.call_name in ("hsplit", "vsplit", "dsplit"):
@@ -214,17 +225,20 @@ def _chunk(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output
     if not any(len(p) for p in pieces):
         return
     count = next(iter(args[1:2]), next(iter(kwargs.values()), None))
-    even = isinstance(count, int) and len({p.shape[1] for p in pieces}) == 1
-    uneven = "chunks of unequal size" if isinstance(count, int) else "pieces cut at fixed places"
-    for piece in pieces[1:] if even else pieces:
-        if even:
-            first = TracedInt(pieces[0].shape[1], Dim(pieces[0]))
-            if len(piece):
-                tracer.equate(first, piece, "chunks of equal size")
-            else:
-                tracer.freeze(pieces[0], "chunks of equal size")
+    if not isinstance(count, int):
+        for piece in pieces:
+            tracer.freeze(piece, "pieces cut at fixed places")
+        return
+    # All are of one size but a smaller last one, which a replay looks at.
+    first = pieces[0]
+    for piece in pieces[1:]:
+        if piece.shape[1] != first.shape[1]:
+            continue
+        if len(piece):
+            size = TracedInt(first.shape[1], Dim(first))
+            tracer.equate(size, piece, "chunks of equal size")
         else:
-            tracer.freeze(piece, uneven)
+            tracer.freeze(first, "chunks of equal size")
 
 
 @_on("layer_norm", "rms_norm")

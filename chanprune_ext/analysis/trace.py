@@ -9,6 +9,7 @@ real tensors where shapes depend on values.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ class TracedCall:
     Attributes:
         name: Low-level name, such as ``"conv2d"``.
         module: Dotted path of the innermost module being run.
+        source: ``file.py:line`` of the calling line.
         numbers: Numbers it computes with.
         inputs: Slots of every dim of every tensor among its arguments, before it ran.
         outputs: Slots of every dim of every tensor it made.
@@ -91,6 +93,7 @@ class TracedCall:
 
     name: str
     module: str
+    source: str
     numbers: tuple[float, ...]
     inputs: tuple[tuple[Slots, ...], ...]
     outputs: tuple[tuple[Slots, ...], ...]
@@ -107,6 +110,7 @@ class Trace:
     order: list[str]
     events: list[Event]
     equations: list[Equation]
+    differences: list[Equation]
     costs: list[Cost]
     calls: list[TracedCall]
     unknown: list[Event]
@@ -140,6 +144,7 @@ class Tracer:
     path: ModulePath
     events: list[Event] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
+    differences: list[Equation] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     order: dict[str, None] = field(default_factory=dict)
@@ -231,10 +236,7 @@ class Tracer:
 
     def reason(self, detail: str = "") -> int:
         """A fresh event at the place that is running now."""
-        if self._where is None:
-            file, line = source_line()
-            self._where = (self.path.current, f"{Path(file).name}:{line}")
-        module, source = self._where
+        module, source = self.place()
         self.events.append(Event(self.op_name or self.call_name, module, source, detail))
         return len(self.events) - 1
 
@@ -245,6 +247,13 @@ class Tracer:
         first = self.store.fresh(n)
         self.axes.append(first)
         return np.arange(first, first + n, dtype=np.int64)[None]
+
+    def place(self) -> tuple[str, str]:
+        """Module path and ``file.py:line`` of what is running now."""
+        if self._where is None:
+            file, line = source_line()
+            self._where = (self.path.current, f"{Path(file).name}:{line}")
+        return self._where
 
     def enter_call(self) -> None:
         """A Python-level call starts: forget where the last one was."""
@@ -309,8 +318,15 @@ class Tracer:
                 reason = self.reason(detail)
                 self.equations.append(Equation(leaf, anonymous(leaf.value), reason))
 
-    def found_equal(self, left: Expr, right: Expr) -> None:
-        """The forward compared two sizes and found them equal: they must stay so."""
+    def compared(self, left: Expr, right: Expr, equal: bool) -> None:
+        """The forward compared two sizes: equal or different, they must stay so."""
+        if not equal:
+            if any(isinstance(leaf, (Dim, Attribute)) for leaf in leaves(Op("-", left, right))):
+                self.enter_call()
+                reason = self.reason("two sizes must stay different")
+                difference = Op("-", left, right)
+                self.differences.append(Equation(difference, anonymous(0), reason))
+            return
         if not any(isinstance(leaf, Dim) for leaf in (*leaves(left), *leaves(right))):
             return
         if isinstance(left, Dim):
@@ -405,7 +421,7 @@ class _ProvenanceMode(CallMode):
         self.calls.append(
             TracedCall(
                 name,
-                tracer.path.current,
+                *tracer.place(),
                 numbers_in(name, args, kwargs),
                 inputs,
                 tuple(tracer.dims(t) for t in results),
@@ -461,7 +477,8 @@ def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: An
 
     A tensor is replaced wherever a module holds it: under every name of a shared module (where
     ``torch.func.functional_call`` would not put the original back), and in plain attributes. What
-    the forward stores on its modules (a cache, a counter, the result of a hook) is forgotten.
+    the forward stores on its modules (a counter, an entry of a cache, a hook or its result) is
+    forgotten.
     """
     originals = tensors_of(model)
     stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
@@ -470,11 +487,14 @@ def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: An
         return stand_ins.get(id(tensor), tensor)
 
     before = [(module, dict(module.__dict__)) for module in model.modules()]
+    caches: list[tuple[Any, Any]] = []
     try:
         for module, attributes in before:
             for name, value in attributes.items():
                 if name in ("_parameters", "_buffers") or _holds_tensors(value):
                     module.__dict__[name] = substitute(value, change)
+                elif type(value) in (dict, OrderedDict, list, set):
+                    caches.append((value, value.copy()))
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -482,6 +502,9 @@ def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: An
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for cache, content in caches:
+            cache.clear()
+            cache.extend(content) if isinstance(cache, list) else cache.update(content)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -520,6 +543,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
         order=list(tracer.order),
         events=tracer.events,
         equations=tracer.equations,
+        differences=tracer.differences,
         costs=costs,
         calls=calls,
         unknown=tracer.unknown,
@@ -535,7 +559,7 @@ def _watch(
     """One forward under all three layers; its outputs must keep their shape."""
     mode = _ProvenanceMode(tracer)
     try:
-        with traced_attributes(model, tracer.found_equal), _RuleMode(tracer), mode:
+        with traced_attributes(model, tracer.compared), _RuleMode(tracer), mode:
             output = call_substituted(model, stand_ins, inputs)
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error

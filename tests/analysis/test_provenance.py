@@ -147,12 +147,13 @@ def test_attributes_are_put_back_after_an_error() -> None:
     assert type(model.sizes[0]) is int
 
 
-def test_equality_is_noticed_when_it_holds() -> None:
+def test_comparisons_are_noticed() -> None:
     model = Layer()
     found: list[tuple[Expr, Expr]] = []
+    apart: list[tuple[Expr, Expr]] = []
     slots = np.arange(8)[None]
     size = TracedInt(8, Dim(slots))
-    with traced_attributes(model, lambda a, b: found.append((a, b))):
+    with traced_attributes(model, lambda a, b, equal: (found if equal else apart).append((a, b))):
         assert size == model.width
         differs = size != model.width
         assert not differs
@@ -162,6 +163,7 @@ def test_equality_is_noticed_when_it_holds() -> None:
         assert size != "8"
         assert size == 8.0
         assert size in (1, model.width)
+    assert [(type(a), b) for a, b in apart] == [(Dim, Const(7)), (Dim, Const(1))]
     width = Attribute("", "width", None, 8)
     assert [{type(a), type(b)} for a, b in found] == [
         {Dim, Attribute},

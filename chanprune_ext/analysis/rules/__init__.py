@@ -1,6 +1,7 @@
 """What each ATen operation does to channel labels: one file per family, a few lines per rule."""
 
 from chanprune_ext.analysis.rules import (
+    attention,
     contraction,
     creation,
     movement,
@@ -14,6 +15,7 @@ from chanprune_ext.analysis.rules.registry import apply_rule, register_rule
 
 __all__ = [
     "apply_rule",
+    "attention",
     "contraction",
     "creation",
     "movement",

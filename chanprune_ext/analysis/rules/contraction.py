@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from chanprune_ext.analysis.rules.pointwise import broadcast_dims
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
 from chanprune_ext.analysis.rules.zeros import sum_is_exact
@@ -103,7 +104,7 @@ def linear(
     out_slots, in_slots = tracer.dims(weight)
     tracer.note_role(weight, 0, "out")
     tracer.note_role(weight, 1, "in")
-    _contract(tracer, (x, x.dim() - 1), (weight, 1))
+    contract(tracer, (x, x.dim() - 1), (weight, 1))
     tracer.set(output, [*rest, out_slots])
     if bias is not None:
         _add_to_last(tracer, bias, output)
@@ -114,14 +115,21 @@ def linear(
 def bmm(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
-    left, right = args[-2:] if len(args) >= 2 else (args[0], kwargs["mat2"])
+    """(B, M, K) x (B, K, N) -> (B, M, N), on top of a matrix for ``baddbmm``."""
+    *added, left, right = args[:2] if func._schema.name == "aten::bmm" else args[:3]
     batch, m, k = tracer.dims(left)
     n = tracer.dims(right)[2]
     tracer.unify(batch, tracer.dims(right)[0])
-    _contract(tracer, (left, 2), (right, 1))
+    batch = batch if len(batch) else tracer.dims(right)[0]
+    contract(tracer, (left, 2), (right, 1))
+    _note_roles(tracer, left, right)
+    # Multiplied by beta = 0 the added matrix is only there for its shape.
+    if added and kwargs.get("beta", 1) != 0:
+        for mine, theirs in zip(
+            (batch, m, n), broadcast_dims(tracer, added, tuple(output.shape)), strict=True
+        ):
+            tracer.unify(mine, theirs)
     tracer.set(output, [batch, m, n])
-    if func._schema.name != "aten::bmm":
-        raise ValueError("an added matrix is not followed")
     tracer.cost(1, batch, m, k, n)
 
 
@@ -130,7 +138,7 @@ def mv(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     m, k = tracer.dims(args[0])
-    _contract(tracer, (args[0], 1), (args[1], 0))
+    contract(tracer, (args[0], 1), (args[1], 0))
     tracer.note_role(args[0], 0, "out")
     tracer.note_role(args[0], 1, "in")
     tracer.set(output, [m])
@@ -141,10 +149,10 @@ def mv(
 def dot(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
-    _contract(tracer, (args[0], 0), (args[1], 0))
+    contract(tracer, (args[0], 0), (args[1], 0))
 
 
-def _contract(tracer: Tracer, left: tuple[Tensor, int], right: tuple[Tensor, int]) -> None:
+def contract(tracer: Tracer, left: tuple[Tensor, int], right: tuple[Tensor, int]) -> None:
     """Sum over one dimension of a product: removed on both sides, exact if one of them is zero."""
     slots = tracer.dims(left[0])[left[1]]
     tracer.unify(slots, tracer.dims(right[0])[right[1]])
@@ -155,12 +163,17 @@ def _contract(tracer: Tracer, left: tuple[Tensor, int], right: tuple[Tensor, int
 def _product(tracer: Tracer, left: Tensor, right: Tensor, output: Tensor) -> None:
     m, k = tracer.dims(left)
     n = tracer.dims(right)[1]
-    _contract(tracer, (left, 1), (right, 0))
-    for weight, out_dim, in_dim in ((left, 0, 1), (right, 1, 0)):
-        tracer.note_role(weight, out_dim, "out")
-        tracer.note_role(weight, in_dim, "in")
+    contract(tracer, (left, 1), (right, 0))
+    _note_roles(tracer, left, right)
     tracer.set(output, [m, n])
     tracer.cost(1, m, k, n)
+
+
+def _note_roles(tracer: Tracer, left: Tensor, right: Tensor) -> None:
+    """Of a product of matrices (.., M, K) x (.., K, N), what a parameter's dims do."""
+    for weight, out_dim, in_dim in ((left, -2, -1), (right, -1, -2)):
+        tracer.note_role(weight, out_dim, "out")
+        tracer.note_role(weight, in_dim, "in")
 
 
 def _add_to_last(tracer: Tracer, added: Tensor, output: Tensor) -> None:

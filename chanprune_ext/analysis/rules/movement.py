@@ -93,17 +93,20 @@ def expand(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     """A dim stretched from 1 has the same content everywhere: fresh labels."""
-    dims = tracer.dims(args[0])
+    dims, origin = tracer.dims(args[0]), tracer.origin(args[0])
     offset = output.dim() - len(dims)
     result: list[Slots] = []
+    whose: list[int | None] = []
     for d, n in enumerate(output.shape):
         if d >= offset and dims[d - offset].shape[1] == n:
             result.append(dims[d - offset])
+            whose.append(None if origin is None else origin[1][d - offset])
             continue
         if d >= offset:
             tracer.freeze(dims[d - offset], "one channel is stretched to many")
         result.append(tracer.fresh(n))
-    tracer.set(output, result)
+        whose.append(None)
+    tracer.set(output, result, None if origin is None else (origin[0], tuple(whose)))
 
 
 @rule("aten::repeat", creates=True)

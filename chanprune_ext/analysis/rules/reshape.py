@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chanprune_ext.analysis.rules.blocks import blocks
 from chanprune_ext.analysis.rules.registry import rule
 
 if TYPE_CHECKING:
@@ -41,25 +42,12 @@ def split(tracer: Tracer, slots: Slots, sizes: Sequence[int]) -> list[Slots]:
 
 def reshaped(tracer: Tracer, dims: Sequence[Slots], shape: Sequence[int]) -> list[Slots]:
     """The slots of ``shape`` after a reshape of a tensor with slots ``dims``."""
-    old = [slots.shape[1] for slots in dims]
     result: list[Slots] = []
-    i = j = 0
-    while i < len(old) or j < len(shape):
-        first, start = i, j
-        left = old[i] if i < len(old) else 1
-        right = shape[j] if j < len(shape) else 1
-        i, j = min(i + 1, len(old)), min(j + 1, len(shape))
-        while left != right:
-            if left < right:
-                left *= old[i]
-                i += 1
-            else:
-                right *= shape[j]
-                j += 1
+    for before, after in blocks([slots.shape[1] for slots in dims], shape):
         # A dim of size 1 may carry a label (cut from a wider one), so it is merged like any other.
-        sources = dims[first:i]
+        sources = dims[before]
         merged = merge(tracer, sources) if sources else np.empty((0, 1), dtype=np.int64)
-        result.extend(split(tracer, merged, shape[start:j]))
+        result.extend(split(tracer, merged, shape[after]))
     return result
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.rules.blocks import blocks
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Tracer
+    from chanprune_ext.analysis.trace import Slots, Tracer
 
 __all__ = ["follow_zeros", "sum_is_exact"]
 
@@ -55,8 +56,8 @@ def _on(*names: str) -> Callable[[Follow], Follow]:
 @_on(
     # Nothing is computed.
     *("alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "_to_copy", "contiguous"),
-    *("clone", "view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "permute"),
-    *("permute_copy", "transpose", "t", "swapaxes", "as_strided", "unsqueeze", "squeeze"),
+    *("clone", "permute", "permute_copy", "transpose", "t", "swapaxes", "as_strided", "unsqueeze"),
+    "squeeze",
     *("cat", "concat", "concatenate", "stack", "slice", "narrow", "select", "unbind", "split"),
     *("split_with_sizes", "chunk", "tensor_split", "unsafe_split", "flip", "roll"),
     *("index", "index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
@@ -88,6 +89,22 @@ def _kept(
             tracer.zeros(t)[d] for t in inputs for d, s in enumerate(tracer.dims(t)) if s is slots
         ]
         result.append(all(same) if same else everywhere)
+    return result
+
+
+@_on("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
+def _reshaped(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Dimensions made of several are zero where all of those are, or lose nothing."""
+    source = args[0]
+    zeros = [
+        zero or not len(tracer.store.resolve(slots))
+        for slots, zero in zip(tracer.dims(source), tracer.zeros(source), strict=True)
+    ]
+    result: list[bool] = []
+    for before, after in blocks(source.shape, out.shape):
+        result += [all(zeros[before])] * len(out.shape[after])
     return result
 
 
@@ -193,18 +210,39 @@ def _contracted(
 ) -> list[bool]:
     """Rows of the left and columns of the right pass; an added bias must be zero there too."""
     left, right, *added = (args[1], args[2], args[0]) if tracer.op_name == "aten::addmm" else inputs
-    # Grouped outputs have slots of their own: they belong to the weight.
-    passed = {
-        id(slots): zero for slots, zero in zip(tracer.dims(left), tracer.zeros(left), strict=True)
-    }
-    bias = [tracer.zeros(b)[-1] for b in added]
+    bias = all(tracer.zeros(b)[-1] for b in added)
     result = []
     for slots in tracer.dims(out):
-        if id(slots) in passed:
-            result.append(passed[id(slots)] and not added)
+        from_left, from_right = (_zero_along(tracer, factor, slots) for factor in (left, right))
+        if from_left is not None:
+            result.append((from_left or bool(from_right)) and not added)
         else:
-            result.append(all(tracer.zeros(right)) and all(bias))
+            # Grouped outputs have slots of their own: they belong to the weight.
+            result.append((all(tracer.zeros(right)) if from_right is None else from_right) and bias)
     return result
+
+
+@_on(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def _attended(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Averages of values: zero along batch, heads and width where the values are."""
+    if out.dim() != args[2].dim():
+        return [False] * out.dim()
+    *outer, _, width = tracer.zeros(args[2])
+    return [*outer, False, width]
+
+
+def _zero_along(tracer: Tracer, tensor: Tensor, slots: Slots) -> bool | None:
+    """Whether ``tensor`` is zero along the dimension with these slots; None if it has none such."""
+    zeros = zip(tracer.dims(tensor), tracer.zeros(tensor), strict=True)
+    return next((zero for own, zero in zeros if own is slots), None)
 
 
 @_on(

@@ -1,0 +1,425 @@
+"""Constants that follow a width, folded into the weights in front of them.
+
+Attention divides its logits by the square root of the head width. When head dims are pruned, code
+that computes this number from a shape arrives at another one, and the network would no longer be
+the zeroed original. The producer of the scaled values (the query projection, or the norm behind it)
+is multiplied by the ratio of the two numbers instead.
+
+Which rows of which parameters that are is found by running the model once more with row numbers in
+place of values: they travel through views, splits, rotations and products up to the constant. They
+may be scaled if they end up nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
+from chanprune_ext.analysis.trace import (
+    call_substituted,
+    substitute,
+    substrate_mode,
+    tensors_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["Rescaling", "fold_scales", "scale_factor"]
+
+ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaling:
+    """Indices of one dim of a parameter or buffer that are multiplied by a factor.
+
+    Attributes:
+        entry: Name of the parameter or buffer.
+        dim: The dim that ``indices`` count.
+        indices: int64 (n,), in the numbering of the unpruned model, sorted.
+        factor: What they are multiplied by.
+    """
+
+    entry: str
+    dim: int
+    indices: Tensor
+    factor: float
+
+
+def scale_factor(name: str, before: Sequence[float], after: Sequence[float]) -> float | None:
+    """What the first tensor of a call must be multiplied by for a changed number not to matter.
+
+    None where no factor can make up for it.
+    """
+    changed = [(b, a) for b, a in zip(before, after, strict=False) if b != a]
+    if len(before) != len(after) or len(changed) != 1 or 0.0 in changed[0]:
+        return None
+    old, new = changed[0]
+    kind = name.strip("_")
+    if kind in ("mul", "multiply", "rmul") or name == ATTENTION:
+        return old / new
+    if kind in ("div", "divide", "true_divide", "truediv"):
+        return new / old
+    return None
+
+
+def fold_scales(
+    model: nn.Module,
+    example_inputs: Any,
+    substrate: str,
+    factors: Mapping[int, float],
+) -> tuple[list[Rescaling], int | None]:
+    """Find the parameters to multiply so that scaled calls give what they gave before.
+
+    Args:
+        model: The unpruned model.
+        example_inputs: The inputs it was traced with.
+        substrate: The kind of tensors it was traced on.
+        factors: Index of a call -> what its first tensor must be multiplied by.
+
+    Returns:
+        The rescalings, and the index of a call they cannot be found for (None: found for all).
+    """
+    with steady_calls(model), substrate_mode(substrate) as stand_in:
+        tensors = {name: stand_in(t) for name, t in tensors_of(model).items()}
+        inputs = substitute(example_inputs, stand_in)
+        mode = _RowMode(tensors, factors)
+        with mode:
+            output = call_substituted(model, tensors, inputs)
+    for tensor in tensors_in(output):
+        mode.leave(tensor)
+    return mode.rescalings()
+
+
+@dataclass(eq=False)
+class _Rows:
+    """A union-find over row numbers: rows of one class are scaled together or not at all."""
+
+    names: list[tuple[str, int]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+
+    def add(self, entry: str, dim: int, n: int) -> int:
+        if (entry, dim) in self.names:
+            return self.starts[self.names.index((entry, dim))]
+        start = len(self.parent)
+        self.names.append((entry, dim))
+        self.starts.append(start)
+        self.parent.extend(range(start, start + n))
+        return start
+
+    def find(self, row: int) -> int:
+        while self.parent[row] != row:
+            self.parent[row] = self.parent[self.parent[row]]
+            row = self.parent[row]
+        return row
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+        a, b = a.expand(shape), b.expand(shape)
+        once = tuple(
+            0 if s == t == 0 else slice(None) for s, t in zip(a.stride(), b.stride(), strict=True)
+        )
+        a, b = a[once].flatten(), b[once].flatten()
+        scaled = (a >= 0) & (b >= 0)
+        count = len(self.parent)
+        for pair in torch.unique(a[scaled] * count + b[scaled]).tolist():
+            self.parent[self.find(pair // count)] = self.find(pair % count)
+
+    def classes(self, rows: Iterable[int]) -> set[int]:
+        return {self.find(row) if row >= 0 else -1 for row in rows}
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """The call that has just run."""
+
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def _distinct(ids: Tensor) -> list[int]:
+    """Different row numbers of a tensor, stretched dims looked at once."""
+    narrow = ids[tuple(0 if stride == 0 else slice(None) for stride in ids.stride())]
+    return [int(row) for row in torch.unique(narrow).tolist()]
+
+
+class _RowMode(CallMode):
+    """Carries, beside every value that is linear in some rows of a parameter, those rows' numbers.
+
+    A value's tensor of row numbers has the value's shape; -1 stands for elements that no row
+    scales.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], factors: Mapping[int, float]) -> None:
+        super().__init__()
+        self.entries = {id(t): name for name, t in tensors.items() if t.is_floating_point()}
+        self.factors = factors
+        self.rows = _Rows()
+        self.ids: dict[int, Tensor] = {}
+        self.alive: list[Any] = [tensors]
+        self.exits: list[tuple[int | None, list[int]]] = []
+        self.missing: list[int] = []
+
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index = self.next_index
+        self.next_index += 1
+        output = func(*args, **kwargs)
+        given = tensors_in((args, kwargs))
+        follow = _FOLLOW.get(name)
+        made: Any = None
+        # Row numbers are real numbers, whatever the model runs on.
+        with torch.device("cpu"), _disable_current_modes():
+            if index in self.factors:
+                ids = self.of(given[0])
+                if ids is None:
+                    self.missing.append(index)
+                else:
+                    self.exits.append((index, _distinct(ids)))
+                for tensor in given[1:]:
+                    self.leave(tensor)
+            elif follow is not None and any(self.known(t) for t in given):
+                made = follow(self, _Running(name, func, args, kwargs, output))
+            if made is None and index not in self.factors:
+                for tensor in given:
+                    self.leave(tensor)
+            self._give(output, made)
+        return output
+
+    def known(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and (id(tensor) in self.ids or id(tensor) in self.entries)
+
+    def of(self, tensor: Any) -> Tensor | None:
+        """Row numbers of a value; those of a vector parameter are its own indices."""
+        if not isinstance(tensor, Tensor):
+            return None
+        if id(tensor) in self.entries and id(tensor) not in self.ids and tensor.dim() == 1:
+            start = self.rows.add(self.entries[id(tensor)], 0, len(tensor))
+            return torch.arange(start, start + len(tensor))
+        return self.ids.get(id(tensor))
+
+    def along(self, parameter: Any, dim: int) -> Tensor | None:
+        """Row numbers of one dim of a parameter; None for a tensor that is none."""
+        entry = self.entries.get(id(parameter))
+        if entry is None:
+            return None
+        start = self.rows.add(entry, dim, parameter.shape[dim])
+        return torch.arange(start, start + parameter.shape[dim])
+
+    def leave(self, tensor: Tensor) -> None:
+        """A value is used in a way that scaling would change: its rows must stay as they are."""
+        ids = self.ids.get(id(tensor))
+        if ids is not None:
+            self.exits.append((None, _distinct(ids)))
+        elif id(tensor) in self.entries:
+            for dim, n in enumerate(tensor.shape):
+                start = self.rows.add(self.entries[id(tensor)], dim, n)
+                self.exits.append((None, list(range(start, start + n))))
+
+    def _give(self, output: Any, made: Any) -> None:
+        results = tensors_in(output)
+        for tensor in results:
+            self.ids.pop(id(tensor), None)
+        if made is None:
+            return
+        parts = tensors_in(made)
+        if len(parts) != len(results):
+            return
+        for tensor, ids in zip(results, parts, strict=True):
+            self.alive.append(tensor)
+            self.ids[id(tensor)] = ids.expand(tensor.shape)
+
+    def rescalings(self) -> tuple[list[Rescaling], int | None]:
+        """What to multiply, and a call for which nothing fits."""
+        if self.missing:
+            return [], self.missing[0]
+        factor_of: dict[int, float] = {}
+        for index, rows in self.exits:
+            if index is None:
+                continue
+            for row in self.rows.classes(rows):
+                if row < 0 or factor_of.setdefault(row, self.factors[index]) != self.factors[index]:
+                    return [], index
+        for index, rows in self.exits:
+            if index is None and self.rows.classes(rows) & factor_of.keys():
+                touched = self.rows.classes(rows)
+                return [], next(
+                    i for i, r in self.exits if i is not None and self.rows.classes(r) & touched
+                )
+        found: list[Rescaling] = []
+        ends = [*self.rows.starts[1:], len(self.rows.parent)]
+        for (entry, dim), start, end in zip(self.rows.names, self.rows.starts, ends, strict=True):
+            chosen: dict[float, list[int]] = {}
+            for row in range(start, end):
+                factor = factor_of.get(self.rows.find(row))
+                if factor is not None:
+                    chosen.setdefault(factor, []).append(row - start)
+            found.extend(
+                Rescaling(entry, dim, torch.tensor(indices), factor)
+                for factor, indices in chosen.items()
+            )
+        return found, None
+
+
+# -- how row numbers travel ----------------------------------------------------------------------
+
+Follow = Callable[[_RowMode, _Running], Any]
+_FOLLOW: dict[str, Follow] = {}
+
+
+def _on(*names: str) -> Callable[[Follow], Follow]:
+    def register(follow: Follow) -> Follow:
+        _FOLLOW.update(dict.fromkeys(names, follow))
+        return follow
+
+    return register
+
+
+def _produced(
+    mode: _RowMode, weight: Any, dim: int, bias: Any, shape: torch.Size, at: int
+) -> Tensor | None:
+    """Row numbers of a layer's output, of which dim ``at`` is dim ``dim`` of its weight."""
+    ids = mode.along(weight, dim)
+    if ids is None:
+        return None
+    if isinstance(bias, Tensor):
+        added = mode.of(bias)
+        if added is None:
+            return None
+        mode.rows.unite(ids, added)
+    view = [1] * len(shape)
+    view[at] = -1
+    return ids.view(view).expand(shape)
+
+
+@_on("linear")
+def _linear(mode: _RowMode, call: _Running) -> Any:
+    weight = call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
+    bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+    mode.leave(call.args[0])
+    return _produced(mode, weight, 0, bias, call.output.shape, -1)
+
+
+@_on("conv1d", "conv2d", "conv3d")
+def _convolution(mode: _RowMode, call: _Running) -> Any:
+    mode.leave(call.args[0])
+    bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+    return _produced(
+        mode,
+        call.args[1],
+        0,
+        bias,
+        call.output.shape,
+        call.output.dim() - len(call.args[1].shape[1:]),
+    )
+
+
+@_on("addmm")
+def _addmm(mode: _RowMode, call: _Running) -> Any:
+    mode.leave(call.args[1])
+    return _produced(mode, call.args[2], 1, call.args[0], call.output.shape, -1)
+
+
+@_on("layer_norm", "rms_norm")
+def _norm(mode: _RowMode, call: _Running) -> Any:
+    mode.leave(call.args[0])
+    weight = call.args[2] if len(call.args) > 2 else call.kwargs.get("weight")
+    # The fourth argument of an RMS norm is its epsilon.
+    bias = call.args[3] if len(call.args) > 3 else call.kwargs.get("bias")
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    return _produced(mode, weight, 0, bias, call.output.shape, -1)
+
+
+@_on("batch_norm")
+def _batch_norm(mode: _RowMode, call: _Running) -> Any:
+    mode.leave(call.args[0])
+    if not isinstance(call.args[1], Tensor):
+        return None
+    return _produced(mode, call.args[1], 0, call.args[2], call.output.shape, 1)
+
+
+@_on(
+    *("view", "reshape", "permute", "transpose", "swapaxes", "t", "movedim", "unflatten"),
+    *("flatten", "squeeze", "unsqueeze", "expand", "repeat", "repeat_interleave", "unbind"),
+    *("select", "narrow", "split", "split_with_sizes", "chunk", "roll", "flip", "__getitem__"),
+    *("cat", "stack", "tensor_split", "__get__.T", "__get__.mT"),
+)
+def _moved(mode: _RowMode, call: _Running) -> Any:
+    """The same movement of row numbers; what has none next to what has is -1."""
+    # Row numbers are stretched tensors, which a view may refuse.
+    move = Tensor.reshape if call.name == "view" else call.func
+
+    def ids_of(tensor: Tensor) -> Tensor:
+        ids = mode.of(tensor)
+        return torch.full((), -1).expand(tensor.shape) if ids is None else ids
+
+    # A tensor that serves as an index: a stand-in does not know its values.
+    if isinstance(call.args[0], Tensor) and tensors_in(call.args[1:]):
+        return None
+    return move(*substitute(call.args, ids_of), **substitute(call.kwargs, ids_of))
+
+
+@_on(
+    *("to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "detach"),
+    *("dropout", "alias", "neg", "__neg__", "positive", "cuda", "cpu", "type"),
+)
+def _same(mode: _RowMode, call: _Running) -> Any:
+    return mode.of(call.args[0])
+
+
+@_on(
+    *("mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "div", "div_", "true_divide"),
+    *("__truediv__", "__itruediv__", "divide"),
+)
+def _product(mode: _RowMode, call: _Running) -> Any:
+    """Linear in the one factor that has rows; a vector parameter counts where no other does."""
+    tracked = [t for t in tensors_in(call.args) if id(t) in mode.ids]
+    leaves = [t for t in tensors_in(call.args) if id(t) in mode.entries and t.dim() == 1]
+    quotient = "div" in call.name
+    if leaves and not quotient:
+        for tensor in tracked:
+            mode.leave(tensor)
+        tracked = leaves
+    if len(tracked) != 1 or (quotient and tracked[0] is not call.args[0]):
+        return None
+    ids = mode.of(tracked[0])
+    return None if ids is None else ids.expand(call.output.shape)
+
+
+@_on("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__")
+def _sum(mode: _RowMode, call: _Running) -> Any:
+    parts = [mode.of(a) for a in call.args[:2]]
+    if len(parts) < 2 or parts[0] is None or parts[1] is None:
+        return None
+    mode.rows.unite(parts[0], parts[1])
+    return parts[0].expand(call.output.shape)
+
+
+@_on("matmul", "__matmul__", "bmm", "mm")
+def _matrix_product(mode: _RowMode, call: _Running) -> Any:
+    """Linear in the rows of the left factor, or in the columns of a right one."""
+    left, right = call.args[:2]
+    if id(right) in mode.entries and right.dim() == 2:
+        mode.leave(left)
+        return _produced(mode, right, 1, None, call.output.shape, -1)
+    for tensor, at in ((left, -1), (right, -2)):
+        ids = mode.ids.get(id(tensor))
+        if ids is None or ids.dim() < 2:
+            continue
+        if tensor is left:
+            mode.leave(right)
+        first = ids.narrow(at, 0, 1)
+        mode.rows.unite(first, ids)
+        return first.expand(call.output.shape)
+    return None
