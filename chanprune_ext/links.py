@@ -108,7 +108,25 @@ class _Linear:
             found = self._row(equation)
             if found is not None and np.abs(found).max(initial=0.0) > 1e-9:
                 rows.setdefault(np.round(found, 6).tobytes(), found)
-        return list(rows.values())
+        return self._binding(list(rows.values()))
+
+    def _binding(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Rows without those that only say what an attribute will be."""
+        while True:
+            used = np.count_nonzero([row[self.units :] for row in rows], axis=0) if rows else None
+            loose = [
+                row
+                for row in rows
+                if any(
+                    used is not None
+                    and used[i] == 1
+                    and np.allclose(row / row[self.units + i], np.round(row / row[self.units + i]))
+                    for i in np.flatnonzero(row[self.units :])
+                )
+            ]
+            if not loose:
+                return rows
+            rows = [row for row in rows if not any(row is other for other in loose)]
 
     def _row(self, equation: Equation) -> np.ndarray | None:
         target = self.size(equation.slots)
