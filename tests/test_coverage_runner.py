@@ -123,7 +123,7 @@ def test_kept_indices_that_belong_to_no_plan_have_no_labels() -> None:
 def test_check_finds_a_sound_pruning_exact(case: Case) -> None:
     report = reported(case)
     assert report["verdict"] == "exact", report
-    assert report["exactness"] in ("restricted", "rescaled")
+    assert report["exactness"] == "restricted"
     assert report["error"] < TOLERANCE
     assert report["trained"]
     assert report["copies"]

@@ -73,9 +73,18 @@ class _Float64(CallMode):
             kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
         if name == "float":
             func = Tensor.double
+        elif name in ("grouped_mm", "_grouped_mm"):
+            func = _grouped_product
         elif name == "type" and len(args) > 1 and args[1] == "torch.FloatTensor":
             args = (args[0], "torch.DoubleTensor")
         return super().call(name, func, args, kwargs)
+
+
+def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """``torch.nn.functional.grouped_mm`` of (n, k) and (groups, k, m), which has no float64."""
+    starts = [0, *offs.tolist()]
+    products = [x[a:b] @ w for a, b, w in zip(starts[:-1], starts[1:], weights, strict=True)]
+    return torch.cat([*products, x.new_zeros(len(x) - starts[-1], weights.shape[2])])
 
 
 class _Recorded(_Float64):

@@ -35,8 +35,8 @@ Each runs in a process of its own; a hang, a crash or too much memory counts as 
 - **failed**: anything else.
 - **covered**: the part of all output channels of convolutions and linear layers that may go,
   leaving aside those that are the model's output.
-- **compared**: *strict*, with the zeroed original; *restricted*, a statistic taken over kept
-  channels only; *rescaled*, also with attention's default scale following the smaller heads.
+- **compared**: *strict*, with the zeroed original; *restricted*, statistics over removed channels
+  taken over the kept ones. (The peer may also let attention's scale follow the smaller heads.)
 
 Times are CPU seconds of one thread: analysis, planning with replay, surgery.
 

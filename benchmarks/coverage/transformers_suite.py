@@ -246,7 +246,14 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "modernbert": (_MASKED, _TEXT, _tokens()),
     "xlnet": (
         _CLASSIFY,
-        {"vocab_size": _VOCABULARY, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128},
+        {
+            "vocab_size": _VOCABULARY,
+            "d_model": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "d_inner": 128,
+            "use_mems_eval": False,  # or every hidden state is an output
+        },
         _tokens(),
     ),
     "fnet": (_CLASSIFY, _TEXT, lambda: {"input_ids": _decoder_ids(), "return_dict": True}),
