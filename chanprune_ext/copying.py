@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
+from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
 __all__ = ["copied"]
 
@@ -18,8 +19,8 @@ __all__ = ["copied"]
 def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -> nn.Module:
     """A deep copy of ``model``, with gradients and attributes of its parameters.
 
-    Tensors that a hook computes before each forward (older weight norm) and stores as plain
-    attributes have a history that cannot be copied; the copy gets their values.
+    Tensors that a forward or a hook computes (older weight norm) and stores as plain attributes,
+    alone or in a list, have a history that cannot be copied; the copy gets their values.
 
     Args:
         model: The model; left untouched.
@@ -31,9 +32,9 @@ def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -
     """
     memo: dict[int, Any] = dict(replacements or {})
     for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
+        for tensor in tensors_in(list(module.__dict__.values())):
+            if not tensor.is_leaf:
+                memo.setdefault(id(tensor), tensor.detach().clone())
     given = frozenset(memo)
     try:
         result = copy.deepcopy(model, memo)

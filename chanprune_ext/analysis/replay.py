@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Analysis, Sizes
     from chanprune_ext.analysis.provenance import Attribute
     from chanprune_ext.analysis.scales import Rescaling
-    from chanprune_ext.analysis.trace import Slots
+    from chanprune_ext.analysis.trace import Slots, TracedCall
 
 __all__ = ["DivergenceError", "patched_attributes", "replay", "set_attributes"]
 
@@ -81,7 +81,9 @@ class _ReplayMode(CallMode):
 
     def __init__(self, analysis: Analysis, sizes: Sizes, path: ModulePath) -> None:
         super().__init__()
-        self.calls = analysis.trace.calls
+        self.calls = list(analysis.trace.calls)
+        self.real = analysis.trace.substrate == "real"
+        self.adrift = False
         self.sizes = sizes
         self.path = path
         self.factors: dict[int, float] = {}
@@ -89,6 +91,10 @@ class _ReplayMode(CallMode):
     def after(
         self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if self.adrift and (index >= len(self.calls) or name != self.calls[index].name):
+            self.calls = []
+        if self.adrift and not self.calls:
+            return output
         where = f"call {index} ({name}) in '{self.path.current}'"
         if index >= len(self.calls):
             raise self.diverged(f"the pruned model makes one call more than before: {where}")
@@ -111,10 +117,27 @@ class _ReplayMode(CallMode):
         shapes = [tuple(t.shape) for t in results]
         predicted = [tuple(self.sizes.of(s) for s in dims) for dims in expected.outputs]
         if shapes != predicted:
-            raise self.diverged(
-                f"the pruned model makes shapes {shapes} where {predicted} was predicted: {where}"
-            )
+            if not self.follow_values(shapes, expected):
+                raise self.diverged(
+                    f"the pruned model makes shapes {shapes} where {predicted} was predicted: "
+                    f"{where}"
+                )
+            self.adrift = True
         return output
+
+    def follow_values(self, shapes: list[tuple[int, ...]], expected: TracedCall) -> bool:
+        """Whether other shapes than predicted can come from other values (boxes that survive, say).
+
+        Only on real tensors, and only in dimensions that have nothing to do with channels. What
+        comes later may take another path; that it runs is what is left to see.
+        """
+        if len(shapes) != len(expected.outputs):
+            return self.real and not any(len(s) for dims in expected.outputs for s in dims)
+        return self.real and all(
+            len(shape) == len(dims)
+            and all(n == self.sizes.of(s) for n, s in zip(shape, dims, strict=True) if len(s))
+            for shape, dims in zip(shapes, expected.outputs, strict=True)
+        )
 
     def diverged(self, message: str) -> DivergenceError:
         """The error for the call that is running, with the dimensions it made in the trace."""
@@ -163,7 +186,7 @@ def replay(
             raise mode.diverged(
                 f"the pruned model does not run, in module '{path.failed}': {error}"
             ) from error
-        if mode.next_index != len(analysis.trace.calls):
+        if mode.next_index != len(analysis.trace.calls) and not mode.adrift:
             raise mode.diverged(
                 f"the pruned model makes {mode.next_index} calls, before "
                 f"{len(analysis.trace.calls)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,7 @@ class Tracer:
     _states: dict[int, _State] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)
     _overwritten: set[int] = field(default_factory=set)
+    _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
     _where: tuple[str, str] | None = None
 
     # -- tensors ---------------------------------------------------------------------------------
@@ -293,6 +294,19 @@ class Tracer:
         """Keep every index of every dimension of ``tensor``."""
         for slots in self.dims(tensor):
             self.freeze(slots, detail)
+
+    def freeze_if_used(self, tensor: Tensor, slots: Slots, detail: str) -> None:
+        """Keep every index of this dimension if anything is computed with ``tensor``."""
+        if len(slots):
+            self._pending[id(tensor)] = slots, self.reason(detail)
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """An operation computes with these tensors, or the model returns them."""
+        for tensor in tensors:
+            self.used.add(id(tensor))
+            if id(tensor) in self._pending:
+                slots, reason = self._pending.pop(id(tensor))
+                self.store.freeze(slots.ravel(), reason)
 
     def flag_normalised(self, slots: Slots) -> None:
         """Remember that a statistic is taken over this dimension."""
@@ -564,7 +578,9 @@ def _watch(
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error
     tracer.at_output()
-    for tensor in tensors_in(output):
+    returned = tensors_in(output)
+    tracer.use(returned)
+    for tensor in returned:
         tracer.freeze_tensor(tensor, "the model's output")
     return mode.calls
 
@@ -623,10 +639,10 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     for substrate in substrates:
         try:
             return _run(model, example_inputs, substrate)
-        except AnalysisError:
-            raise
         except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
+    if isinstance(failure, AnalysisError):
+        raise failure
     raise AnalysisError(
         f"while tracing, the model's forward raised {_told(failure)}. Check that example_inputs "
         f"are what the model takes."

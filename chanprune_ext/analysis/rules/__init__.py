@@ -4,12 +4,15 @@ from chanprune_ext.analysis.rules import (
     attention,
     contraction,
     creation,
+    indexing,
     movement,
     normalisation,
     pointwise,
     reduction,
     reshape,
     spatial,
+    spectral,
+    windows,
 )
 from chanprune_ext.analysis.rules.registry import apply_rule, register_rule
 
@@ -18,6 +21,7 @@ __all__ = [
     "attention",
     "contraction",
     "creation",
+    "indexing",
     "movement",
     "normalisation",
     "pointwise",
@@ -25,4 +29,6 @@ __all__ = [
     "register_rule",
     "reshape",
     "spatial",
+    "spectral",
+    "windows",
 ]

@@ -133,6 +133,23 @@ def bmm(
     tracer.cost(1, batch, m, k, n)
 
 
+@rule("aten::_grouped_mm")
+def grouped_mm(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """(T, K) x (E, K, N) -> (T, N): every row meets the matrix of the expert it was sent to."""
+    tokens, experts = args[:2]
+    if tokens.dim() != 2 or experts.dim() != 3 or (len(args) > 3 and args[3] is not None):
+        raise ValueError("a grouped product of other shapes")
+    rows, k = tracer.dims(tokens)
+    which, _, n = tracer.dims(experts)
+    tracer.freeze(which, "experts are chosen by number")
+    contract(tracer, (tokens, 1), (experts, 1))
+    _note_roles(tracer, tokens, experts)
+    tracer.set(output, [rows, n])
+    tracer.cost(1, rows, k, n)
+
+
 @rule("aten::mv")
 def mv(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor

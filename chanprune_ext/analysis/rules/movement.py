@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge
 
@@ -15,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chanprune_ext.analysis.trace import Slots, Tracer
-
-_POSITION = "a fixed position of these channels is read"
 
 
 def _moved(tracer: Tracer, source: Tensor, output: Tensor, order: list[int | None]) -> None:
@@ -203,18 +199,6 @@ def narrow(
     tracer.set(output, dims)
 
 
-@rule("aten::select", "aten::unbind")
-def select(
-    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    source = args[0]
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % source.dim()
-    dims = list(tracer.dims(source))
-    tracer.freeze(dims.pop(dim), _POSITION)
-    for out in tensors_in(output):
-        tracer.set(out, dims)
-
-
 @rule(
     "aten::split",
     "aten::split_with_sizes",
@@ -296,49 +280,3 @@ def constant_pad(
                 parts.insert(0, slots) if side == 0 else parts.append(slots)
         dims[d] = _joined(parts)
     tracer.set(output, dims)
-
-
-@rule("aten::index_select")
-def index_select(
-    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> None:
-    source, dim, index = args
-    dims = list(tracer.dims(source))
-    tracer.freeze(dims[dim], _POSITION)
-    tracer.freeze_tensor(index, _POSITION)
-    dims[dim] = np.empty((0, output.shape[dim]), dtype=np.int64)
-    tracer.set(output, dims)
-
-
-@rule("aten::index")
-def index(
-    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> None:
-    """``x[:, [0, 2]]``: dims without an index pass; indexed ones stay whole."""
-    source, indices = args
-    chosen = [d for d, i in enumerate(indices) if i is not None]
-    if any(indices[d].dtype in (torch.bool, torch.uint8) for d in chosen):
-        raise ValueError("channels picked by a mask")
-    dims = list(tracer.dims(source))
-    for d in chosen:
-        tracer.freeze(dims[d], _POSITION)
-        tracer.freeze_tensor(indices[d], _POSITION)
-    # The result of the indices stands where they were, or in front when something is between them.
-    together = chosen == list(range(chosen[0], chosen[-1] + 1))
-    place = chosen[0] if together else 0
-    rest = [slots for d, slots in enumerate(dims) if d not in chosen]
-    fresh = output.shape[place : place + output.dim() - len(rest)]
-    picked = [np.empty((0, n), dtype=np.int64) for n in fresh]
-    tracer.set(output, [*rest[:place], *picked, *rest[place:]])
-
-
-@rule("aten::embedding")
-def embedding(
-    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> None:
-    """Rows are looked up by token id and stay; columns are channels."""
-    weight, ids = args[:2]
-    rows, columns = tracer.dims(weight)
-    tracer.freeze(rows, "an embedding table is indexed by token id")
-    tracer.note_role(weight, 1, "out")
-    tracer.set(output, [*tracer.dims(ids), columns])

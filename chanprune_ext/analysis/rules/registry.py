@@ -74,7 +74,7 @@ def apply_rule(
         return  # a fake tensor is asked for its device or layout
     tracer.op_name = name
     inputs = tensors_in((args, kwargs))
-    tracer.used.update(map(id, inputs))
+    tracer.use(inputs)
     if name not in _CREATORS and not any(tracer.labelled(t) for t in inputs):
         return
     function = _RULES.get(name)

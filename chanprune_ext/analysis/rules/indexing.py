@@ -1,0 +1,160 @@
+"""Reading and writing at given positions: the dims that are indexed stay whole, the others pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.rules.registry import rule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from chanprune_ext.analysis.trace import Slots, Tracer
+
+_POSITION = "a fixed position of these channels is read"
+
+
+@rule("aten::select", "aten::unbind")
+def select(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    source = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % source.dim()
+    dims = list(tracer.dims(source))
+    read = dims.pop(dim)
+    for out in tensors_in(output):
+        tracer.set(out, dims)
+        # Code that only asks for the shape of ``x[:, 0]`` reads no channel.
+        tracer.freeze_if_used(out, read, _POSITION)
+
+
+@rule("aten::index_select")
+def index_select(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    source, dim, index = args
+    dims = list(tracer.dims(source))
+    tracer.freeze(dims[dim], _POSITION)
+    tracer.freeze_tensor(index, _POSITION)
+    dims[dim] = np.empty((0, output.shape[dim]), dtype=np.int64)
+    tracer.set(output, dims)
+
+
+@rule("aten::index")
+def index(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """``x[:, [0, 2]]``: dims without an index pass; indexed ones stay whole."""
+    source, indices = args
+    dims = tracer.dims(source)
+    chosen, together = _indexed_dims(tracer, dims, indices)
+    # The result of the indices stands where they were, or in front when something is between them.
+    place = chosen[0] if together else 0
+    rest = [slots for d, slots in enumerate(dims) if d not in chosen]
+    fresh = output.shape[place : place + output.dim() - len(rest)]
+    picked = [np.empty((0, n), dtype=np.int64) for n in fresh]
+    tracer.set(output, [*rest[:place], *picked, *rest[place:]])
+
+
+def _indexed_dims(
+    tracer: Tracer, dims: Sequence[Slots], indices: Sequence[Tensor | None]
+) -> tuple[list[int], bool]:
+    """Dims that are read by index, which stay whole, and whether no other dim is between them.
+
+    A mask reads as many dims as it has itself.
+    """
+    chosen: list[int] = []
+    runs = 0
+    d = 0
+    before: Tensor | None = None
+    for given in indices:
+        if given is None:
+            d += 1
+        else:
+            width = given.dim() if given.dtype in (torch.bool, torch.uint8) else 1
+            chosen += range(d, d + width)
+            d += width
+            tracer.freeze_tensor(given, _POSITION)
+            runs += before is None
+        before = given
+    for d in chosen:
+        tracer.freeze(dims[d], _POSITION)
+    return chosen, runs == 1
+
+
+@rule("aten::index_put", "aten::index_put_", "aten::_unsafe_index_put")
+def index_put(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """``x[mask] = value``: indexed dims stay whole, the others go with those of the value."""
+    source, indices, value = args[:3]
+    dims = tracer.dims(source)
+    chosen, together = _indexed_dims(tracer, dims, indices)
+    after = dims[chosen[-1] + 1 :] if together else ()
+    given = tracer.dims(value)
+    for slots, own in zip(reversed(after), reversed(given), strict=False):
+        if slots.shape[1] == own.shape[1]:
+            tracer.unify(slots, own)
+        else:
+            tracer.freeze(slots, "one value is written to many channels")
+            tracer.freeze(own, "one value is written to many channels")
+    for slots in given[: max(len(given) - len(after), 0)]:
+        tracer.freeze(slots, _POSITION)
+    if not together or len(dims) - len(after) != len(chosen):
+        for d in set(range(len(dims) - len(after))) - set(chosen):
+            tracer.freeze(dims[d], _POSITION)
+    tracer.set(output, dims)
+
+
+@rule("aten::gather")
+def gather(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """Read along one dim, which stays whole; the others go with those of the index."""
+    source, dim, positions = args[:3]
+    if not source.dim():
+        raise ValueError("a value is gathered from")
+    dim %= source.dim()
+    dims = list(tracer.dims(source))
+    tracer.freeze(dims[dim], _POSITION)
+    for d, own in enumerate(tracer.dims(positions)):
+        if d == dim:
+            dims[d] = own
+        elif own.shape[1] == dims[d].shape[1]:
+            tracer.unify(dims[d], own)
+        else:
+            tracer.freeze(dims[d], _POSITION)
+            dims[d] = own
+    tracer.set(output, dims)
+
+
+@rule("aten::_embedding_bag", "aten::_embedding_bag_forward_only")
+def embedding_bag(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Sums or means of rows: columns are channels."""
+    rows, columns = tracer.dims(args[0])
+    tracer.freeze(rows, "an embedding table is indexed by token id")
+    tracer.note_role(args[0], 1, "out")
+    result, *extras = output
+    tracer.set(result, [np.empty((0, result.shape[0]), dtype=np.int64), columns])
+    for extra in extras:
+        tracer.set(extra, [np.empty((0, n), dtype=np.int64) for n in extra.shape])
+
+
+@rule("aten::embedding")
+def embedding(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """Rows are looked up by token id and stay; columns are channels."""
+    weight, ids = args[:2]
+    rows, columns = tracer.dims(weight)
+    tracer.freeze(rows, "an embedding table is indexed by token id")
+    tracer.note_role(weight, 1, "out")
+    tracer.set(output, [*tracer.dims(ids), columns])
