@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage.case import called
-from chanprune_ext.analysis.calls import CallMode, ModulePath, steady_calls, tensors_in
-from chanprune_ext.analysis.trace import NORMALISED, substitute
+from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
+from chanprune_ext.analysis.module_path import ModulePath
+from chanprune_ext.analysis.tracer import NORMALISED
+from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.verification import zero_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis
-    from chanprune_ext.analysis.trace import Slots, TracedCall
+    from chanprune_ext.analysis.tracer import Slots
+    from chanprune_ext.analysis.trace import TracedCall
 
 __all__ = [
     "OracleError",
@@ -80,7 +83,7 @@ class _Float64(CallMode):
         return super().call(name, func, args, kwargs)
 
 
-def _grouped_product(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+def _grouped_product(x: Tensor, weights: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
     """``torch.nn.functional.grouped_mm`` of (n, k) and (groups, k, m), which has no float64."""
     starts = [0, *offs.tolist()]
     products = [x[a:b] @ w for a, b, w in zip(starts[:-1], starts[1:], weights, strict=True)]

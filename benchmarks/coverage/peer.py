@@ -132,8 +132,9 @@ def _pruned(
         output_transform=lambda out: [t for t in tensors_in(out) if t.requires_grad],
     )
     pruner.step()
-    if hasattr(model, "hidden_dim") and hasattr(model, "conv_proj"):
-        model.hidden_dim = model.conv_proj.out_channels  # torchvision's vision transformer
+    patches = getattr(model, "conv_proj", None)
+    if isinstance(patches, nn.Conv2d) and hasattr(model, "hidden_dim"):
+        model.hidden_dim = patches.out_channels  # torchvision's vision transformer
     for module, first, count in attentions:
         width = first.weight.shape[0] if not hasattr(first, "nf") else first.weight.shape[1]
         parts = 3 if _name_in(module, first) in ("qkv", "query_key_value", "c_attn") else 1
@@ -161,8 +162,10 @@ def _output_layers(model: nn.Module, analysis: Analysis | None) -> list[nn.Modul
     holders = [
         m for m in model.modules() if any(id(p) in weights for p in m.parameters(recurse=False))
     ]
-    # An embedding tied to the last layer is not an output itself.
-    return [m for m in holders if not isinstance(m, nn.Embedding)]
+    # An embedding tied to the last layer is not an output itself; that layer is one in any case.
+    last = getattr(model, "get_output_embeddings", lambda: None)()
+    found = [m for m in (*holders, last) if isinstance(m, nn.Module)]
+    return [m for m in dict.fromkeys(found) if not isinstance(m, nn.Embedding)]
 
 
 def _attention_heads(
