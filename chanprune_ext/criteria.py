@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.trace import tensors_of
+from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import channel_norms
 

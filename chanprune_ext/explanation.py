@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from chanprune_ext.analysis.couplings import CoupledDim, Couplings, StuckDim
-    from chanprune_ext.analysis.trace import Event
+    from chanprune_ext.analysis.tracer import Event
     from chanprune_ext.plan import GroupSummary
 
 __all__ = ["ExplainedGroup", "ExplainedMember", "Explanation", "cause", "explain"]

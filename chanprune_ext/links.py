@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
-    from chanprune_ext.analysis.trace import Slots
+    from chanprune_ext.analysis.tracer import Slots
 
 __all__ = ["solve_linked_counts"]
 

@@ -14,7 +14,7 @@ from chanprune_ext.analysis.couplings import Couplings
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.scales import Rescaling
-from chanprune_ext.analysis.trace import tensors_of
+from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.atomic_files import write_atomically
 from chanprune_ext.errors import CheckpointError, PlanMismatchError
 

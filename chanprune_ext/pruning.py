@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from chanprune_ext.allocation import Budget, Selection
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.couplings import couplings_of
-from chanprune_ext.analysis.trace import substitute
+from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Sizes
     from chanprune_ext.analysis.provenance import Equation
     from chanprune_ext.analysis.scales import Rescaling
-    from chanprune_ext.analysis.trace import Event, Slots
+    from chanprune_ext.analysis.tracer import Event, Slots
 
 __all__ = ["Removal", "verified_removal"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import steady_calls
 from chanprune_ext.analysis.replay import set_attributes
-from chanprune_ext.analysis.trace import tensors_of
+from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.copying import carry_over, copied
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import slice_channels

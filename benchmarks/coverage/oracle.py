@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from benchmarks.coverage.case import called
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
 from chanprune_ext.analysis.module_path import ModulePath
-from chanprune_ext.analysis.tracer import NORMALISED
 from chanprune_ext.analysis.stand_ins import substitute
+from chanprune_ext.analysis.tracer import NORMALISED
 from chanprune_ext.verification import zero_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis
-    from chanprune_ext.analysis.tracer import Slots
     from chanprune_ext.analysis.trace import TracedCall
+    from chanprune_ext.analysis.tracer import Slots
 
 __all__ = [
     "OracleError",

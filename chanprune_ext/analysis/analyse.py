@@ -9,7 +9,8 @@ from torch import nn
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.groups import Analysis, build_analysis
-from chanprune_ext.analysis.trace import tensors_of, trace_model
+from chanprune_ext.analysis.stand_ins import tensors_of
+from chanprune_ext.analysis.trace import trace_model
 from chanprune_ext.errors import InvalidArgumentError
 
 __all__ = ["analyse"]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chanprune_ext.analysis.groups import Analysis
-    from chanprune_ext.analysis.trace import Event
+    from chanprune_ext.analysis.tracer import Event
 
 __all__ = ["CoupledDim", "CouplingGraph"]
 

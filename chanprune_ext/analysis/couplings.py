@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chanprune_ext.analysis.coupling_graph import CoupledDim, CouplingGraph
-from chanprune_ext.analysis.trace import Event, Trace
+from chanprune_ext.analysis.tracer import Event
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from chanprune_ext.analysis.groups import Analysis
+    from chanprune_ext.analysis.trace import Trace
 
 __all__ = ["CoupledDim", "Couplings", "StuckDim", "couplings_of"]
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chanprune_ext.analysis.provenance import Attribute, Const, leaves
-from chanprune_ext.analysis.trace import NORMALISED, Slots, Trace
+from chanprune_ext.analysis.tracer import NORMALISED, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from chanprune_ext.analysis.trace import Trace
 
 __all__ = ["Analysis", "CouplingGroup", "Frozen", "Member", "build_analysis"]
 

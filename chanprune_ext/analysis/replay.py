@@ -9,22 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import (
-    CallMode,
-    ModulePath,
-    source_line,
-    steady_calls,
-    tensors_in,
-)
+from chanprune_ext.analysis.calls import CallMode, source_line, steady_calls, tensors_in
+from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
 from chanprune_ext.analysis.sizes import numbers_in
-from chanprune_ext.analysis.trace import (
-    Event,
+from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
     substrate_mode,
     tensors_of,
 )
+from chanprune_ext.analysis.tracer import Event
 from chanprune_ext.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -35,7 +30,8 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Analysis, Sizes
     from chanprune_ext.analysis.provenance import Attribute
     from chanprune_ext.analysis.scales import Rescaling
-    from chanprune_ext.analysis.trace import Slots, TracedCall
+    from chanprune_ext.analysis.trace import TracedCall
+    from chanprune_ext.analysis.tracer import Slots
 
 __all__ = ["DivergenceError", "patched_attributes", "replay", "set_attributes"]
 

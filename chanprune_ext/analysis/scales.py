@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
-from chanprune_ext.analysis.trace import (
+from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
     substrate_mode,

@@ -15,7 +15,7 @@ from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.provenance import Dim, TracedInt
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Tracer
+    from chanprune_ext.analysis.tracer import Tracer
 
 __all__ = ["numbers_in", "record_equations"]
 

@@ -8,74 +8,38 @@ real tensors where shapes depend on values.
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chanprune_ext.analysis.calls import (
-    CallMode,
-    ModulePath,
-    source_line,
-    steady_calls,
-    tensors_in,
-)
+from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
 from chanprune_ext.analysis.labels import LabelStore
+from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.provenance import (
-    Attribute,
     Dim,
     Equation,
-    Expr,
-    Op,
     TracedInt,
-    expression,
-    leaves,
     plain,
     traced_attributes,
 )
 from chanprune_ext.analysis.rules import apply_rule
 from chanprune_ext.analysis.sizes import numbers_in, record_equations
+from chanprune_ext.analysis.stand_ins import (
+    call_substituted,
+    substitute,
+    substrate_mode,
+    tensors_of,
+)
+from chanprune_ext.analysis.tracer import Cost, Event, Join, Slots, Tracer
 from chanprune_ext.errors import AnalysisError
 
-__all__ = ["Cost", "Event", "Slots", "Trace", "TracedCall", "Tracer", "substitute", "trace_model"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
-Slots = np.ndarray  # int64 (k, n): k label slots for each of the n indices of one dimension
-# The parameter that a tensor computed from parameters alone stands for: its entry, and for each dim
-# the parameter's dim (or None).
-Origin = tuple[str, tuple[int | None, ...]]
-# Two rows of slots that one operation made equal, column by column, and the event that says where.
-Join = tuple[int, Slots, Slots]
-NORMALISED = 1  # flag: some layer computes a statistic over these channels
-
-
-@dataclass(frozen=True)
-class Event:
-    """Where and why labels were restricted."""
-
-    op: str
-    module: str
-    source: str
-    detail: str
-
-    def __str__(self) -> str:
-        where = f"in '{self.module}' " if self.module else ""
-        return f"{self.detail or self.op} {where}({self.source})"
-
-
-@dataclass(frozen=True, eq=False)
-class Cost:
-    """Multiply-accumulates of a contraction: ``constant`` times the surviving sizes of ``dims``."""
-
-    module: str
-    constant: int
-    dims: tuple[Slots, ...]
+__all__ = ["Trace", "TracedCall", "trace_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,257 +81,6 @@ class Trace:
     substrate: str
     joins: list[Join] = field(default_factory=list)
     axes: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _State:
-    dims: tuple[Slots, ...]
-    origin: Origin | None = None
-    zeros: tuple[bool, ...] = ()
-
-
-def anonymous(n: int) -> Slots:
-    """The slots of a dimension nobody may shorten."""
-    return np.empty((0, n), dtype=np.int64)
-
-
-def _storage(tensor: Tensor) -> int:
-    """What a tensor and its views share, also on the meta device, where nothing has an address."""
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001
-
-
-@dataclass(eq=False)
-class Tracer:
-    """The state rules work on. Every method that restricts labels records who asked for it."""
-
-    store: LabelStore
-    path: ModulePath
-    events: list[Event] = field(default_factory=list)
-    equations: list[Equation] = field(default_factory=list)
-    differences: list[Equation] = field(default_factory=list)
-    costs: list[Cost] = field(default_factory=list)
-    roles: dict[tuple[str, int], str] = field(default_factory=dict)
-    order: dict[str, None] = field(default_factory=dict)
-    unknown: list[Event] = field(default_factory=list)
-    joins: list[Join] = field(default_factory=list)
-    axes: list[int] = field(default_factory=list)  # first label of every row of new labels, rising
-    used: set[int] = field(default_factory=set)
-    failed_at: str = ""
-    call_args: tuple[Any, ...] = ()
-    call_kwargs: dict[str, Any] = field(default_factory=dict)
-    call_name: str = ""
-    op_name: str = ""
-    _states: dict[int, _State] = field(default_factory=dict)
-    _alive: list[Any] = field(default_factory=list)
-    _overwritten: set[int] = field(default_factory=set)
-    _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
-    _where: tuple[str, str] | None = None
-
-    # -- tensors ---------------------------------------------------------------------------------
-
-    def dims(self, tensor: Tensor) -> tuple[Slots, ...]:
-        """The slots of every dimension of ``tensor``."""
-        state = self._states.get(id(tensor))
-        if state is not None:
-            if tuple(slots.shape[1] for slots in state.dims) == tuple(tensor.shape):
-                return state.dims
-            # Reshaped in place by an operation no rule followed: its channels must all stay.
-            for slots in state.dims:
-                self.freeze(slots, "a tensor changes its shape in place")
-        return tuple(anonymous(n) for n in tensor.shape)
-
-    def recorded(self, tensor: Tensor) -> tuple[tuple[Slots, ...], Origin | None]:
-        """Slots and origin as last recorded, though the operation may have changed the shape."""
-        state = self._states.get(id(tensor))
-        return (self.dims(tensor), None) if state is None else (state.dims, state.origin)
-
-    def labelled(self, tensor: Tensor) -> bool:
-        """Whether any dimension of ``tensor`` carries labels."""
-        state = self._states.get(id(tensor))
-        return state is not None and any(len(slots) for slots in state.dims)
-
-    def set(
-        self,
-        tensor: Tensor,
-        dims: Sequence[Slots],
-        origin: Origin | None = None,
-    ) -> None:
-        """Give ``tensor`` its slots."""
-        sizes = tuple(slots.shape[1] for slots in dims)
-        if sizes != tuple(tensor.shape):
-            raise AssertionError(f"{self.op_name}: slots {sizes} for shape {tuple(tensor.shape)}")
-        self._alive.append(tensor)
-        self._states[id(tensor)] = _State(tuple(dims), origin)
-
-    def origin(self, tensor: Tensor) -> Origin | None:
-        """The parameter that ``tensor`` stands for, if it is computed from parameters alone."""
-        state = self._states.get(id(tensor))
-        return None if state is None else state.origin
-
-    def zeros(self, tensor: Tensor) -> tuple[bool, ...]:
-        """For every dimension, whether the zeroed network is zero at what is removed of it.
-
-        True for a dimension without labels, of which nothing is removed.
-        """
-        state = self._states.get(id(tensor))
-        if state is None:
-            return (True,) * tensor.dim()
-        known = len(state.zeros) == tensor.dim() and not (
-            self._overwritten and _storage(tensor) in self._overwritten
-        )
-        return tuple(
-            not len(slots) or (known and state.zeros[d])
-            for d, slots in enumerate(self.dims(tensor))
-        )
-
-    def set_zeros(self, tensor: Tensor, zeros: Sequence[bool], *, changed: bool = False) -> None:
-        """Record :meth:`zeros`; with ``changed`` the tensor was changed in place, and its views."""
-        self._states[id(tensor)].zeros = tuple(zeros)
-        if changed and not all(self.zeros(tensor)):
-            self._overwritten.add(_storage(tensor))
-
-    def note_role(self, tensor: Tensor, dim: int, role: str) -> None:
-        """Record that ``dim`` of a weight makes (``"out"``) or reads (``"in"``) channels."""
-        origin = self.origin(tensor)
-        if origin is not None and origin[1][dim] is not None:
-            self.order.setdefault(origin[0])
-            self.roles.setdefault((origin[0], int(origin[1][dim])), role)  # type: ignore[arg-type]
-
-    # -- labels ----------------------------------------------------------------------------------
-
-    def reason(self, detail: str = "") -> int:
-        """A fresh event at the place that is running now."""
-        module, source = self.place()
-        self.events.append(Event(self.op_name or self.call_name, module, source, detail))
-        return len(self.events) - 1
-
-    def fresh(self, n: int) -> Slots:
-        """New labels for a dimension whose content is the same at every index."""
-        if n <= 1:
-            return anonymous(n)
-        first = self.store.fresh(n)
-        self.axes.append(first)
-        return np.arange(first, first + n, dtype=np.int64)[None]
-
-    def place(self) -> tuple[str, str]:
-        """Module path and ``file.py:line`` of what is running now."""
-        if self._where is None:
-            file, line = source_line()
-            self._where = (self.path.current, f"{Path(file).name}:{line}")
-        return self._where
-
-    def enter_call(self) -> None:
-        """A Python-level call starts: forget where the last one was."""
-        self.op_name = ""
-        self._where = None
-
-    def at_output(self) -> None:
-        """What follows happens where the model returns."""
-        self.op_name = self.call_name = "output"
-        self._where = ("", "model output")
-
-    def unify(self, a: Slots, b: Slots) -> None:
-        """Index i of ``a`` is removed if and only if index i of ``b`` is."""
-        if a is b or (not len(a) and not len(b)) or (a.shape == b.shape and np.array_equal(a, b)):
-            return
-        reason = self.reason("channels meet others that cannot be removed")
-        self.store.unify(a, b, reason)
-        if len(a) and len(b):
-            self.joins.append((reason, a, b))
-
-    def note_factors(
-        self, reason: int, first: int, slots: Slots, sizes: Sequence[int], pieces: Sequence[Slots]
-    ) -> None:
-        """Remember that a split of ``slots`` made new labels, from ``first`` on, for ``pieces``."""
-        self.axes.append(first)
-        positions = np.unravel_index(np.arange(slots.shape[1]), tuple(sizes))
-        for piece, position in zip(pieces, positions, strict=True):
-            if (piece >= first).any():
-                self.joins.append((reason, slots, piece[:, position]))
-
-    def freeze(self, slots: Slots, detail: str) -> None:
-        """Keep every index of this dimension."""
-        if len(slots):
-            self.store.freeze(slots.ravel(), self.reason(detail))
-
-    def freeze_tensor(self, tensor: Tensor, detail: str) -> None:
-        """Keep every index of every dimension of ``tensor``."""
-        for slots in self.dims(tensor):
-            self.freeze(slots, detail)
-
-    def freeze_if_used(self, tensor: Tensor, slots: Slots, detail: str) -> None:
-        """Keep every index of this dimension if anything is computed with ``tensor``."""
-        if len(slots):
-            self._pending[id(tensor)] = slots, self.reason(detail)
-
-    def use(self, tensors: Iterable[Tensor]) -> None:
-        """An operation computes with these tensors, or the model returns them."""
-        for tensor in tensors:
-            self.used.add(id(tensor))
-            if id(tensor) in self._pending:
-                slots, reason = self._pending.pop(id(tensor))
-                self.store.freeze(slots.ravel(), reason)
-
-    def flag_normalised(self, slots: Slots) -> None:
-        """Remember that a statistic is taken over this dimension."""
-        if len(slots):
-            self.store.set_flag(slots.ravel(), NORMALISED)
-
-    def equate(self, size: Any, slots: Slots, detail: str = "") -> None:
-        """Require that the size argument ``size`` equals the surviving size of ``slots``."""
-        if isinstance(size, bool) or not isinstance(size, int):
-            return
-        # A plain number for a dimension nobody may shorten says nothing; a traced one must stay.
-        if len(slots) or isinstance(size, TracedInt):
-            self.equations.append(
-                Equation(expression(size), slots, self.reason(detail or f"size {int(size)}"))
-            )
-
-    def keep_value(self, number: TracedInt, detail: str) -> None:
-        """Require that ``number``, and all it is made of, does not change."""
-        for leaf in leaves(number.expr):
-            if isinstance(leaf, Dim):
-                self.freeze(leaf.slots, detail)
-            elif isinstance(leaf, Attribute) and leaf.value >= 0:
-                reason = self.reason(detail)
-                self.equations.append(Equation(leaf, anonymous(leaf.value), reason))
-
-    def compared(self, left: Expr, right: Expr, equal: bool) -> None:
-        """The forward compared two sizes: equal or different, they must stay so."""
-        if not equal:
-            if any(isinstance(leaf, (Dim, Attribute)) for leaf in leaves(Op("-", left, right))):
-                self.enter_call()
-                reason = self.reason("two sizes must stay different")
-                difference = Op("-", left, right)
-                self.differences.append(Equation(difference, anonymous(0), reason))
-            return
-        if not any(isinstance(leaf, Dim) for leaf in (*leaves(left), *leaves(right))):
-            return
-        if isinstance(left, Dim):
-            left, right = right, left
-        self.enter_call()
-        reason = self.reason("two sizes must stay equal")
-        if isinstance(right, Dim):
-            self.equations.append(Equation(left, right.slots, reason))
-        else:
-            self.equations.append(Equation(Op("-", left, right), anonymous(0), reason))
-
-    def argument(self, position: int, name: str) -> Any:
-        """An argument of the Python-level call that is running, as the caller wrote it."""
-        if len(self.call_args) > position:
-            return self.call_args[position]
-        return self.call_kwargs.get(name)
-
-    def cost(self, constant: int, *dims: Slots) -> None:
-        """Count multiply-accumulates of the operation that is running."""
-        fixed = constant
-        kept = []
-        for slots in dims:
-            if len(slots):
-                kept.append(slots)
-            else:
-                fixed *= slots.shape[1]
-        self.costs.append(Cost(self.path.current, fixed, tuple(kept)))
 
 
 class _ForwardError(Exception):
@@ -447,84 +160,6 @@ class _ProvenanceMode(CallMode):
 
 def _traced_size(n: int, slots: Slots) -> int:
     return TracedInt(n, Dim(slots)) if len(slots) else int(n)
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, under its first name."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    found.update((name, b) for name, b in model.named_buffers() if isinstance(b, Tensor))
-    return found
-
-
-def substitute(value: Any, change: Any) -> Any:
-    """``value`` with ``change`` applied to each tensor inside tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {k: substitute(v, change) for k, v in value.items()}
-    if isinstance(value, tuple):
-        items = [substitute(v, change) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [substitute(v, change) for v in value]
-    return value
-
-
-@contextlib.contextmanager
-def substrate_mode(substrate: str) -> Iterator[Any]:
-    """A function tensor -> stand-in for ``"meta"``, ``"fake"`` or ``"real"``."""
-    if substrate == "meta":
-        with torch.device("meta"):
-            yield lambda t: t.detach().to("meta")
-    elif substrate == "fake":
-        from torch._subclasses import FakeTensorMode
-
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
-    else:
-        # A copy: a training-mode forward moves the running statistics.
-        yield lambda t: t.detach().clone()
-
-
-def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
-    """Run ``model`` with other tensors in place of its parameters and buffers.
-
-    A tensor is replaced wherever a module holds it: under every name of a shared module (where
-    ``torch.func.functional_call`` would not put the original back), and in plain attributes. What
-    the forward stores on its modules (a counter, an entry of a cache, a hook or its result) is
-    forgotten.
-    """
-    originals = tensors_of(model)
-    stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
-
-    def change(tensor: Tensor) -> Tensor:
-        return stand_ins.get(id(tensor), tensor)
-
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    caches: list[tuple[Any, Any]] = []
-    try:
-        for module, attributes in before:
-            for name, value in attributes.items():
-                if name in ("_parameters", "_buffers") or _holds_tensors(value):
-                    module.__dict__[name] = substitute(value, change)
-                elif type(value) in (dict, OrderedDict, list, set):
-                    caches.append((value, value.copy()))
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for cache, content in caches:
-            cache.clear()
-            cache.extend(content) if isinstance(cache, list) else cache.update(content)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (
-        type(value) in (list, tuple) and bool(value) and isinstance(value[0], Tensor)
-    )
 
 
 def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:

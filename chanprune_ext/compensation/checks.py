@@ -13,7 +13,7 @@ from ..plan import plan_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..analysis.calls import CallTrace
+    from ..analysis.call_trace import CallTrace
     from .survey import Survey
 
 __all__ = ["METHODS", "HasKept", "check_networks", "check_options", "check_same_calls", "kept_of"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.calls import record_calls, steady_calls
+from ..analysis.call_trace import record_calls
+from ..analysis.calls import steady_calls
 from ..errors import InvalidArgumentError
 from .batch_norm import measured_batch_norms, reestimate
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches

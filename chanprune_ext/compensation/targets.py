@@ -23,7 +23,7 @@ from .survey import Activation, CallFacts, Survey
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..analysis.calls import Call, CallTrace
+    from ..analysis.call_trace import Call, CallTrace
 
 __all__ = ["DEAD_SCALE", "Layer", "Skipped", "Target", "find_targets"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from toys import TOYS
 
 import chanprune_ext as cpx
-from chanprune_ext.analysis.calls import record_calls, steady_calls, tap_calls
+from chanprune_ext.analysis.call_trace import record_calls, tap_calls
+from chanprune_ext.analysis.calls import steady_calls
 from chanprune_ext.errors import AnalysisError
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from toys import TOYS
 
 from chanprune_ext.analysis import analyse
-from chanprune_ext.analysis.trace import call_substituted, trace_model
+from chanprune_ext.analysis.stand_ins import call_substituted
+from chanprune_ext.analysis.trace import trace_model
 from chanprune_ext.errors import AnalysisError
 
 IMAGES = torch.randn(2, 3, 8, 8)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from small_networks import InvertedResidual, ResidualBlock, seeded_norm
 from torch import nn
 
-from chanprune_ext.analysis.calls import record_calls, steady_calls
+from chanprune_ext.analysis.call_trace import record_calls
+from chanprune_ext.analysis.calls import steady_calls
 from chanprune_ext.compensation.survey import survey_calls
 from chanprune_ext.compensation.targets import find_targets
 

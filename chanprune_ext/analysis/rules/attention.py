@@ -12,7 +12,7 @@ from chanprune_ext.analysis.rules.contraction import contract
 from chanprune_ext.analysis.rules.registry import rule
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Tracer
+    from chanprune_ext.analysis.tracer import Tracer
 
 
 @rule(

@@ -13,7 +13,7 @@ from chanprune_ext.analysis.rules.zeros import sum_is_exact
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chanprune_ext.analysis.trace import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
 
 
 @rule("aten::convolution", "aten::_convolution", "aten::convolution_overrideable")

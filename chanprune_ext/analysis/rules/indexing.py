@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from chanprune_ext.analysis.trace import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
 
 _POSITION = "a fixed position of these channels is read"
 

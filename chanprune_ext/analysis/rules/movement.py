@@ -12,7 +12,7 @@ from chanprune_ext.analysis.rules.reshape import merge
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chanprune_ext.analysis.trace import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
 
 
 def _moved(tracer: Tracer, source: Tensor, output: Tensor, order: list[int | None]) -> None:

@@ -10,7 +10,7 @@ from chanprune_ext.analysis.rules.registry import rule
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chanprune_ext.analysis.trace import Origin, Slots, Tracer
+    from chanprune_ext.analysis.tracer import Origin, Slots, Tracer
 
 
 def broadcast_dims(tracer: Tracer, inputs: list[Tensor], shape: tuple[int, ...]) -> list[Slots]:

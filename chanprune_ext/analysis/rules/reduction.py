@@ -12,7 +12,7 @@ from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.zeros import sum_is_exact
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
 
 
 def _reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> set[int]:

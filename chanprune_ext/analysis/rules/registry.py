@@ -12,7 +12,7 @@ from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.zeros import follow_zeros
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Tracer
+    from chanprune_ext.analysis.tracer import Tracer
 
 __all__ = ["apply_rule", "register_rule", "rule"]
 

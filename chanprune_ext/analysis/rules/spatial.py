@@ -11,7 +11,7 @@ from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Tracer
+    from chanprune_ext.analysis.tracer import Tracer
 
 
 @rule(

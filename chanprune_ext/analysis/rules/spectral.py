@@ -11,7 +11,7 @@ from chanprune_ext.analysis.rules.registry import rule
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chanprune_ext.analysis.trace import Tracer
+    from chanprune_ext.analysis.tracer import Tracer
 
 
 @rule("aten::_fft_r2c", "aten::_fft_c2c", "aten::_fft_c2r")

@@ -18,7 +18,7 @@ from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.blocks import blocks
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.trace import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
 
 __all__ = ["follow_zeros", "sum_is_exact"]
 
