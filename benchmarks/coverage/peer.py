@@ -134,7 +134,8 @@ def _pruned(
     pruner.step()
     patches = getattr(model, "conv_proj", None)
     if isinstance(patches, nn.Conv2d) and hasattr(model, "hidden_dim"):
-        model.hidden_dim = patches.out_channels  # torchvision's vision transformer
+        # Torchvision's vision transformer.
+        model.hidden_dim = patches.out_channels  # type: ignore[assignment]
     for module, first, count in attentions:
         width = first.weight.shape[0] if not hasattr(first, "nf") else first.weight.shape[1]
         parts = 3 if _name_in(module, first) in ("qkv", "query_key_value", "c_attn") else 1
