@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chanprune_ext.analysis.groups import KINDS
 from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
@@ -66,18 +67,14 @@ class Selection:
     round_to: int
     ignore: tuple[str, ...]
     max_ratio: float
+    kinds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.ratios, Mapping):
             raise InvalidArgumentError(
                 f"ratios must map globs on module names to ratios, got {self.ratios!r}"
             )
-        for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
-            for glob in globs:
-                if not isinstance(glob, str):
-                    raise InvalidArgumentError(
-                        f"{argument} must hold globs on module names (str), got {glob!r}"
-                    )
+        self._check_globs()
         for name, value in (
             ("ratio", self.ratio),
             *((f"ratios[{g!r}]", r) for g, r in self.ratios.items()),
@@ -86,6 +83,8 @@ class Selection:
                 raise InvalidArgumentError(
                     f"{name} must be in [0, 1): the fraction of channels to remove; got {value!r}"
                 )
+        if unknown := set(self.kinds or ()) - set(KINDS):
+            raise InvalidArgumentError(f"kinds must be some of {KINDS}, got {sorted(unknown)}")
         if self.scope not in ("local", "global"):
             raise InvalidArgumentError(f"scope must be 'local' or 'global', got {self.scope!r}")
         if not isinstance(self.round_to, int) or self.round_to < 1:
@@ -102,6 +101,14 @@ class Selection:
             )
         if self.threshold is not None and self.budget is not None:
             raise InvalidArgumentError("give either threshold or budget, not both")
+
+    def _check_globs(self) -> None:
+        for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
+            for glob in globs:
+                if not isinstance(glob, str):
+                    raise InvalidArgumentError(
+                        f"{argument} must hold globs on module names (str), got {glob!r}"
+                    )
 
 
 def allocate(
@@ -327,6 +334,11 @@ def _active_groups(
         if (g.units > 1 or _is_part_everywhere(analysis, g))
         and g.index not in held
         and not any(_matches(g.producers, glob) for glob in selection.ignore)
+        and (
+            selection.kinds is None
+            or g.kind in selection.kinds
+            or any(_matches(g.producers, glob) for glob in selection.ratios)
+        )
         and (selection.budget is not None or selection.threshold is not None or ratios[g.index] > 0)
     ]
     chosen: dict[int, CouplingGroup] = {}
@@ -360,5 +372,6 @@ def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int])
     return (
         f"nothing to prune: of {len(analysis.groups)} groups none has a ratio above 0 and is not "
         f"ignored (ratio={selection.ratio}, ratios={dict(selection.ratios)}, "
-        f"ignore={list(selection.ignore)})"
+        f"ignore={list(selection.ignore)}, kinds={selection.kinds}; the model has "
+        f"{sorted({g.kind for g in analysis.groups})})"
     )

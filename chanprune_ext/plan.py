@@ -20,7 +20,7 @@ from chanprune_ext.errors import CheckpointError, PlanMismatchError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -43,6 +43,7 @@ class GroupSummary:
         width_before: Channels of the first producer that belong to the group.
         width_after: How many of them stay.
         normalised: A layer takes statistics over the channels.
+        kind: ``"heads"``, ``"head_dim"``, ``"residual"``, ``"mlp"`` or ``"hidden"``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class GroupSummary:
     width_before: int
     width_after: int
     normalised: bool = False
+    kind: str = "hidden"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,7 @@ class PruningPlan:
         inputs: Shapes and dtypes of the example inputs, nested as they were given.
         couplings: What couples the channels of each group, for :meth:`explain`.
         example_inputs: The inputs themselves; not saved.
+        outputs: What picks the outputs that keep their shape; not saved.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -90,6 +93,7 @@ class PruningPlan:
     inputs: Any
     couplings: Couplings = field(default_factory=Couplings, repr=False)
     example_inputs: Any = field(default=None, repr=False)
+    outputs: Callable[[Any], Any] | None = field(default=None, repr=False)
 
     @property
     def pruned(self) -> dict[str, dict[int, Tensor]]:
@@ -260,11 +264,17 @@ class PruningPlan:
 
     def __str__(self) -> str:
         rows = [
-            (g.name, ", ".join(_short(g.producers)), str(g.width_before), str(g.width_after))
+            (
+                g.name,
+                g.kind,
+                ", ".join(_short(g.producers)),
+                f"{g.width_before}",
+                f"{g.width_after}",
+            )
             for g in self.groups
         ]
-        header = ("group", "made by", "width", "kept")
-        widths = [max(len(r[i]) for r in (header, *rows)) for i in range(4)]
+        header = ("group", "kind", "made by", "width", "kept")
+        widths = [max(len(r[i]) for r in (header, *rows)) for i in range(5)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)
         ]

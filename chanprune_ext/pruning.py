@@ -19,7 +19,7 @@ from chanprune_ext.removal import verified_removal
 from chanprune_ext.verification import input_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 __all__ = ["plan", "prune"]
@@ -37,6 +37,8 @@ def plan(
     budget: Budget | None = None,
     round_to: int = 1,
     ignore: Sequence[str] = (),
+    kinds: Sequence[str] | None = None,
+    outputs: Callable[[Any], Any] | None = None,
     max_ratio: float = 0.9,
     seed: int = 0,
 ) -> PruningPlan:
@@ -61,6 +63,13 @@ def plan(
             ``ignore`` and ``max_ratio`` go with each of them.
         round_to: Make kept widths multiples of this where a group is wide enough.
         ignore: Globs on the names of modules whose channels must all stay.
+        kinds: Prune only groups of these kinds: ``"heads"`` (whole attention heads), ``"head_dim"``
+            (the width of every head), ``"residual"`` (channels that one path adds to another),
+            ``"mlp"`` (inside a block, made by a linear layer), ``"hidden"`` (inside, made by a
+            convolution); groups that a glob of ``ratios`` names are pruned as well. Default: all,
+            of heads and their width the one with more to choose from.
+        outputs: Picks, from what the model returns, what must keep its shape (``lambda out:
+            out.logits``). Default: everything that is returned.
         max_ratio: Most that global ranking, a threshold or a budget may take from one group.
         seed: Seed of criteria that draw numbers.
 
@@ -83,9 +92,10 @@ def plan(
         budget=budget,
         round_to=round_to,
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        kinds=(kinds,) if isinstance(kinds, str) else None if kinds is None else tuple(kinds),
         max_ratio=max_ratio,
     )
-    analysis = analyse(model, example_inputs)
+    analysis = analyse(model, example_inputs, outputs)
     scores = score_groups(model, analysis.groups, criterion, seed)
     names = [name for name, _ in model.named_parameters()]
     removal = verified_removal(analysis, model, example_inputs, scores, selection, names)
@@ -113,6 +123,7 @@ def plan(
             "budget": None if budget is None else {"macs": budget.macs, "params": budget.params},
             "round_to": round_to,
             "ignore": list(selection.ignore),
+            "kinds": None if selection.kinds is None else list(selection.kinds),
             "max_ratio": max_ratio,
             "seed": seed,
             "substrate": analysis.trace.substrate,
@@ -120,6 +131,7 @@ def plan(
         fingerprint=structure_of(model),
         inputs=input_shapes(example_inputs),
         couplings=couplings_of(analysis, model),
+        outputs=outputs,
         example_inputs=substitute(example_inputs, Tensor.detach),
     )
 
@@ -193,6 +205,7 @@ def group_summaries(
                 group.units * group.multiplicity,
                 kept * group.multiplicity,
                 group.normalised,
+                group.kind,
             )
         )
     return tuple(summaries)

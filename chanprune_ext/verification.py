@@ -142,7 +142,7 @@ def zeroed_outputs(plan: PruningPlan, model: nn.Module, inputs: Any = None) -> A
             f"channels of {', '.join(flagged[:3])}; keep those groups (ignore=...) or use "
             f"verify='replay'"
         )
-    return _run_in_float64(zeroed_copy(model, plan.pruned), _inputs_of(plan, inputs))
+    return _run_in_float64(plan, zeroed_copy(model, plan.pruned), _inputs_of(plan, inputs))
 
 
 def verify_outputs(plan: PruningPlan, pruned: nn.Module, expected: Any, inputs: Any = None) -> None:
@@ -151,7 +151,7 @@ def verify_outputs(plan: PruningPlan, pruned: nn.Module, expected: Any, inputs: 
     Raises:
         VerificationError: They differ by more than round-off.
     """
-    actual = _run_in_float64(copied(pruned).double(), _inputs_of(plan, inputs))
+    actual = _run_in_float64(plan, copied(pruned).double(), _inputs_of(plan, inputs))
     error = max_relative_error(actual, expected)
     allowed = _allowed_error(plan, pruned)
     if error > allowed:
@@ -181,6 +181,7 @@ def _inputs_of(plan: PruningPlan, inputs: Any) -> Any:
     return substitute(inputs, lambda t: t.double().clone() if t.is_floating_point() else t.clone())
 
 
-def _run_in_float64(model: nn.Module, inputs: Any) -> Any:
+def _run_in_float64(plan: PruningPlan, model: nn.Module, inputs: Any) -> Any:
     with steady_calls(model):
-        return call_substituted(model, {}, inputs)
+        output = call_substituted(model, {}, inputs)
+    return output if plan.outputs is None else plan.outputs(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,16 +13,22 @@ from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.analysis.trace import trace_model
 from chanprune_ext.errors import InvalidArgumentError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["analyse"]
 
 
-def analyse(model: nn.Module, example_inputs: Any) -> Analysis:
+def analyse(
+    model: nn.Module, example_inputs: Any, outputs: Callable[[Any], Any] | None = None
+) -> Analysis:
     """Find the coupling groups of ``model``.
 
     Args:
         model: Any eager module; left as it was.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, on the
             model's device, of a batch the model takes.
+        outputs: Picks, from what the model returns, what must keep its shape. Default: all of it.
 
     Raises:
         InvalidArgumentError: The model is scripted or has lazy parameters, the inputs hold no
@@ -60,4 +66,4 @@ def analyse(model: nn.Module, example_inputs: Any) -> Analysis:
                 f"example_inputs are on {tensor.device}, the model is on {next(iter(devices))}; "
                 f"move one to the other"
             )
-    return build_analysis(trace_model(model, example_inputs))
+    return build_analysis(trace_model(model, example_inputs, outputs))

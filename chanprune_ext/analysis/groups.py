@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chanprune_ext.analysis.provenance import Attribute, Const, leaves
-from chanprune_ext.analysis.tracer import NORMALISED, Slots
+from chanprune_ext.analysis.tracer import ADDED, HEAD_DIM, HEADS, NORMALISED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from chanprune_ext.analysis.trace import Trace
+    from chanprune_ext.analysis.tracer import Slots
 
-__all__ = ["Analysis", "CouplingGroup", "Frozen", "Member", "build_analysis"]
+__all__ = ["KINDS", "Analysis", "CouplingGroup", "Frozen", "Member", "build_analysis"]
+
+
+KINDS = ("heads", "head_dim", "residual", "mlp", "hidden")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +59,16 @@ class CouplingGroup:
         roots: int64 (units,): label class of each unit.
         normalised: A layer takes statistics over these channels, so removal equals the same layer
             over the kept channels rather than zeroing.
+        kind: One of :data:`KINDS`: ``"heads"`` (whole attention heads), ``"head_dim"`` (the same
+            positions of every head), ``"residual"`` (what one path adds to another), ``"mlp"``
+            (inside, made by a linear layer) or ``"hidden"`` (inside, made by a convolution).
     """
 
     index: int
     members: tuple[Member, ...]
     roots: np.ndarray
     normalised: bool
+    kind: str = "hidden"
 
     @property
     def units(self) -> int:
@@ -260,10 +268,20 @@ def build_analysis(trace: Trace) -> Analysis:
             tuple(found_members),
             group_roots,
             bool((store.flags(group_roots) & NORMALISED).any()),
+            _kind(trace, group_roots, found_members),
         )
         for index, (_, _, _, found_members, group_roots) in enumerate(keyed)
     )
     return Analysis(trace, groups, dict(live), _conflicts(groups, dict(live), store.size), frozen)
+
+
+def _kind(trace: Trace, roots: np.ndarray, members: Iterable[Member]) -> str:
+    flags = int(np.bitwise_or.reduce(trace.store.flags(roots)))
+    for bit, kind in ((HEADS, "heads"), (HEAD_DIM, "head_dim"), (ADDED, "residual")):
+        if flags & bit:
+            return kind
+    maker = next(m for m in members if m.role == "out")
+    return "mlp" if len(trace.shapes[maker.entry]) == 2 else "hidden"
 
 
 def _freeze_literals(trace: Trace) -> None:

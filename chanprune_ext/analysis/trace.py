@@ -9,7 +9,7 @@ real tensors where shapes depend on values.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,13 @@ from chanprune_ext.analysis.tracer import Cost, Event, Join, Slots, Tracer
 from chanprune_ext.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["Trace", "TracedCall", "trace_model"]
+
+
+# Picks, from what a model returns, what must keep its shape.
+Outputs: TypeAlias = "Callable[[Any], Any] | None"
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +166,7 @@ def _traced_size(n: int, slots: Slots) -> int:
     return TracedInt(n, Dim(slots)) if len(slots) else int(n)
 
 
-def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
+def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs) -> Trace:
     with steady_calls(model), ModulePath(model) as path, substrate_mode(substrate) as stand_in:
         tracer = Tracer(LabelStore(), path)
         parameters: dict[str, tuple[Slots, ...]] = {}
@@ -175,7 +179,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
             # Zeroing a network is zeroing its parameters: buffers keep their values.
             tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
         inputs = substitute(example_inputs, stand_in)
-        calls = _watch(tracer, model, stand_ins, inputs)
+        calls = _watch(tracer, model, stand_ins, inputs, outputs)
         costs = list(tracer.costs)
         unused = [
             name
@@ -183,7 +187,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
             if id(t) not in tracer.used and t.is_floating_point()
         ]
         if unused or any(map(_asks_for_training, {type(m) for m in model.modules()})):
-            _watch_training(tracer, model, stand_ins, inputs, unused)
+            _watch_training(tracer, model, stand_ins, inputs, unused, outputs)
     return Trace(
         store=tracer.store,
         parameters=parameters,
@@ -203,13 +207,19 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str) -> Trace:
 
 
 def _watch(
-    tracer: Tracer, model: nn.Module, stand_ins: Mapping[str, Tensor], inputs: Any
+    tracer: Tracer,
+    model: nn.Module,
+    stand_ins: Mapping[str, Tensor],
+    inputs: Any,
+    outputs: Outputs,
 ) -> list[TracedCall]:
     """One forward under all three layers; its outputs must keep their shape."""
     mode = _ProvenanceMode(tracer)
     try:
         with traced_attributes(model, tracer.compared), _RuleMode(tracer), mode:
             output = call_substituted(model, stand_ins, inputs)
+        if outputs is not None:
+            output = outputs(output)
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error
     tracer.at_output()
@@ -226,6 +236,7 @@ def _watch_training(
     stand_ins: Mapping[str, Tensor],
     inputs: Any,
     unused: Sequence[str],
+    outputs: Outputs,
 ) -> None:
     """Follow the training-mode forward too, for parts and paths that only run there.
 
@@ -238,7 +249,7 @@ def _watch_training(
     doubled = substitute(inputs, lambda t: torch.cat([t, t]) if t.dim() else t)
     for batch in (inputs, doubled):
         try:
-            _watch(tracer, model, stand_ins, batch)
+            _watch(tracer, model, stand_ins, batch, outputs)
         except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
         else:
@@ -263,7 +274,7 @@ def _asks_for_training(kind: type[nn.Module]) -> bool:
     )
 
 
-def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
+def trace_model(model: nn.Module, example_inputs: Any, outputs: Outputs = None) -> Trace:
     """Trace ``model`` on the cheapest substrate that can run it.
 
     Raises:
@@ -273,7 +284,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     substrates = ("meta", "fake") if on_meta else ("meta", "fake", "real")
     for substrate in substrates:
         try:
-            return _run(model, example_inputs, substrate)
+            return _run(model, example_inputs, substrate, outputs)
         except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
     if isinstance(failure, AnalysisError):

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.labels import LabelStore
     from chanprune_ext.analysis.module_path import ModulePath
 
-__all__ = ["NORMALISED", "Cost", "Event", "Slots", "Tracer", "anonymous"]
+__all__ = [
+    "ADDED",
+    "HEADS",
+    "HEAD_DIM",
+    "NORMALISED",
+    "Cost",
+    "Event",
+    "Slots",
+    "Tracer",
+    "anonymous",
+]
 
 Slots = np.ndarray  # int64 (k, n): k label slots for each of the n indices of one dimension
 # The parameter that a tensor computed from parameters alone stands for: its entry, and for each dim
@@ -37,7 +47,9 @@ Origin = tuple[str, tuple[int | None, ...]]
 # Two rows of slots that one operation made equal, column by column, and the event that says where.
 Join = tuple[int, Slots, Slots]
 
-NORMALISED = 1  # flag: some layer computes a statistic over these channels
+# Flags of channels: a layer computes a statistic over them; they number attention heads; they are
+# the width of a head; one path of the network adds them to another's.
+NORMALISED, HEADS, HEAD_DIM, ADDED = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -252,10 +264,14 @@ class Tracer:
                 slots, reason = self._pending.pop(id(tensor))
                 self.store.freeze(slots.ravel(), reason)
 
+    def flag(self, slots: Slots, bit: int) -> None:
+        """Remember something about the channels of this dimension."""
+        if len(slots):
+            self.store.set_flag(slots.ravel(), bit)
+
     def flag_normalised(self, slots: Slots) -> None:
         """Remember that a statistic is taken over this dimension."""
-        if len(slots):
-            self.store.set_flag(slots.ravel(), NORMALISED)
+        self.flag(slots, NORMALISED)
 
     def equate(self, size: Any, slots: Slots, detail: str = "") -> None:
         """Require that the size argument ``size`` equals the surviving size of ``slots``."""

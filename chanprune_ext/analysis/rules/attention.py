@@ -10,6 +10,7 @@ from torch import Tensor
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.contraction import contract
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
@@ -62,6 +63,10 @@ def attention(
                 tracer.unify(slots, own)
             else:
                 tracer.freeze(own, "one channel is broadcast against many")
+    for slots in batch:
+        tracer.flag(slots, HEADS)
+    for slots in (tracer.dims(query)[-1], width):
+        tracer.flag(slots, HEAD_DIM)
     result, *extras = tensors_in(output)
     tracer.set(result, [*batch, length, width])
     for extra in extras:

@@ -9,6 +9,7 @@ from chanprune_ext.analysis.rules.pointwise import broadcast_dims
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
 from chanprune_ext.analysis.rules.zeros import sum_is_exact
+from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,8 +124,13 @@ def bmm(
     batch = batch if len(batch) else tracer.dims(right)[0]
     contract(tracer, (left, 2), (right, 1))
     _note_roles(tracer, left, right)
-    # Multiplied by beta = 0 the added matrix is only there for its shape.
-    if added and kwargs.get("beta", 1) != 0:
+    if tracer.origin(left) is None and tracer.origin(right) is None:
+        # A product of activations is attention: of queries and keys, or of weights and values.
+        tracer.flag(batch, HEADS)
+        tracer.flag(k, HEAD_DIM)
+        tracer.flag(n, HEAD_DIM)
+    # Also where beta = 0 leaves nothing of it, the added matrix has to be of the result's shape.
+    if added:
         for mine, theirs in zip(
             (batch, m, n), broadcast_dims(tracer, added, tuple(output.shape)), strict=True
         ):

@@ -141,11 +141,14 @@ def embedding_bag(
     """Sums or means of rows: columns are channels."""
     rows, columns = tracer.dims(args[0])
     tracer.freeze(rows, "an embedding table is indexed by token id")
+    for given in tensors_in((args[1:], kwargs)):
+        tracer.freeze_tensor(given, "tokens, their weights and the starts of bags belong together")
     tracer.note_role(args[0], 1, "out")
     result, *extras = output
-    tracer.set(result, [np.empty((0, result.shape[0]), dtype=np.int64), columns])
-    for extra in extras:
-        tracer.set(extra, [np.empty((0, n), dtype=np.int64) for n in extra.shape])
+    for each in (result, *extras):
+        # Of a maximum there are also the rows it came from.
+        whole = [np.empty((0, n), dtype=np.int64) for n in each.shape]
+        tracer.set(each, [*whole[:1], columns] if each.shape == result.shape else whole)
 
 
 @rule("aten::embedding")

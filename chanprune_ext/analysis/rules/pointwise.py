@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.tracer import ADDED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,8 @@ def broadcast_dims(tracer: Tracer, inputs: list[Tensor], shape: tuple[int, ...])
     return dims
 
 
+_SUMS = frozenset({"aten::add", "aten::add_", "aten::sub", "aten::sub_"})
+
 # Element-wise operations that torch does not tag as such, each with its in-place form.
 _UNTAGGED = (
     *(
@@ -60,9 +63,19 @@ def pointwise(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     inputs = tensors_in((args, kwargs))
+    if func._schema.name in _SUMS and _join_paths(tracer, inputs):
+        for slots in tracer.dims(inputs[0]):
+            tracer.flag(slots, ADDED)
     for out in tensors_in(output):
         dims = broadcast_dims(tracer, inputs, tuple(out.shape))
         tracer.set(out, dims, _common_origin(tracer, inputs, out))
+
+
+def _join_paths(tracer: Tracer, inputs: list[Tensor]) -> bool:
+    """Whether two activations of one shape meet, as at the end of a residual block."""
+    if len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
+        return False
+    return not any(tracer.origin(t) for t in inputs)
 
 
 def _common_origin(tracer: Tracer, inputs: list[Tensor], out: Tensor) -> Origin | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chanprune_ext.analysis.rules.pointwise import pointwise
 from chanprune_ext.analysis.rules.registry import rule
 
 if TYPE_CHECKING:
@@ -48,3 +49,7 @@ def part(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     tracer.set(output, tracer.dims(args[0]))
+
+
+# Made of two real tensors, index by index.
+rule("aten::complex", "aten::polar")(pointwise)

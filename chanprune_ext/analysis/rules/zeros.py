@@ -36,8 +36,17 @@ def follow_zeros(
     for out in tensors_in(output):
         if not tracer.labelled(out):
             continue
-        zeros = follow(tracer, inputs, args, kwargs, out) if follow else [False] * out.dim()
+        if follow is None or (_computes(inputs) and not _computes([out])):
+            # Of a channel that is zero, an operation's indices (where the largest value is) are not.
+            zeros: Sequence[bool] = [False] * out.dim()
+        else:
+            zeros = follow(tracer, inputs, args, kwargs, out)
         tracer.set_zeros(out, zeros, changed=any(out is t for t in inputs))
+
+
+def _computes(tensors: list[Tensor]) -> bool:
+    """Whether any of these tensors holds real or complex numbers, not positions or truth values."""
+    return any(t.is_floating_point() or t.is_complex() for t in tensors)
 
 
 def sum_is_exact(tracer: Tracer, *factors: tuple[Tensor, int]) -> bool:
