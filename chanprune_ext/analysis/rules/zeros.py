@@ -37,7 +37,7 @@ def follow_zeros(
         if not tracer.labelled(out):
             continue
         if follow is None or (_computes(inputs) and not _computes([out])):
-            # Of a channel that is zero, an operation's indices (where the largest value is) are not.
+            # Where a channel is zero, positions in it (of its largest value, say) are not.
             zeros: Sequence[bool] = [False] * out.dim()
         else:
             zeros = follow(tracer, inputs, args, kwargs, out)
