@@ -118,6 +118,13 @@ def _summary(suites: dict[str, dict[str, Any]]) -> list[str]:
                 f"{suite}: of {len(times)} models that both prune exactly, {faster} are pruned "
                 f"faster here; the peer takes {median:.1f} times as long (median).\n"
             )
+        exported = [r["export"] for r in results["models"].values() if "export" in r]
+        expected = [found for found in exported if found != "not the original either"]
+        if expected:
+            lines.append(
+                f"{suite}: `torch.export` takes {expected.count('ok')} of {len(expected)} pruned "
+                f"models whose originals it takes.\n"
+            )
     return lines
 
 
