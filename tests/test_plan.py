@@ -90,7 +90,7 @@ def test_groups_params_and_macs() -> None:
 
 def test_table() -> None:
     text = str(cpx.plan(net(), IMAGES, 0.5))
-    assert re.search(r"^a\s+a\s+8\s+4\s*$", text, re.MULTILINE)
+    assert re.search(r"^a\s+hidden\s+a\s+8\s+4\s*$", text, re.MULTILINE)
     assert "params: 706 -> 247 (x0.350)" in text
     assert "4 channels of 'fc.weight' are kept: the model's output" in text
 
@@ -395,14 +395,15 @@ class OnlyHead(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class OnlyBag(nn.Module):
+class OnlyBilinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.bag = nn.EmbeddingBag(9, 8)
+        self.mix = nn.Bilinear(3, 3, 8)
         self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.bag(x.flatten(1).long() * 0))
+        x = x.mean((2, 3))
+        return self.fc(self.mix(x, x))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,7 @@ class OnlyBag(nn.Module):
     [
         (OnlyHead, {}, r"no channels that may be removed: 4 channels of 'fc.weight'"),
         (nn.ReLU, {}, "no channels that may be removed"),
-        (OnlyBag, {}, "no rule for aten::_embedding_bag"),
+        (OnlyBilinear, {}, "no rule for aten::_trilinear"),
         (Net, {"ratio": 0.0}, "none has a ratio above 0"),
         (Net, {"ignore": ["a", "b"]}, "ignored"),
         (Net, {"ratio": 0.01}, "nothing would be removed"),
