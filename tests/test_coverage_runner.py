@@ -22,14 +22,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.coverage.__main__ import main
 from benchmarks.coverage.case import Case, built
 from benchmarks.coverage.checks import TOLERANCE
-from benchmarks.coverage.oracle import (
-    in_float64,
-    reference_outputs,
-    relative_error,
-    removed_labels,
-    removes_normalised,
-)
+from benchmarks.coverage.float64 import in_float64
+from benchmarks.coverage.oracle import reference_outputs, relative_error
 from benchmarks.coverage.ours import check
+from benchmarks.coverage.removed import removed_labels, removes_normalised
 from benchmarks.coverage.render import rendered
 from benchmarks.coverage.sandbox import Limits, run_all
 

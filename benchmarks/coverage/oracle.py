@@ -14,27 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage.case import called
-from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
-from chanprune_ext.analysis.module_path import ModulePath
+from benchmarks.coverage.float64 import Float64Mode, plain, run_in_float64
+from chanprune_ext.analysis.calls import CallMode, tensors_in
 from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.analysis.tracer import NORMALISED
 from chanprune_ext.verification import zero_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis
+    from chanprune_ext.analysis.module_path import ModulePath
     from chanprune_ext.analysis.trace import TracedCall
     from chanprune_ext.analysis.tracer import Slots
 
 __all__ = [
     "OracleError",
-    "in_float64",
     "reference_outputs",
     "relative_error",
-    "removed_labels",
-    "removes_normalised",
 ]
 
 # Calls that keep their shape and look at all of some dimension.
@@ -67,30 +64,7 @@ class OracleError(Exception):
     """The reference cannot be computed: nothing is known about the pruned network."""
 
 
-class _Float64(CallMode):
-    """Runs in float64 what a model insists on computing in float32."""
-
-    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(a is torch.float32 for a in (*args, *kwargs.values())):
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
-        if name == "float":
-            func = Tensor.double
-        elif name in ("grouped_mm", "_grouped_mm"):
-            func = _grouped_product
-        elif name == "type" and len(args) > 1 and args[1] == "torch.FloatTensor":
-            args = (args[0], "torch.DoubleTensor")
-        return super().call(name, func, args, kwargs)
-
-
-def _grouped_product(x: Tensor, weights: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
-    """``torch.nn.functional.grouped_mm`` of (n, k) and (groups, k, m), which has no float64."""
-    starts = [0, *offs.tolist()]
-    products = [x[a:b] @ w for a, b, w in zip(starts[:-1], starts[1:], weights, strict=True)]
-    return torch.cat([*products, x.new_zeros(len(x) - starts[-1], weights.shape[2])])
-
-
-class _Recorded(_Float64):
+class _Recorded(Float64Mode):
     """Notes name and module of every call."""
 
     def __init__(self, path: ModulePath) -> None:
@@ -103,7 +77,7 @@ class _Recorded(_Float64):
         return super().call(name, func, args, kwargs)
 
 
-class _Restricted(_Float64):
+class _Restricted(Float64Mode):
     """Gives the calls that take statistics over removed channels the kept ones only.
 
     Args:
@@ -234,64 +208,6 @@ def _resized(
     return args, kwargs
 
 
-def removed_labels(
-    analysis: Analysis,
-    kept: Mapping[str, Mapping[int, Tensor]],
-    *,
-    without: Collection[str] = (),
-) -> np.ndarray | None:
-    """Bool (labels,): the label classes that leave exactly ``kept`` of every parameter.
-
-    None where no choice of units of ``analysis`` does. Entries in ``without`` are not looked at.
-    """
-    masks: dict[str, dict[int, np.ndarray]] = {}
-    for entry, dims in kept.items():
-        for dim, index in dims.items():
-            stays = np.zeros(analysis.trace.shapes[entry][dim], dtype=bool)
-            stays[index.numpy()] = True
-            if not stays.all():
-                masks.setdefault(entry, {})[dim] = stays
-    units = {}
-    for group in analysis.groups:
-        gone = np.ones(group.units, dtype=bool)
-        for member in group.members:
-            if member.entry not in without:
-                mask = masks.get(member.entry, {}).get(member.dim)
-                gone &= False if mask is None else ~mask[member.indices].any(axis=1)
-        if gone.any():
-            units[group.index] = gone
-    removed = analysis.removed_labels(units)
-    found = {e: dims for e, dims in analysis.kept_masks(removed).items() if e not in without}
-    same = found.keys() == masks.keys() and all(
-        found[e].keys() == masks[e].keys()
-        and all(np.array_equal(found[e][d], masks[e][d]) for d in masks[e])
-        for e in masks
-    )
-    return removed if same else None
-
-
-def removes_normalised(analysis: Analysis, removed: np.ndarray) -> bool:
-    """Whether a layer takes a statistic over something that is removed."""
-    roots = np.flatnonzero(removed)
-    return bool((analysis.trace.store.flags(roots) & NORMALISED).any())
-
-
-def _run(model: nn.Module, inputs: Any, mode: Callable[[ModulePath], CallMode], seed: int) -> Any:
-    default = torch.get_default_dtype()
-    inputs = substitute(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
-    torch.set_default_dtype(torch.float64)
-    try:
-        torch.manual_seed(seed)
-        with steady_calls(model), ModulePath(model) as path, mode(path):
-            return called(model, inputs)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def _plain(_: ModulePath) -> CallMode:
-    return _Float64()
-
-
 def _aligned(
     model: nn.Module, inputs: Any, analysis: Analysis, seed: int
 ) -> list[TracedCall | None]:
@@ -306,7 +222,7 @@ def _aligned(
         records.append(_Recorded(path))
         return records[0]
 
-    _run(model, inputs, recording, seed)
+    run_in_float64(model, inputs, recording, seed)
     found = records[0].calls
     calls = analysis.trace.calls
     names = [(call.name, call.module) for call in calls]
@@ -317,11 +233,6 @@ def _aligned(
     for start, position, length in matcher.get_matching_blocks():
         result[position : position + length] = calls[start : start + length]
     return result
-
-
-def in_float64(model: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:
-    """All output tensors of ``model``, which is turned to float64 in place, in eval mode."""
-    return tensors_in(_run(model.double(), inputs, _plain, seed))
 
 
 def reference_outputs(
@@ -351,10 +262,10 @@ def reference_outputs(
     model.double()
     zero_slices(model, pruned)
     if analysis is None or removed is None:
-        return tensors_in(_run(model, inputs, _plain, seed))
+        return tensors_in(run_in_float64(model, inputs, plain, seed))
     traced = _aligned(model, inputs, analysis, seed)
     restricted = _Restricted(analysis, removed, traced, rescale=rescale)
-    return tensors_in(_run(model, inputs, lambda _: restricted, seed))
+    return tensors_in(run_in_float64(model, inputs, lambda _: restricted, seed))
 
 
 def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:

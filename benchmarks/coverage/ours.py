@@ -27,14 +27,9 @@ from benchmarks.coverage.checks import (
     survives,
     told,
 )
-from benchmarks.coverage.oracle import (
-    OracleError,
-    in_float64,
-    reference_outputs,
-    relative_error,
-    removed_labels,
-    removes_normalised,
-)
+from benchmarks.coverage.float64 import in_float64
+from benchmarks.coverage.oracle import OracleError, reference_outputs, relative_error
+from benchmarks.coverage.removed import removed_labels, removes_normalised
 from chanprune_ext.analysis import analyse
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.copying import copied
