@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage.case import called
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
 from chanprune_ext.analysis.module_path import ModulePath
-from chanprune_ext.analysis.stand_ins import substitute
+from chanprune_ext.analysis.stand_ins import call_substituted, substitute
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,13 +43,14 @@ def _grouped_product(x: Tensor, weights: Tensor, *, offs: Tensor, **_: Any) -> T
 def run_in_float64(
     model: nn.Module, inputs: Any, mode: Callable[[ModulePath], CallMode], seed: int
 ) -> Any:
+    """The output of ``model``, which forgets what its forward stores on it."""
     default = torch.get_default_dtype()
     inputs = substitute(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(seed)
         with steady_calls(model), ModulePath(model) as path, mode(path):
-            return called(model, inputs)
+            return call_substituted(model, {}, inputs)
     finally:
         torch.set_default_dtype(default)
 

@@ -169,8 +169,9 @@ def _exactness(
     kind, options = "strict", dict[str, Any]()
     if removes_normalised(analysis, removed):
         kind, options = "restricted", {"analysis": analysis, "removed": removed}
-    # In float32 a scale folded into weights is rounded; in float64 that hides nothing.
-    double = given.model.double()
+    # In float32 a scale folded into weights is rounded; in float64 that hides nothing. The model is
+    # a fresh one, since a forward may have left results in float32 behind.
+    double = (given.model if given.case.huge else built(given.case)).double()
     pruned_double = plan.apply(double, verify=None)
     for (name, p), q in zip(pruned_double.named_parameters(), pruned.parameters(), strict=True):
         if not torch.allclose(p, q.double(), rtol=1e-5, atol=1e-6):
