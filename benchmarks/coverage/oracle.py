@@ -121,6 +121,9 @@ class _Restricted(Float64Mode):
         inputs = [[self._kept(s, removed) for s in dims] for dims in traced.inputs]
         if not self._looks_at_removed(name, traced, inputs, removed):
             return super().call(name, func, args, kwargs)
+        if name == _ATTENTION and kwargs.get("scale") is None and not self.rescale:
+            query = args[0] if args else kwargs["query"]
+            kwargs = {**kwargs, "scale": query.shape[-1] ** -0.5}
         feed = iter(inputs)
         args, kwargs = substitute((args, kwargs), lambda t: _selected(t, next(feed)))
         args, kwargs = _resized(name, args, kwargs, inputs)

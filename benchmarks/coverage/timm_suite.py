@@ -77,6 +77,7 @@ _SIDES = {
     "halonet26t": 256,
     "haloregnetz_b": 224,
     "efficientformer_l1": 224,
+    "crossvit_9_dagger_240": 240,
     "inception_v4": 96,
     "inception_resnet_v2": 96,
 }
