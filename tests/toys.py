@@ -8,134 +8,73 @@ over those that stay), or ``"frozen"`` (channels stay and the plan says what kee
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from toy_registry import TOYS, Head, Toy, block, conv, images, toy
 
 __all__ = ["TOYS", "Toy"]
-
-
-@dataclass(frozen=True)
-class Toy:
-    """One nasty network.
-
-    Attributes:
-        make: Builds the module.
-        inputs: Builds its example inputs.
-        expects: ``"exact"``, ``"normalised"`` or ``"frozen"``.
-        kept_whole: Weights whose output channels must all stay.
-        reason: What the frozen entry of those weights must mention.
-        min_removed: Least fraction of the parameters that must go at ratio 0.5.
-        also_kept: Reasons for which other channels may stay, besides being the output.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], Any] = field(default=lambda: torch.randn(2, 3, 8, 8))
-    expects: str = "exact"
-    kept_whole: tuple[str, ...] = ()
-    reason: str = ""
-    min_removed: float = 0.25
-    also_kept: tuple[str, ...] = ()
-
-
-TOYS: dict[str, Toy] = {}
-
-
-def _toy(**settings: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    def register(cls: type[nn.Module]) -> type[nn.Module]:
-        TOYS[cls.__name__] = Toy(cls.__name__, cls, **settings)
-        return cls
-
-    return register
-
-
-def _images(*shape: int) -> Callable[[], Tensor]:
-    return lambda: torch.randn(*shape)
-
-
-def _conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(i, o, k, padding=k // 2, **options)
-
-
-def _block(i: int, o: int, k: int = 3, **options: Any) -> nn.Sequential:
-    return nn.Sequential(_conv(i, o, k, bias=False, **options), nn.BatchNorm2d(o), nn.ReLU())
-
-
-class _Head(nn.Module):
-    """Global pooling and a classifier: what most toys end in."""
-
-    def __init__(self, channels: int, classes: int = 5) -> None:
-        super().__init__()
-        self.fc = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.mean((2, 3)))
 
 
 # -- topology ------------------------------------------------------------------------------------
 
 
-@_toy()
+@toy()
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _block(3, 16)
-        self.a = _block(16, 24)
-        self.b = _conv(24, 16)
-        self.head = _Head(16)
+        self.stem = block(3, 16)
+        self.a = block(16, 24)
+        self.b = conv(24, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         return self.head(F.relu(x + self.b(self.a(x))))
 
 
-@_toy()
+@toy()
 class ConcatenatedBranches(nn.Module):
     """Branches of different widths joined, one of them twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
-        self.b = _block(3, 12, 1)
-        self.c = _block(28, 16)
-        self.head = _Head(16)
+        self.a = block(3, 8)
+        self.b = block(3, 12, 1)
+        self.c = block(28, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.c(torch.cat([a, self.b(x), a], 1)))
 
 
-@_toy()
+@toy()
 class ConcatenatedThenAdded(nn.Module):
     """A concatenation meets a plain convolution in a sum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
-        self.b = _block(3, 8)
-        self.c = _conv(3, 16)
-        self.d = _block(16, 8)
-        self.head = _Head(8)
+        self.a = block(3, 8)
+        self.b = block(3, 8)
+        self.c = conv(3, 16)
+        self.d = block(16, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.d(torch.cat([self.a(x), self.b(x)], 1) + self.c(x)))
 
 
-@_toy()
+@toy()
 class ConcatenatedWithZeros(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
-        self.b = _block(12, 16)
-        self.head = _Head(16)
+        self.a = block(3, 8)
+        self.b = block(12, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -143,47 +82,47 @@ class ConcatenatedWithZeros(nn.Module):
         return self.head(self.b(torch.cat([a, zeros], 1)))
 
 
-@_toy()
+@toy()
 class ChunkGate(nn.Module):
     """Two halves used in the same way: index i goes in both."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 24)
-        self.b = _block(12, 16)
-        self.head = _Head(16)
+        self.a = block(3, 24)
+        self.b = block(12, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.a(x).chunk(2, 1)
         return self.head(self.b(value * torch.sigmoid(gate)))
 
 
-@_toy()
+@toy()
 class ChunkUnequalUse(nn.Module):
     """Two halves with different readers: equal counts, different channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 24)
-        self.b = _block(12, 16)
-        self.c = _conv(12, 16, 1)
-        self.head = _Head(16)
+        self.a = block(3, 24)
+        self.b = block(12, 16)
+        self.c = conv(12, 16, 1)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.a(x).chunk(2, 1)
         return self.head(self.b(first) + self.c(second))
 
 
-@_toy()
+@toy()
 class ChunkDense(nn.Module):
     """Split, a chain of residual bottlenecks on one half, everything concatenated (C2f)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cv1 = _block(3, 16, 1)
-        self.m = nn.ModuleList(nn.Sequential(_block(8, 8), _block(8, 8)) for _ in range(2))
-        self.cv2 = _block(32, 16, 1)
-        self.head = _Head(16)
+        self.cv1 = block(3, 16, 1)
+        self.m = nn.ModuleList(nn.Sequential(block(8, 8), block(8, 8)) for _ in range(2))
+        self.cv2 = block(32, 16, 1)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         y = list(self.cv1(x).chunk(2, 1))
@@ -192,50 +131,50 @@ class ChunkDense(nn.Module):
         return self.head(self.cv2(torch.cat(y, 1)))
 
 
-@_toy()
+@toy()
 class SplitByAttribute(nn.Module):
     """One part passes, the other is convolved, sizes kept on the module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes = [4, 12]
-        self.a = _block(3, 16)
-        self.b = _block(12, 12)
-        self.c = _block(16, 8)
-        self.head = _Head(8)
+        self.a = block(3, 16)
+        self.b = block(12, 12)
+        self.c = block(16, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         still, moved = torch.split(self.a(x), self.sizes, dim=1)
         return self.head(self.c(torch.cat([still, self.b(moved)], 1)))
 
 
-@_toy()
+@toy()
 class SplitByOneSize(nn.Module):
     """A split size that does not divide the width: the last piece is smaller."""
 
     def __init__(self) -> None:
         super().__init__()
         self.size = 8
-        self.a = _block(3, 20)
-        self.b = nn.ModuleList([_conv(8, 6), _conv(8, 6), _conv(4, 6)])
-        self.head = _Head(6)
+        self.a = block(3, 20)
+        self.b = nn.ModuleList([conv(8, 6), conv(8, 6), conv(4, 6)])
+        self.head = Head(6)
 
     def forward(self, x: Tensor) -> Tensor:
         pieces = self.a(x).split(self.size, 1)
         return self.head(sum(b(p) for b, p in zip(self.b, pieces, strict=True)))
 
 
-@_toy()
+@toy()
 class BroadcastSum(nn.Module):
     """A one-channel map and a pooled vector join a full map."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.map = _conv(16, 1)
+        self.a = block(3, 16)
+        self.map = conv(16, 1)
         self.vector = nn.Conv2d(16, 16, 1)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -243,31 +182,31 @@ class BroadcastSum(nn.Module):
         return self.head(self.b(a + self.map(a) + self.vector(pooled)))
 
 
-@_toy(also_kept=("one channel is broadcast against many",))
+@toy(also_kept=("one channel is broadcast against many",))
 class OneChannelSlice(nn.Module):
     """A slice of width one, broadcast against all channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 12)
-        self.b = _block(12, 12)
-        self.head = _Head(12)
+        self.a = block(3, 12)
+        self.b = block(12, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a) * a[:, 0:1])
 
 
-@_toy(also_kept=("one channel is broadcast against many",))
+@toy(also_kept=("one channel is broadcast against many",))
 class OneChannelSliceByAttribute(nn.Module):
     """As above, but the width is an attribute that must not become 0."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gates = 1
-        self.a = _block(3, 12)
-        self.b = _block(12, 12)
-        self.head = _Head(12)
+        self.a = block(3, 12)
+        self.b = block(12, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -277,45 +216,45 @@ class OneChannelSliceByAttribute(nn.Module):
 # -- slices --------------------------------------------------------------------------------------
 
 
-@_toy()
+@toy()
 class SliceByAttribute(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cut = 6
-        self.a = _block(3, 16)
-        self.b = _block(6, 8)
-        self.c = _block(10, 8)
-        self.head = _Head(8)
+        self.a = block(3, 16)
+        self.b = block(6, 8)
+        self.c = block(10, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a[:, : self.cut]) + self.c(a[:, self.cut :]))
 
 
-@_toy()
+@toy()
 class SliceFromTheEnd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tail = 6
-        self.a = _block(3, 16)
-        self.b = _block(6, 8)
-        self.c = _block(10, 8)
-        self.head = _Head(8)
+        self.a = block(3, 16)
+        self.b = block(6, 8)
+        self.c = block(10, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a[:, -self.tail :]) + self.c(a[:, : -self.tail]))
 
 
-@_toy()
+@toy()
 class SliceByShape(nn.Module):
     """Half of the channels, whatever their number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(8, 8)
-        self.head = _Head(8)
+        self.a = block(3, 16)
+        self.b = block(8, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -323,42 +262,42 @@ class SliceByShape(nn.Module):
         return self.head(self.b(a[:, :half] + a[:, half:]))
 
 
-@_toy(expects="frozen", reason="slice at 6")
+@toy(expects="frozen", reason="slice at 6")
 class SliceByLiteral(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(6, 24)
-        self.c = _block(10, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(6, 24)
+        self.c = block(10, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a[:, :6]) + self.c(a[:, 6:]))
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="every n-th", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="every n-th", min_removed=0.1)
 class StridedSlice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(8, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(8, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(x)[:, ::2]))
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="", min_removed=0.1)
 class PickedChannels(nn.Module):
     """Channels picked by a list of indices and by a buffer of indices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("order", torch.tensor([3, 1, 0, 2]))
-        self.a = _block(3, 16)
-        self.b = _block(8, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(8, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -366,29 +305,29 @@ class PickedChannels(nn.Module):
         return self.head(self.b(picked))
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="fixed places", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="fixed places", min_removed=0.1)
 class SplitAtFixedPlaces(nn.Module):
     """tensor_split at literal indices: pieces of equal size that must not shrink."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 12)
-        self.b = _block(4, 24)
-        self.head = _Head(24)
+        self.a = block(3, 12)
+        self.b = block(4, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = torch.tensor_split(self.a(x), (4, 8), dim=1)
         return self.head(self.b(first + second * third))
 
 
-@_toy()
+@toy()
 class NarrowByKeyword(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cut = 6
-        self.a = _block(3, 16)
-        self.b = _block(6, 8)
-        self.head = _Head(8)
+        self.a = block(3, 16)
+        self.b = block(6, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -398,13 +337,13 @@ class NarrowByKeyword(nn.Module):
 # -- reshapes ------------------------------------------------------------------------------------
 
 
-@_toy()
+@toy()
 class FlattenGrid(nn.Module):
     """Each channel becomes 49 features of the linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
+        self.a = block(3, 8)
         self.fc1 = nn.Linear(8 * 49, 20)
         self.fc2 = nn.Linear(20, 5)
 
@@ -413,13 +352,13 @@ class FlattenGrid(nn.Module):
         return self.fc2(F.relu(self.fc1(torch.flatten(a, 1))))
 
 
-@_toy()
+@toy()
 class FlattenLastChannels(nn.Module):
     """Channels last, then flattened: a channel is every n-th feature."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
+        self.a = block(3, 8)
         self.fc1 = nn.Linear(8 * 64, 20)
         self.fc2 = nn.Linear(20, 5)
 
@@ -428,14 +367,14 @@ class FlattenLastChannels(nn.Module):
         return self.fc2(F.relu(self.fc1(a.reshape(a.size(0), -1))))
 
 
-@_toy()
+@toy()
 class FlattenByAttribute(nn.Module):
     """The flat size is computed from an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
         self.channels = 8
-        self.a = _block(3, 8)
+        self.a = block(3, 8)
         self.fc1 = nn.Linear(8 * 64, 20)
         self.fc2 = nn.Linear(20, 5)
 
@@ -443,11 +382,11 @@ class FlattenByAttribute(nn.Module):
         return self.fc2(F.relu(self.fc1(self.a(x).view(-1, self.channels * 8 * 8))))
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="size 512", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="size 512", min_removed=0.1)
 class FlattenByLiteral(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
+        self.a = block(3, 8)
         self.fc1 = nn.Linear(8 * 64, 20)
         self.fc2 = nn.Linear(20, 5)
 
@@ -455,7 +394,7 @@ class FlattenByLiteral(nn.Module):
         return self.fc2(F.relu(self.fc1(self.a(x).view(-1, 512))))
 
 
-@_toy()
+@toy()
 class UnflattenLayer(nn.Module):
     """A generator: features become channels of a map."""
 
@@ -463,27 +402,27 @@ class UnflattenLayer(nn.Module):
         super().__init__()
         self.fc = nn.Linear(10, 12 * 16)
         self.grid = nn.Unflatten(1, (12, 4, 4))
-        self.a = _block(12, 16)
-        self.out = _conv(16, 3)
+        self.a = block(12, 16)
+        self.out = conv(16, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.out(self.a(self.grid(F.relu(self.fc(z)))))
 
 
-TOYS["UnflattenLayer"] = Toy("UnflattenLayer", UnflattenLayer, _images(2, 10))
+TOYS["UnflattenLayer"] = Toy("UnflattenLayer", UnflattenLayer, images(2, 10))
 
 
-@_toy()
+@toy()
 class ChannelShuffle(nn.Module):
     """Grouped convolutions with a shuffle between them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.groups = 4
-        self.a = _block(3, 16)
-        self.b = _block(16, 16, groups=4)
-        self.c = _block(16, 16, groups=4)
-        self.head = _Head(16)
+        self.a = block(3, 16)
+        self.b = block(16, 16, groups=4)
+        self.c = block(16, 16, groups=4)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.b(self.a(x))
@@ -492,49 +431,49 @@ class ChannelShuffle(nn.Module):
         return self.head(self.c(y.view(n, -1, h, w)))
 
 
-@_toy(min_removed=0.2)
+@toy(min_removed=0.2)
 class ChannelShuffleResidual(nn.Module):
     """The shuffled branch is added to the unshuffled one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.groups = 2
-        self.a = _block(3, 16)
-        self.b = _block(16, 16)
+        self.a = block(3, 16)
+        self.b = block(16, 16)
         self.shuffle = nn.ChannelShuffle(2)
-        self.c = _block(16, 16)
-        self.head = _Head(16)
+        self.c = block(16, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.c(a + self.shuffle(self.b(a))))
 
 
-@_toy()
+@toy()
 class PixelShuffles(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.up = nn.PixelShuffle(2)
-        self.b = _block(4, 12)
+        self.b = block(4, 12)
         self.down = nn.PixelUnshuffle(2)
-        self.c = _block(48, 8)
-        self.head = _Head(8)
+        self.c = block(48, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.c(self.down(self.b(self.up(self.a(x))))))
 
 
-@_toy()
+@toy()
 class Maxout(nn.Module):
     """The largest of every pair of channels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = 2
-        self.a = _conv(3, 24)
-        self.b = _block(12, 16)
-        self.head = _Head(16)
+        self.a = conv(3, 24)
+        self.b = block(12, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -543,15 +482,15 @@ class Maxout(nn.Module):
         return self.head(self.b(a))
 
 
-@_toy()
+@toy()
 class StackFlipRepeatExpand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
-        self.b = _block(3, 8)
+        self.a = block(3, 8)
+        self.b = block(3, 8)
         self.scale = nn.Parameter(torch.randn(8))
-        self.c = _block(16, 12)
-        self.head = _Head(12)
+        self.c = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.a(x), self.b(x)
@@ -560,11 +499,11 @@ class StackFlipRepeatExpand(nn.Module):
         return self.head(self.c(both.repeat(1, 2, 1, 1)))
 
 
-@_toy()
+@toy()
 class SqueezeInPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.fc1 = nn.Linear(16, 12)
         self.fc2 = nn.Linear(12, 5)
 
@@ -575,11 +514,11 @@ class SqueezeInPlace(nn.Module):
         return self.fc2(F.relu(self.fc1(y.squeeze_(1))))
 
 
-@_toy()
+@toy()
 class Einsum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.mix = nn.Parameter(torch.randn(12, 16) / 4)
         self.fc = nn.Linear(12, 5)
 
@@ -590,62 +529,62 @@ class Einsum(nn.Module):
 # -- convolutions --------------------------------------------------------------------------------
 
 
-@_toy()
+@toy()
 class Depthwise(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.dw = _block(16, 16, groups=16)
-        self.pw = _block(16, 24, 1)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.dw = block(16, 16, groups=16)
+        self.pw = block(16, 24, 1)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pw(self.dw(self.a(x))))
 
 
-@_toy()
+@toy()
 class DepthwiseMultiplier(nn.Module):
     """Every input channel makes two output channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.dw = _block(16, 32, groups=16)
-        self.pw = _block(32, 24, 1)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.dw = block(16, 32, groups=16)
+        self.pw = block(32, 24, 1)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pw(self.dw(self.a(x))))
 
 
-@_toy()
+@toy()
 class GroupedConvolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 24)
-        self.g = _block(24, 16, groups=4)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 24)
+        self.g = block(24, 16, groups=4)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.g(self.a(x))))
 
 
-@_toy()
+@toy()
 class TransposedConvolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.up = nn.ConvTranspose2d(16, 12, 2, stride=2)
         self.grouped = nn.ConvTranspose2d(12, 18, 3, padding=1, groups=3)
-        self.b = _block(18, 8)
-        self.head = _Head(8)
+        self.b = block(18, 8)
+        self.head = Head(8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(F.relu(self.grouped(F.relu(self.up(self.a(x)))))))
 
 
-@_toy(inputs=_images(2, 4, 20))
+@toy(inputs=images(2, 4, 20))
 class OneDimensional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -658,7 +597,7 @@ class OneDimensional(nn.Module):
         return self.fc(F.relu(self.b(F.relu(self.bn(self.a(x))))).amax(2))
 
 
-@_toy(inputs=_images(2, 3, 4, 6, 6))
+@toy(inputs=images(2, 3, 4, 6, 6))
 class ThreeDimensional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -672,7 +611,7 @@ class ThreeDimensional(nn.Module):
         return self.fc(F.relu(self.b(x)).mean((2, 3, 4)))
 
 
-@_toy()
+@toy()
 class FunctionalConvolution(nn.Module):
     """Weights are bare parameters; padding is circular."""
 
@@ -681,64 +620,64 @@ class FunctionalConvolution(nn.Module):
         self.w1 = nn.Parameter(torch.randn(16, 3, 3, 3) / 3)
         self.b1 = nn.Parameter(torch.randn(16))
         self.w2 = nn.Parameter(torch.randn(12, 16, 3, 3) / 6)
-        self.head = _Head(12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), self.w1, self.b1))
         return self.head(F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.w2)))
 
 
-@_toy()
+@toy()
 class SharedModule(nn.Module):
     """One convolution, run on two different tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 16)
-        self.head = _Head(16)
+        self.a = block(3, 16)
+        self.b = block(16, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.b(self.a(x))))
 
 
-@_toy()
+@toy()
 class TiedParameter(nn.Module):
     """Two layers of different kind share one weight tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _block(3, 16)
+        self.stem = block(3, 16)
         self.encode = nn.Conv2d(16, 12, 1, bias=False)
         self.decode = nn.ConvTranspose2d(12, 16, 1, bias=False)
         self.decode.weight = self.encode.weight
-        self.out = _Head(16)
+        self.out = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.relu(self.decode(F.relu(self.encode(self.stem(x))))))
 
 
-@_toy()
+@toy()
 class WeightNormParametrised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.utils.parametrizations.weight_norm(_conv(3, 16))
-        self.b = nn.utils.parametrizations.weight_norm(_conv(16, 12))
-        self.head = _Head(12)
+        self.a = nn.utils.parametrizations.weight_norm(conv(3, 16))
+        self.b = nn.utils.parametrizations.weight_norm(conv(16, 12))
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.b(F.relu(self.a(x)))))
 
 
-@_toy()
+@toy()
 class WeightNormHook(nn.Module):
     """The older form: a hook recomputes a plain attribute before each forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.utils.weight_norm(_conv(3, 16))
-        self.b = nn.utils.weight_norm(_conv(16, 12))
-        self.head = _Head(12)
+        self.a = nn.utils.weight_norm(conv(3, 16))
+        self.b = nn.utils.weight_norm(conv(16, 12))
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.b(F.relu(self.a(x)))))
@@ -759,7 +698,7 @@ class WeightStandardisation(nn.Module):
         super().__init__()
         self.a = _StandardisedConv(3, 16, 3, padding=1)
         self.b = _StandardisedConv(16, 12, 3, padding=1)
-        self.head = _Head(12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.b(F.relu(self.a(x)))))
@@ -770,7 +709,7 @@ TOYS["WeightStandardisation"] = Toy(
 )
 
 
-@_toy()
+@toy()
 class ScaledWeight(nn.Module):
     """The kernel is the product of a weight and a per-channel parameter (equalised training)."""
 
@@ -778,8 +717,8 @@ class ScaledWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(16, 3, 3, 3))
         self.gain = nn.Parameter(torch.randn(16, 1, 1, 1))
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.weight * self.gain * math.sqrt(0.1), padding=1)
@@ -789,15 +728,15 @@ class ScaledWeight(nn.Module):
 # -- channel vectors -----------------------------------------------------------------------------
 
 
-@_toy()
+@toy()
 class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.down = nn.Conv2d(16, 8, 1)
         self.up = nn.Conv2d(8, 16, 1)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -805,15 +744,15 @@ class SqueezeExcite(nn.Module):
         return self.head(self.b(a * gate))
 
 
-@_toy()
+@toy()
 class LinearSqueezeExcite(nn.Module):
     """The gate goes through linear layers and views with the batch size first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.fc = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16), nn.Sigmoid())
-        self.head = _Head(16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -822,21 +761,21 @@ class LinearSqueezeExcite(nn.Module):
         return self.head(a * gate.expand_as(a))
 
 
-@_toy()
+@toy()
 class PReLUs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _conv(3, 16)
+        self.a = conv(3, 16)
         self.each = nn.PReLU(16)
-        self.b = _conv(16, 12)
+        self.b = conv(16, 12)
         self.one = nn.PReLU()
-        self.head = _Head(12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.one(self.b(self.each(self.a(x)))))
 
 
-@_toy()
+@toy()
 class ChannelVectors(nn.Module):
     """A layer scale (parameter) and a mean to subtract (buffer), both as wide as the channels."""
 
@@ -845,38 +784,38 @@ class ChannelVectors(nn.Module):
         self.register_buffer("mean", torch.randn(1, 16, 1, 1))
         self.register_buffer("spread", torch.rand(16) + 0.5, persistent=False)
         self.gamma = nn.Parameter(torch.randn(16, 1, 1))
-        self.a = _block(3, 16)
-        self.b = _conv(16, 16)
-        self.c = _conv(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = conv(16, 16)
+        self.c = conv(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = (self.a(x) - self.mean) / self.spread.view(1, -1, 1, 1)
         return self.head(F.relu(self.c(a + self.gamma * self.b(a))))
 
 
-@_toy()
+@toy()
 class PositionTable(nn.Module):
     """A learnt map added to the channels: positions stay, channels go."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(1, 16, 8, 8))
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(x) + self.table))
 
 
-@_toy()
+@toy()
 class GatedLinearUnit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _conv(3, 24)
-        self.b = _block(12, 16)
-        self.head = _Head(16)
+        self.a = conv(3, 24)
+        self.b = block(12, 16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(F.glu(self.a(x), 1)))
@@ -889,10 +828,10 @@ class ZeroPadShortcut(nn.Module):
         super().__init__()
         self.front, self.back = 4, 4
         self.by_literal = by_literal
-        self.a = _block(3, 8)
-        self.b = _conv(8, 16)
-        self.c = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 8)
+        self.b = conv(8, 16)
+        self.c = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -920,10 +859,10 @@ TOYS["ZeroPadShortcutByLiteral"] = Toy(
 class _Normed(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.a = _conv(3, 16)
+        self.a = conv(3, 16)
         self.norm = norm
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(F.relu(self.norm(self.a(x)))))
@@ -972,27 +911,27 @@ def _register_norms() -> None:
 _register_norms()
 
 
-@_toy(expects="frozen", kept_whole=("a.weight",), reason="depends on all others", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.weight",), reason="depends on all others", min_removed=0.1)
 class SoftmaxOverChannels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _conv(3, 8)
-        self.b = _block(8, 24)
-        self.head = _Head(24)
+        self.a = conv(3, 8)
+        self.b = block(8, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(x).softmax(1)))
 
 
-@_toy(also_kept=("every channel depends on all others",))
+@toy(also_kept=("every channel depends on all others",))
 class ChannelAttention(nn.Module):
     """Channels attend to channels: the affinity of a pair is normalised over the second."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1002,18 +941,18 @@ class ChannelAttention(nn.Module):
         return self.head(self.b((affinity @ flat).view(n, c, h, w) + a))
 
 
-@_toy()
+@toy()
 class SpatialAttention(nn.Module):
     """Positions attend to positions through two projections (non-local block)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.q = nn.Conv2d(16, 8, 1)
         self.k = nn.Conv2d(16, 8, 1)
         self.v = nn.Conv2d(16, 16, 1)
         self.gamma = nn.Parameter(torch.tensor(0.7))
-        self.head = _Head(16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1033,10 +972,10 @@ class ChannelStatistics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.gate = _conv(2, 1)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.gate = conv(2, 1)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1059,9 +998,9 @@ class SumOfGates(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _conv(3, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = conv(3, 16)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.a(x).sigmoid()
@@ -1076,11 +1015,11 @@ class LinearAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.q = nn.Conv2d(16, 8, 1)
         self.k = nn.Conv2d(16, 8, 1)
         self.v = nn.Conv2d(16, 12, 1)
-        self.head = _Head(12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1110,7 +1049,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@_toy(
+@toy(
     expects="frozen",
     kept_whole=("stage.0.0.weight",),
     reason="no rule for chanprune_toys::mystery",
@@ -1119,22 +1058,22 @@ def _(x: Tensor) -> Tensor:
 class UnknownOperation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stage = nn.Sequential(_block(3, 16))
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.stage = nn.Sequential(block(3, 16))
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(torch.ops.chanprune_toys.mystery(self.stage(x))))
 
 
-@_toy()
+@toy()
 class InPlaceOperations(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _conv(3, 16)
-        self.b = _conv(16, 16)
+        self.a = conv(3, 16)
+        self.b = conv(16, 16)
         self.act = nn.LeakyReLU(0.1, inplace=True)
-        self.head = _Head(16)
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.act(self.a(x))
@@ -1145,17 +1084,17 @@ class InPlaceOperations(nn.Module):
         return self.head(b)
 
 
-@_toy()
+@toy()
 class ViewChangedInPlace(nn.Module):
     """The halves of a tensor are changed through views of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cut = 8
-        self.a = _block(3, 16)
-        self.b = _conv(3, 8)
-        self.c = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = conv(3, 8)
+        self.c = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1165,16 +1104,16 @@ class ViewChangedInPlace(nn.Module):
         return self.head(self.c(a))
 
 
-@_toy()
+@toy()
 class FilledBuffer(nn.Module):
     """Branches are written side by side into an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 8)
-        self.b = _block(3, 12)
-        self.c = _block(20, 12)
-        self.head = _Head(12)
+        self.a = block(3, 8)
+        self.b = block(3, 12)
+        self.c = block(20, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.a(x), self.b(x)
@@ -1185,42 +1124,42 @@ class FilledBuffer(nn.Module):
         return self.head(self.c(y))
 
 
-@_toy()
+@toy()
 class DetachedBranch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
-        self.c = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
+        self.c = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a) + self.c(a.detach()) + self.c(a.data.clone()))
 
 
-@_toy()
+@toy()
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(checkpoint(self.b, self.a(x), use_reentrant=False))
 
 
-@_toy()
+@toy()
 class DictOutput(nn.Module):
     """Outputs nested in a dict and a tuple, one of them an inner map."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 24)
-        self.b = _block(24, 8)
-        self.c = _block(8, 24)
-        self.head = _Head(24)
+        self.a = block(3, 24)
+        self.b = block(24, 8)
+        self.c = block(8, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         b = self.b(self.a(x))
@@ -1236,42 +1175,42 @@ TOYS["DictOutput"] = Toy(
 )
 
 
-@_toy(inputs=lambda: {"image": torch.randn(2, 3, 8, 8), "vector": torch.randn(2, 6)})
+@toy(inputs=lambda: {"image": torch.randn(2, 3, 8, 8), "vector": torch.randn(2, 6)})
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.fc = nn.Linear(6, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, vector: Tensor, image: Tensor) -> Tensor:
         return self.head(self.b(self.a(image) * self.fc(vector)[:, :, None, None]))
 
 
-@_toy()
+@toy()
 class UnusedParameters(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.never = nn.Linear(16, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(x)))
 
 
-@_toy()
+@toy()
 class AuxiliaryHead(nn.Module):
     """A second head that only runs in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
-        self.aux = _Head(16)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
+        self.aux = Head(16)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Any:
         a = self.a(x)
@@ -1279,15 +1218,15 @@ class AuxiliaryHead(nn.Module):
         return (y, self.aux(a)) if self.training else y
 
 
-@_toy()
+@toy()
 class LoopsAndBranches(nn.Module):
     """Control flow on sizes and on flags."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([_block(3, 12), _block(12, 12), _block(12, 12)])
-        self.project = nn.ModuleDict({"0": _conv(3, 12, 1)})
-        self.head = _Head(12)
+        self.layers = nn.ModuleList([block(3, 12), block(12, 12), block(12, 12)])
+        self.project = nn.ModuleDict({"0": conv(3, 12, 1)})
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         for k, layer in enumerate(self.layers):
@@ -1296,14 +1235,14 @@ class LoopsAndBranches(nn.Module):
         return self.head(x)
 
 
-@_toy()
+@toy()
 class ChannelsLast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.dw = _block(16, 16, groups=16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.dw = block(16, 16, groups=16)
+        self.b = block(16, 12)
+        self.head = Head(12)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1311,23 +1250,23 @@ class ChannelsLast(nn.Module):
         return self.head(self.b(self.dw(self.a(x))))
 
 
-@_toy()
+@toy()
 class SharedBatchNorm(nn.Module):
     """Two convolutions meet in one batch norm, run twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _conv(3, 16)
-        self.b = _conv(3, 16)
+        self.a = conv(3, 16)
+        self.b = conv(3, 16)
         self.bn = nn.BatchNorm2d(16)
-        self.c = _block(16, 12)
-        self.head = _Head(12)
+        self.c = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.c(self.bn(self.a(x)).relu() * self.bn(self.b(x)).sigmoid()))
 
 
-@_toy(inputs=_images(2, 7, 6))
+@toy(inputs=images(2, 7, 6))
 class Recurrent(nn.Module):
     """A linear layer run step by step on its own output."""
 
@@ -1344,7 +1283,7 @@ class Recurrent(nn.Module):
         return self.out(state)
 
 
-@_toy(
+@toy(
     inputs=lambda: torch.randint(0, 20, (2, 9)),
 )
 class Embedded(nn.Module):
@@ -1358,16 +1297,16 @@ class Embedded(nn.Module):
         return self.fc(F.relu(self.a(self.table(ids).transpose(1, 2))).mean(-1))
 
 
-@_toy()
+@toy()
 class DilatedPoolingUpsampling(nn.Module):
     """Branches at several scales, interpolated back (ASPP)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.b = nn.Conv2d(16, 8, 3, padding=2, dilation=2)
         self.c = nn.Conv2d(16, 8, 1)
-        self.d = _block(16, 12)
+        self.d = block(16, 12)
         self.out = nn.Conv2d(12, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1378,7 +1317,7 @@ class DilatedPoolingUpsampling(nn.Module):
         return self.out(F.interpolate(y, scale_factor=2, mode="nearest"))
 
 
-@_toy(
+@toy(
     expects="frozen",
     kept_whole=("a.0.weight",),
     reason="used in a computation",
@@ -1389,16 +1328,16 @@ class DividedByWidth(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a - a.sum(1, keepdim=True) / a.shape[1]))
 
 
-@_toy(
+@toy(
     expects="frozen",
     kept_whole=("a.0.weight",),
     reason="used in a computation",
@@ -1410,9 +1349,9 @@ class ScaledByAttribute(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.width = 16
-        self.a = _block(3, 16)
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1420,7 +1359,7 @@ class ScaledByAttribute(nn.Module):
         return self.head(self.b(a.view(a.shape[0], self.width, *x.shape[2:])))
 
 
-@_toy(
+@toy(
     expects="frozen",
     kept_whole=("a.0.weight",),
     reason="",
@@ -1431,25 +1370,25 @@ class ScaledByRoot(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a * a.shape[1] ** -0.5))
 
 
-@_toy()
+@toy()
 class ComparedSizes(nn.Module):
     """A check of a width against an attribute, which must follow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.width = 16
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1458,22 +1397,22 @@ class ComparedSizes(nn.Module):
         return self.head(self.b(a))
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="must stay equal", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="must stay equal", min_removed=0.1)
 class BranchOnLiteral(nn.Module):
     """A path that is only taken at one width."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(a * 2 if a.size(1) == 16 else a))
 
 
-@_toy()
+@toy()
 class StoresOnItself(nn.Module):
     """A forward that counts its runs and caches a tensor."""
 
@@ -1481,9 +1420,9 @@ class StoresOnItself(nn.Module):
         super().__init__()
         self.runs = 0
         self.cache = None
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         self.runs += 1
@@ -1491,23 +1430,23 @@ class StoresOnItself(nn.Module):
         return self.head(self.b(self.cache))
 
 
-@_toy()
+@toy()
 class SharedModuleUnderTwoPaths(nn.Module):
     """One convolution registered in two different submodules."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _block(3, 16)
-        conv = _conv(16, 16)
-        self.a = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU())
-        self.b = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU())
-        self.head = _Head(16)
+        self.stem = block(3, 16)
+        both = conv(16, 16)
+        self.a = nn.Sequential(both, nn.BatchNorm2d(16), nn.ReLU())
+        self.b = nn.Sequential(both, nn.BatchNorm2d(16), nn.ReLU())
+        self.head = Head(16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(self.stem(x))))
 
 
-@_toy(inputs=_images(2, 7, 6), min_removed=0.2)
+@toy(inputs=images(2, 7, 6), min_removed=0.2)
 class LongShortTermMemory(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1519,15 +1458,15 @@ class LongShortTermMemory(nn.Module):
         return self.out(self.lstm(F.relu(self.read(x)))[0])
 
 
-@_toy(expects="frozen", kept_whole=("a.0.weight",), reason="size 16", min_removed=0.1)
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="size 16", min_removed=0.1)
 class TrainingPath(nn.Module):
     """A literal that only the training mode meets."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 24)
-        self.head = _Head(24)
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1536,57 +1475,74 @@ class TrainingPath(nn.Module):
         return self.head(self.b(a))
 
 
-@_toy()
+@toy(expects="frozen", kept_whole=("a.0.weight",), reason="fixed position", min_removed=0.1)
+class ChannelUsedInTraining(nn.Module):
+    """In eval mode one channel is only asked for its shape; in training it is computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = block(3, 16)
+        self.b = block(16, 24)
+        self.head = Head(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        first = a[:, 0]
+        y = self.head(self.b(a))
+        return y + first.mean() if self.training else y + 0 * len(first.shape)
+
+
+@toy()
 class BooleanMask(nn.Module):
     """Buffers of truth values and whole numbers, as wide as the channels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.b = _block(16, 12)
+        self.a = block(3, 16)
+        self.b = block(16, 12)
         self.register_buffer("mask", torch.rand(1, 16, 1, 1) > 0.3)
         self.register_buffer("levels", torch.arange(12))
-        self.head = _Head(12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(x) * self.mask) * self.levels[:, None, None])
 
 
-@_toy()
+@toy()
 class SpectralNorm(nn.Module):
     """A weight divided by its largest singular value, followed by power iteration in training."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.utils.parametrizations.spectral_norm(_conv(3, 16))
-        self.b = nn.utils.parametrizations.spectral_norm(_conv(16, 12))
-        self.head = _Head(12)
+        self.a = nn.utils.parametrizations.spectral_norm(conv(3, 16))
+        self.b = nn.utils.parametrizations.spectral_norm(conv(16, 12))
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.b(F.relu(self.a(x)))))
 
 
-@_toy(inputs=lambda: [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
+@toy(inputs=lambda: [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
 class ListOfImages(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
-        self.head = _Head(16)
+        self.a = block(3, 16)
+        self.head = Head(16)
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         return [self.head(self.a(x)) for x in images]
 
 
-@_toy(also_kept=("every channel depends on all others",))
+@toy(also_kept=("every channel depends on all others",))
 class MixtureOfKernels(nn.Module):
     """Every image gets its own kernel, a mixture chosen by its content (CondConv)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.route = nn.Linear(16, 4)
         self.kernels = nn.Parameter(torch.randn(4, 12, 16, 1, 1) / 4)
-        self.head = _Head(12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
@@ -1598,17 +1554,23 @@ class MixtureOfKernels(nn.Module):
         return self.head(F.relu(y.view(n, o, h, w)))
 
 
-@_toy()
+@toy()
 class BlurPool(nn.Module):
     """A fixed kernel, one copy per channel."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = _block(3, 16)
+        self.a = block(3, 16)
         self.register_buffer("blur", torch.ones(16, 1, 3, 3) / 9)
-        self.b = _block(16, 12)
-        self.head = _Head(12)
+        self.b = block(16, 12)
+        self.head = Head(12)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.a(x)
         return self.head(self.b(F.conv2d(a, self.blur, stride=2, groups=a.shape[1])))
+
+
+# Toys of other files register themselves in the same table.
+import toys_attention  # noqa: E402, F401
+import toys_modules  # noqa: E402, F401
+import toys_vision  # noqa: E402, F401
