@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
-from chanprune_ext.analysis.rules.zeros import follow_zeros
+from chanprune_ext.analysis.rules.zeros import follow_zeros, remembered_zeros, restore_zeros
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
@@ -84,7 +84,9 @@ def apply_rule(
         _give_up(tracer, name, inputs, "no rule for", output)
         return
     try:
+        remembered = remembered_zeros(tracer, func, inputs)
         function(tracer, func, args, kwargs, output)
+        restore_zeros(tracer, remembered)
         follow_zeros(tracer, func, args, kwargs, output)
     except (AssertionError, IndexError, ValueError, TypeError, KeyError, RuntimeError) as error:
         _give_up(tracer, name, inputs, f"the rule failed ({error}) for", output)

@@ -20,7 +20,9 @@ from chanprune_ext.analysis.rules.blocks import blocks
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Slots, Tracer
 
-__all__ = ["follow_zeros", "sum_is_exact"]
+__all__ = ["follow_zeros", "remembered_zeros", "restore_zeros", "sum_is_exact"]
+
+Remembered = list[tuple[Tensor, tuple["Slots", ...], tuple[bool, ...]]]
 
 Follow = Callable[["Tracer", list[Tensor], tuple[Any, ...], dict[str, Any], Tensor], Sequence[bool]]
 _FOLLOW: dict[str, Follow] = {}
@@ -42,6 +44,27 @@ def follow_zeros(
         else:
             zeros = follow(tracer, inputs, args, kwargs, out)
         tracer.set_zeros(out, zeros, changed=any(out is t for t in inputs))
+
+
+def remembered_zeros(tracer: Tracer, func: Any, inputs: list[Tensor]) -> Remembered:
+    """Slots and zeros of the inputs of an in-place operation, whose rule writes over them."""
+    if not func._schema.name.endswith("_"):
+        return []
+    return [
+        (tensor, dims, tracer.zeros(tensor))
+        for tensor in inputs
+        # One that has changed its shape (``x.squeeze_()``) must not be asked for its slots.
+        if (dims := tracer.recorded(tensor)[0])
+        and tuple(slots.shape[1] for slots in dims) == tuple(tensor.shape)
+    ]
+
+
+def restore_zeros(tracer: Tracer, remembered: Remembered) -> None:
+    """Give inputs that an in-place rule has left in place their zeros of before."""
+    for tensor, dims, zeros in remembered:
+        now = tracer.dims(tensor)
+        if tracer.labelled(tensor) and all(a is b for a, b in zip(now, dims, strict=True)):
+            tracer.set_zeros(tensor, zeros)
 
 
 def _computes(tensors: list[Tensor]) -> bool:
