@@ -140,6 +140,16 @@ def test_check_tells_when_the_plan_was_applied_wrongly(monkeypatch: pytest.Monke
     assert reported(NORMED)["verdict"].startswith("failed: exactness")
 
 
+def test_no_parameter_starts_out_neutral() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU())
+    net.register_parameter("gain", nn.Parameter(torch.zeros(())))
+    net.register_parameter("table", nn.Parameter(torch.zeros(1, 4, 5)))
+    model = built(Case("neutral", lambda: net, lambda: None))
+    for tensor in (*model.parameters(), model[1].running_mean, model[1].running_var):
+        assert len(tensor.unique()) == tensor.numel()
+        assert not ((tensor == 0) | (tensor == 1)).any()
+
+
 def test_check_records_a_refusal_and_a_crash() -> None:
     only_output = Case("output", lambda: nn.Linear(3, 4), lambda: torch.randn(2, 3))
     assert reported(only_output)["verdict"].startswith("refused: NothingToPruneError")

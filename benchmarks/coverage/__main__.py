@@ -63,6 +63,9 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for each model")
     parser.add_argument("--memory", type=float, default=6.0, metavar="GB", help="for each model")
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what FILE says is exact; run all else"
+    )
     parser.add_argument("--no-export", action="store_true", help="skip torch.export")
     parser.add_argument("--list", action="store_true", help="only name the models")
     return parser.parse_args(given)
@@ -80,6 +83,11 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
         for case in catalogue(options.suite)
         if any(fnmatch.fnmatch(case.name, g) or fnmatch.fnmatch(case.family, g) for g in globs)
     ]
+
+
+def _done(report: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a result of an earlier run needs no second one."""
+    return report.get("verdict") == "exact" and (not options.peer or "peer" in report)
 
 
 def _warm_up() -> None:
@@ -119,8 +127,13 @@ def main(given: Sequence[str] | None = None) -> int:
     _warm_up()
     started = time.time()
     found: dict[str, dict[str, Any]] = {case.name: {"family": case.family} for case in chosen}
+    if options.resume and options.json and options.json.exists():
+        known = json.loads(options.json.read_text())["models"]
+        found |= {name: r for name, r in known.items() if name in found and _done(r, options)}
     jobs = []
     for case in chosen:
+        if "verdict" in found[case.name]:
+            continue
         limits = _limits(case, options)
         work = partial(check, case, ratio=options.ratio, export=not options.no_export)
         jobs.append((case.name, work, limits))

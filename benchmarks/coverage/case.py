@@ -65,15 +65,18 @@ def unforgiving(model: nn.Module, seed: int = 0) -> nn.Module:
 
     def draw(tensor: Tensor, low: float, high: float) -> None:
         n = max(tensor.numel(), 1)
-        steps = (torch.randperm(n, generator=generator, dtype=torch.int64).double() + 0.5) / n
+        places = torch.randperm(n, generator=generator, dtype=torch.int64).double()
+        steps = (places + torch.rand(1, generator=generator, dtype=torch.float64)) / n
         tensor.copy_((low + (high - low) * steps).reshape(tensor.shape).to(tensor.dtype))
 
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
                 continue
-            if tensor.dim() <= 1:
-                draw(tensor, 0.5, 1.5) if name.endswith("weight") else draw(tensor, -0.5, 0.5)
+            if tensor.numel() == 1 or (tensor.dim() == 1 and name.endswith("weight")):
+                draw(tensor, 0.5, 1.5)
+            elif tensor.dim() == 1:
+                draw(tensor, -0.5, 0.5)
             elif bool((tensor == tensor.flatten()[0]).all()):
                 draw(tensor, -0.5, 0.5)
         for module in model.modules():
