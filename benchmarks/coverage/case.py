@@ -75,9 +75,7 @@ def unforgiving(model: nn.Module, seed: int = 0) -> nn.Module:
                 continue
             if tensor.numel() == 1 or (tensor.dim() == 1 and name.endswith("weight")):
                 draw(tensor, 0.5, 1.5)
-            elif tensor.dim() == 1:
-                draw(tensor, -0.5, 0.5)
-            elif bool((tensor == tensor.flatten()[0]).all()):
+            elif tensor.dim() == 1 or bool((tensor == tensor.flatten()[0]).all()):
                 draw(tensor, -0.5, 0.5)
         for module in model.modules():
             mean, var = (getattr(module, f"running_{name}", None) for name in ("mean", "var"))
