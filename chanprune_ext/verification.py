@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from chanprune_ext.analysis.calls import steady_calls, tensors_in
+from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.stand_ins import call_substituted, substitute, tensors_of
 from chanprune_ext.copying import copied
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
@@ -120,7 +121,7 @@ def verify_runs(plan: PruningPlan, pruned: nn.Module) -> None:
     """
     if plan.options.get("substrate") != "meta":
         return
-    with steady_calls(pruned), torch.device("meta"):
+    with steady_calls(pruned), torch.device("meta"), MetaCalls():
         tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
         try:
             call_substituted(pruned, tensors, _meta_inputs(plan.inputs))

@@ -154,12 +154,17 @@ class CallMode(TorchFunctionMode):
         """Answer a question about a tensor."""
         return func(*args, **kwargs)
 
+    def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function of a call."""
+        return func(*args, **kwargs)
+
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call between :meth:`before` and :meth:`after`."""
         index = self.next_index
         self.next_index = index + 1
         self.before(index, name, args, kwargs)
-        return self.after(index, name, args, kwargs, func(*args, **kwargs))
+        output = self.run(name, func, args, kwargs)
+        return self.after(index, name, args, kwargs, output)
 
     def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called with the arguments of call ``index`` before it runs."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import CallMode, source_line, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import source_line, steady_calls, tensors_in
+from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
 from chanprune_ext.analysis.sizes import numbers_in
@@ -72,7 +73,7 @@ def patched_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> Ite
             setattr(module, name, old)
 
 
-class _ReplayMode(CallMode):
+class _ReplayMode(MetaCalls):
     """Compares every call with the traced one, and its shapes with the predicted ones."""
 
     def __init__(self, analysis: Analysis, sizes: Sizes, path: ModulePath) -> None:

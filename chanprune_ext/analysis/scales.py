@@ -16,11 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
+from chanprune_ext.analysis.meta_kernels import run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
@@ -29,7 +33,7 @@ from chanprune_ext.analysis.stand_ins import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Rescaling", "fold_scales", "scale_factor"]
 
@@ -100,41 +104,35 @@ def fold_scales(
 
 @dataclass(eq=False)
 class _Rows:
-    """A union-find over row numbers: rows of one class are scaled together or not at all."""
+    """Numbers for the rows of parameters; rows of one class are scaled together or not at all."""
 
-    names: list[tuple[str, int]] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    parent: list[int] = field(default_factory=list)
+    starts: dict[tuple[str, int], int] = field(default_factory=dict)
+    count: int = 0
+    pairs: list[np.ndarray] = field(default_factory=list)
 
     def add(self, entry: str, dim: int, n: int) -> int:
-        if (entry, dim) in self.names:
-            return self.starts[self.names.index((entry, dim))]
-        start = len(self.parent)
-        self.names.append((entry, dim))
-        self.starts.append(start)
-        self.parent.extend(range(start, start + n))
+        """The number of the first row of a dim of a parameter."""
+        start = self.starts.setdefault((entry, dim), self.count)
+        if start == self.count:
+            self.count += n
         return start
 
-    def find(self, row: int) -> int:
-        while self.parent[row] != row:
-            self.parent[row] = self.parent[self.parent[row]]
-            row = self.parent[row]
-        return row
-
     def unite(self, a: Tensor, b: Tensor) -> None:
+        """Rows that meet in one element of two broadcast tensors of row numbers."""
         shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         a, b = a.expand(shape), b.expand(shape)
         once = tuple(
             0 if s == t == 0 else slice(None) for s, t in zip(a.stride(), b.stride(), strict=True)
         )
-        a, b = a[once].flatten(), b[once].flatten()
-        scaled = (a >= 0) & (b >= 0)
-        count = len(self.parent)
-        for pair in torch.unique(a[scaled] * count + b[scaled]).tolist():
-            self.parent[self.find(pair // count)] = self.find(pair % count)
+        pairs = torch.stack([a[once].flatten(), b[once].flatten()]).numpy()
+        self.pairs.append(pairs[:, (pairs >= 0).all(axis=0)])
 
-    def classes(self, rows: Iterable[int]) -> set[int]:
-        return {self.find(row) if row >= 0 else -1 for row in rows}
+    def classes(self) -> np.ndarray:
+        """Int (count,): the class of every row."""
+        a, b = np.concatenate([np.empty((2, 0), dtype=np.int64), *self.pairs], axis=1)
+        shape = (self.count, self.count)
+        graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=shape)
+        return np.asarray(connected_components(graph, directed=False)[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +146,10 @@ class _Running:
     output: Any
 
 
-def _distinct(ids: Tensor) -> list[int]:
+def _distinct(ids: Tensor) -> np.ndarray:
     """Different row numbers of a tensor, stretched dims looked at once."""
     narrow = ids[tuple(0 if stride == 0 else slice(None) for stride in ids.stride())]
-    return [int(row) for row in torch.unique(narrow).tolist()]
+    return np.unique(narrow.numpy())
 
 
 class _RowMode(CallMode):
@@ -168,13 +166,13 @@ class _RowMode(CallMode):
         self.rows = _Rows()
         self.ids: dict[int, Tensor] = {}
         self.alive: list[Any] = [tensors]
-        self.exits: list[tuple[int | None, list[int]]] = []
+        self.exits: list[tuple[int | None, np.ndarray]] = []
         self.missing: list[int] = []
 
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index = self.next_index
         self.next_index += 1
-        output = func(*args, **kwargs)
+        output = run_call(name, func, args, kwargs)
         given = tensors_in((args, kwargs))
         follow = _FOLLOW.get(name)
         made: Any = None
@@ -224,7 +222,7 @@ class _RowMode(CallMode):
         elif id(tensor) in self.entries:
             for dim, n in enumerate(tensor.shape):
                 start = self.rows.add(self.entries[id(tensor)], dim, n)
-                self.exits.append((None, list(range(start, start + n))))
+                self.exits.append((None, np.arange(start, start + n)))
 
     def _give(self, output: Any, made: Any) -> None:
         results = tensors_in(output)
@@ -243,32 +241,29 @@ class _RowMode(CallMode):
         """What to multiply, and a call for which nothing fits."""
         if self.missing:
             return [], self.missing[0]
-        factor_of: dict[int, float] = {}
+        class_of = self.rows.classes()
+        factor_of = np.full(len(class_of), np.nan)
+        source = np.full(len(class_of), -1)
         for index, rows in self.exits:
             if index is None:
                 continue
-            for row in self.rows.classes(rows):
-                if row < 0 or factor_of.setdefault(row, self.factors[index]) != self.factors[index]:
-                    return [], index
+            found = class_of[rows[rows >= 0]]
+            taken = ~np.isnan(factor_of[found])
+            if (rows < 0).any() or (factor_of[found][taken] != self.factors[index]).any():
+                return [], index
+            factor_of[found], source[found] = self.factors[index], index
         for index, rows in self.exits:
-            if index is None and self.rows.classes(rows) & factor_of.keys():
-                touched = self.rows.classes(rows)
-                return [], next(
-                    i for i, r in self.exits if i is not None and self.rows.classes(r) & touched
-                )
-        found: list[Rescaling] = []
-        ends = [*self.rows.starts[1:], len(self.rows.parent)]
-        for (entry, dim), start, end in zip(self.rows.names, self.rows.starts, ends, strict=True):
-            chosen: dict[float, list[int]] = {}
-            for row in range(start, end):
-                factor = factor_of.get(self.rows.find(row))
-                if factor is not None:
-                    chosen.setdefault(factor, []).append(row - start)
-            found.extend(
-                Rescaling(entry, dim, torch.tensor(indices), factor)
-                for factor, indices in chosen.items()
-            )
-        return found, None
+            found = class_of[rows[rows >= 0]]
+            if index is None and (source[found] >= 0).any():
+                return [], int(source[found].max())
+        rescalings: list[Rescaling] = []
+        ends = [*list(self.rows.starts.values())[1:], self.rows.count]
+        for ((entry, dim), start), end in zip(self.rows.starts.items(), ends, strict=True):
+            factors = factor_of[class_of[start:end]]
+            for factor in np.unique(factors[~np.isnan(factors)]).tolist():
+                indices = torch.from_numpy(np.flatnonzero(factors == factor))
+                rescalings.append(Rescaling(entry, dim, indices, factor))
+        return rescalings, None
 
 
 # -- how row numbers travel ----------------------------------------------------------------------

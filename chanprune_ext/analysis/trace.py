@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
 from chanprune_ext.analysis.labels import LabelStore
+from chanprune_ext.analysis.meta_kernels import run_operation
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.provenance import (
     Dim,
@@ -102,7 +103,7 @@ class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = run_operation(func, args, kwargs)
         apply_rule(self.tracer, func, args, kwargs, output)
         return output
 
