@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,6 +97,7 @@ def plan(
         max_ratio=max_ratio,
     )
     analysis = analyse(model, example_inputs, outputs)
+    _warn_of_branches(analysis)
     scores = score_groups(model, analysis.groups, criterion, seed)
     names = [name for name, _ in model.named_parameters()]
     removal = verified_removal(analysis, model, example_inputs, scores, selection, names)
@@ -182,6 +184,19 @@ def prune(
     """
     made = plan(model, example_inputs, ratio, **options)
     return made.apply(model, inplace=inplace, optimizer=optimizer, verify=verify)
+
+
+def _warn_of_branches(analysis: Analysis) -> None:
+    read = analysis.trace.values_read
+    if read:
+        lines = [f"{source} in '{module}'" if module else source for source, module in read.items()]
+        warnings.warn(
+            f"the forward reads values of tensors ({', '.join(lines[:3])}"
+            f"{' and elsewhere' if len(lines) > 3 else ''}): the plan holds for the path it takes "
+            f"with these example_inputs",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _name_of(criterion: Criterion) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.groups import Analysis, build_analysis
@@ -31,8 +32,8 @@ def analyse(
         outputs: Picks, from what the model returns, what must keep its shape. Default: all of it.
 
     Raises:
-        InvalidArgumentError: The model is scripted or has lazy parameters, the inputs hold no
-            tensor, or model and inputs are on different devices.
+        InvalidArgumentError: The model is scripted, compiled or quantised or has lazy parameters,
+            the inputs hold no tensor, or model and inputs are on different devices.
         AnalysisError: The model's forward raised while tracing.
     """
     if not isinstance(model, nn.Module):
@@ -47,6 +48,7 @@ def analyse(
             "model is compiled, or parts of it are; prune the plain model (torch.compile keeps it "
             "as '_orig_mod') and compile the result"
         )
+    _refuse_packed(model)
     inputs = tensors_in(example_inputs)
     if not inputs:
         raise InvalidArgumentError(
@@ -67,3 +69,21 @@ def analyse(
                 f"move one to the other"
             )
     return build_analysis(trace_model(model, example_inputs, outputs))
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    """Weights that are not plain tensors cannot be sliced."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if "quantized" in kind.__module__.split("."):
+            raise InvalidArgumentError(
+                f"model holds a quantised layer: '{name}' is a {kind.__module__}.{kind.__name__}, "
+                f"whose weights are packed; prune the float model and quantise the result"
+            )
+    for name, tensor in tensors_of(model).items():
+        packed: bool = is_traceable_wrapper_subclass(tensor)
+        if packed or tensor.is_quantized:
+            raise InvalidArgumentError(
+                f"parameter '{name}' is a {type(tensor).__name__}, not a plain tensor; prune the "
+                f"model before it is quantised or distributed"
+            )

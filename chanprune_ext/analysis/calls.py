@@ -36,6 +36,13 @@ __all__ = [
 
 _TORCH_DIRECTORY = f"{Path(torch.__file__).parent}{os.sep}"
 _PACKAGE_DIRECTORY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+# Python-level calls that hand the values of a tensor to code outside torch.
+VALUE_READS = frozenset(
+    {
+        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist"),
+        *("is_nonzero", "equal", "allclose", "numpy", "__array__", "__dlpack__", "data_ptr"),
+    }
+)
 # Files of this package that user models may come from: their lines are worth naming.
 _MODEL_FILES = frozenset({f"{_PACKAGE_DIRECTORY}models.py"})
 
@@ -133,14 +140,29 @@ def source_line() -> tuple[str, int]:
     """File and line of the nearest frame outside torch and outside this package's machinery."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name in _MODEL_FILES or not (
-            name.startswith((_TORCH_DIRECTORY, _PACKAGE_DIRECTORY, "<"))
-            or name.endswith(("contextlib.py", "functools.py"))
-        ):
-            return name, frame.f_lineno
+        if _is_user_code(frame):
+            return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return "?", 0
+
+
+def raising_line(error: BaseException) -> str:
+    """``file.py:line`` of the innermost line outside torch where an error was, or ``""``."""
+    place = ""
+    step = error.__traceback__
+    while step is not None:
+        if _is_user_code(step.tb_frame):
+            place = f"{Path(step.tb_frame.f_code.co_filename).name}:{step.tb_lineno}"
+        step = step.tb_next
+    return place
+
+
+def _is_user_code(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    return name in _MODEL_FILES or not (
+        name.startswith((_TORCH_DIRECTORY, _PACKAGE_DIRECTORY, "<"))
+        or name.endswith(("contextlib.py", "functools.py"))
+    )
 
 
 class CallMode(TorchFunctionMode):

@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import (
+    VALUE_READS,
+    CallMode,
+    raising_line,
+    steady_calls,
+    tensors_in,
+)
 from chanprune_ext.analysis.labels import LabelStore
 from chanprune_ext.analysis.meta_kernels import run_operation
 from chanprune_ext.analysis.module_path import ModulePath
@@ -26,7 +33,7 @@ from chanprune_ext.analysis.provenance import (
     plain,
     traced_attributes,
 )
-from chanprune_ext.analysis.rules import apply_rule
+from chanprune_ext.analysis.rules import apply_rule, give_up
 from chanprune_ext.analysis.sizes import numbers_in, record_equations
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
@@ -83,6 +90,7 @@ class Trace:
     costs: list[Cost]
     calls: list[TracedCall]
     unknown: list[Event]
+    values_read: dict[str, str]
     substrate: str
     joins: list[Join] = field(default_factory=list)
     axes: list[int] = field(default_factory=list)
@@ -95,6 +103,8 @@ class _ForwardError(Exception):
 class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of each ATen operation after it has run."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
@@ -104,6 +114,9 @@ class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         output = run_operation(func, args, kwargs)
+        if isinstance(func, HigherOrderOperator):
+            give_up(self.tracer, f"operator {func}", tensors_in((args, kwargs)), output)
+            return output
         apply_rule(self.tracer, func, args, kwargs, output)
         return output
 
@@ -117,6 +130,9 @@ class _ProvenanceMode(CallMode):
         self.calls: list[TracedCall] = []
 
     def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in VALUE_READS:
+            self.tracer.enter_call()
+            self.tracer.read_values(tensors_in(args))
         result = func(*plain(args), **plain(kwargs))
         if name not in ("__get__.shape", "size", "numel", "nelement"):
             return result
@@ -148,6 +164,8 @@ class _ProvenanceMode(CallMode):
             tracer.failed_at = tracer.failed_at or f"in '{tracer.path.current}' ({name})"
             raise
         tracer.op_name = ""
+        if name in VALUE_READS:
+            tracer.read_values(tensors_in(args))
         record_equations(tracer, name, args, kwargs, output)
         results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
         self.calls.append(
@@ -201,6 +219,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
         costs=costs,
         calls=calls,
         unknown=tracer.unknown,
+        values_read=tracer.values_read,
         substrate=substrate,
         joins=tracer.joins,
         axes=tracer.axes,
@@ -290,14 +309,18 @@ def trace_model(model: nn.Module, example_inputs: Any, outputs: Outputs = None) 
             failure = error
     if isinstance(failure, AnalysisError):
         raise failure
+    advice = "Check that example_inputs are what the model takes."
+    if on_meta:
+        advice += " If it reads values of tensors, give it real ones: on meta there are none."
     raise AnalysisError(
-        f"while tracing, the model's forward raised {_told(failure)}. Check that example_inputs "
-        f"are what the model takes."
+        f"while tracing, the model's forward raised {_told(failure)}. {advice}"
     ) from (failure.__cause__ or failure)
 
 
 def _told(failure: Exception) -> str:
     """An error of the user's forward in words, with its place where that is known."""
-    cause = failure.__cause__ if isinstance(failure, _ForwardError) else failure
+    cause = (failure.__cause__ if isinstance(failure, _ForwardError) else None) or failure
     place = f" {failure}" if isinstance(failure, _ForwardError) and str(failure) else ""
+    line = raising_line(cause)
+    place += f" at {line}" if line else ""
     return f"{type(cause).__name__}{place}: {str(cause).rstrip('.')}"

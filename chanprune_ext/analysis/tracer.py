@@ -109,6 +109,7 @@ class Tracer:
     axes: list[int] = field(default_factory=list)  # first label of every row of new labels, rising
     used: set[int] = field(default_factory=set)
     failed_at: str = ""
+    values_read: dict[str, str] = field(default_factory=dict)
     call_args: tuple[Any, ...] = ()
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     call_name: str = ""
@@ -181,6 +182,13 @@ class Tracer:
         self._states[id(tensor)].zeros = tuple(zeros)
         if changed and not all(self.zeros(tensor)):
             self._overwritten.add(_storage(tensor))
+
+    def read_values(self, tensors: Iterable[Tensor]) -> None:
+        """The values of these tensors leave torch: nothing that comes of them can be followed."""
+        module, source = self.place()
+        self.values_read.setdefault(source, module)
+        for tensor in tensors:
+            self.freeze_tensor(tensor, "values leave torch")
 
     def note_role(self, tensor: Tensor, dim: int, role: str) -> None:
         """Record that ``dim`` of a weight makes (``"out"``) or reads (``"in"``) channels."""

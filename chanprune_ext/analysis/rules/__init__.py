@@ -15,13 +15,14 @@ from chanprune_ext.analysis.rules import (
     spectral,
     windows,
 )
-from chanprune_ext.analysis.rules.registry import apply_rule, register_rule
+from chanprune_ext.analysis.rules.registry import apply_rule, give_up, register_rule
 
 __all__ = [
     "apply_rule",
     "attention",
     "contraction",
     "creation",
+    "give_up",
     "indexing",
     "movement",
     "normalisation",

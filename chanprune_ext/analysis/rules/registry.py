@@ -14,7 +14,7 @@ from chanprune_ext.analysis.rules.zeros import follow_zeros, remembered_zeros, r
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
 
-__all__ = ["apply_rule", "register_rule", "rule"]
+__all__ = ["apply_rule", "give_up", "register_rule", "rule"]
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -81,7 +81,7 @@ def apply_rule(
     if function is None and _is_pointwise(func):
         function = _RULES["pointwise"]
     if function is None:
-        _give_up(tracer, name, inputs, "no rule for", output)
+        give_up(tracer, f"no rule for {name}", inputs, output)
         return
     try:
         remembered = remembered_zeros(tracer, func, inputs)
@@ -89,11 +89,11 @@ def apply_rule(
         restore_zeros(tracer, remembered)
         follow_zeros(tracer, func, args, kwargs, output)
     except (AssertionError, IndexError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        _give_up(tracer, name, inputs, f"the rule failed ({error}) for", output)
+        give_up(tracer, f"the rule failed ({error}) for {name}", inputs, output)
 
 
-def _give_up(tracer: Tracer, name: str, inputs: list[Tensor], why: str, output: Any) -> None:
-    detail = f"{why} {name}"
+def give_up(tracer: Tracer, detail: str, inputs: list[Tensor], output: Any) -> None:
+    """Freeze every channel of an operation that is not understood, and remember it."""
     tracer.unknown.append(tracer.events[tracer.reason(detail)])
     for tensor in inputs:
         tracer.freeze_tensor(tensor, detail)
