@@ -108,12 +108,18 @@ def evaluated(model: nn.Module, inputs: Any) -> Any:
         return called(model.eval(), copy.deepcopy(inputs))
 
 
+def _states(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a forward in training mode may write to: statistics, averages of weights."""
+    still = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return [*model.named_buffers(), *still]
+
+
 def _trained(model: nn.Module, inputs: Any, *, dynamic: bool) -> tuple[Any, set[str]]:
     """Form of the output in training mode, and the parameters that backward reaches.
 
-    Buffers, training flags and gradients are put back.
+    Everything that a training step changes on the way is put back.
     """
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    states = {n: b.detach().clone() for n, b in _states(model)}
     flags = {m: m.training for m in model.modules()}
     try:
         model.train()
@@ -130,9 +136,9 @@ def _trained(model: nn.Module, inputs: Any, *, dynamic: bool) -> tuple[Any, set[
         for module, flag in flags.items():
             module.training = flag
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.copy_(buffers[name])
+            for name, state in _states(model):
+                if name in states and states[name].shape == state.shape:
+                    state.copy_(states[name])
 
 
 def subject(case: Case, step: Steps) -> Subject:
