@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_weights", "save"]
 
 FORMAT = "chanprune"
-VERSION = 1
+VERSION = 2
 # Batch norm counts its batches in a buffer that many published files leave out.
 OPTIONAL_SUFFIX = "num_batches_tracked"
 
@@ -45,18 +45,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         InvalidArgumentError: the state dict holds something that safetensors can't.
         OutputError: the file can't be written; a file that was there is as it was.
     """
-    from .plan import plan_of
+    from .plan import plans_of
 
     tensors, aliases = _without_duplicates(model.state_dict())
-    plan = plan_of(model)
+    plans = plans_of(model)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "aliases": json.dumps(aliases),
     }
-    if plan is not None:
-        metadata["plan"] = json.dumps(plan.to_dict())
+    if plans:
+        metadata["plans"] = json.dumps([plan.to_dict() for plan in plans])
     write_atomically(path, lambda file: save_file(tensors, file, metadata))
 
 
@@ -90,11 +90,15 @@ def load(path: str | os.PathLike[str], plain_model: nn.Module) -> nn.Module:
         )
     try:
         _add_aliases(tensors, metadata)
-        plan = PruningPlan.from_dict(json.loads(metadata["plan"])) if "plan" in metadata else None
+        plans = [PruningPlan.from_dict(p) for p in json.loads(metadata.get("plans", "[]"))]
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: its description is damaged: {error}") from error
     try:
-        model = copy.deepcopy(plain_model) if plan is None else plan.apply(plain_model)
+        model = plain_model
+        for plan in plans:
+            model = plan.apply(model)
+        if not plans:
+            model = copy.deepcopy(plain_model)
     except PlanMismatchError as error:
         raise CheckpointError(
             f"{path}: holds a pruned {metadata.get('class')}, which plain_model does not become: "
@@ -129,7 +133,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        if "plan" in metadata:
+        if "plans" in metadata:
             raise CheckpointError(
                 f"{path}: holds a pruned model; read it with chanprune_ext.load(path, plain_model)"
             )

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from chanprune_ext.explanation import Explanation
 
-__all__ = ["GroupSummary", "PruningPlan", "plan_of", "structure_of"]
+__all__ = ["GroupSummary", "PruningPlan", "plan_of", "plans_of", "structure_of"]
 
 FORMAT = 1
-_ATTRIBUTE = "_chanprune_plan"
+_ATTRIBUTE = "_chanprune_plans"
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class PruningPlan:
     couplings: Couplings = field(default_factory=Couplings, repr=False)
     example_inputs: Any = field(default=None, repr=False)
     outputs: Callable[[Any], Any] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled model carries its plan, but no batch of inputs."""
+        return {**vars(self), "example_inputs": None, "outputs": None}
 
     @property
     def pruned(self) -> dict[str, dict[int, Tensor]]:
@@ -327,17 +331,23 @@ def _short(names: tuple[str, ...]) -> Iterator[str]:
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
-    """The plan a pruned model was made by; None for any other model."""
-    plan = model.__dict__.get(_ATTRIBUTE)
-    return plan if isinstance(plan, PruningPlan) else None
+    """The plan a pruned model was made by, the last of several; None for any other model."""
+    plans = plans_of(model)
+    return plans[-1] if plans else None
 
 
-def attach_plan(model: nn.Module, plan: PruningPlan | None) -> None:
-    """Remember on a pruned model the plan it was made by; None forgets it."""
-    if plan is None:
-        model.__dict__.pop(_ATTRIBUTE, None)
+def plans_of(model: nn.Module) -> tuple[PruningPlan, ...]:
+    """All plans that led from the plain model to this one, in order."""
+    plans = model.__dict__.get(_ATTRIBUTE, ())
+    return plans if isinstance(plans, tuple) else ()
+
+
+def attach_plans(model: nn.Module, plans: tuple[PruningPlan, ...]) -> None:
+    """Remember on a pruned model the plans it was made by."""
+    if plans:
+        model.__dict__[_ATTRIBUTE] = plans
     else:
-        model.__dict__[_ATTRIBUTE] = plan
+        model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:

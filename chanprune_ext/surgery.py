@@ -18,7 +18,7 @@ from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.copying import carry_over, copied
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import slice_channels
-from chanprune_ext.plan import attach_plan, plan_of
+from chanprune_ext.plan import attach_plans, plans_of
 from chanprune_ext.verification import verify_outputs, verify_runs, zeroed_outputs
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from chanprune_ext.analysis.scales import Rescaling
     from chanprune_ext.plan import PruningPlan
 
 __all__ = ["apply_plan"]
@@ -47,7 +48,9 @@ def apply_plan(
     Args:
         plan: The plan; it must have been made for a model of this structure.
         model: The model. It is left untouched unless ``inplace``.
-        inplace: Change ``model`` itself, parameter objects included, for models too big to copy.
+        inplace: Change ``model`` itself, parameter objects included, for models too big to copy:
+            without an optimizer and ``verify="numeric"`` it takes no more memory than the largest
+            tensor.
         optimizer: An optimizer over ``model``'s parameters. Its parameters are replaced by those of
             the pruned model and its state (momentum, moments) is sliced with them.
         verify: ``"replay"`` runs the result on meta tensors, ``"numeric"`` also compares it in
@@ -65,10 +68,12 @@ def apply_plan(
     if verify not in ("replay", "numeric", None):
         raise InvalidArgumentError(f"verify must be 'replay', 'numeric' or None, got {verify!r}")
     plan.check(model)
+    if inplace and optimizer is None and verify != "numeric":
+        return _apply_streaming(plan, model, verify)
     tensors = tensors_of(model)
-    sliced = _sliced_tensors(plan, tensors)
-    _rescale(plan, tensors, sliced)
-    gradients = _sliced_gradients(plan, tensors)
+    changing = _changing(plan, tensors)
+    sliced = _sliced_tensors(plan, tensors, changing)
+    gradients = _sliced_gradients(plan, tensors, changing)
     state = _sliced_state(plan, tensors, optimizer)
     expected = zeroed_outputs(plan, model, example_inputs) if verify == "numeric" else None
     with contextlib.ExitStack() as undo:
@@ -77,8 +82,9 @@ def apply_plan(
             _swap(tensors, sliced, gradients, undo)
         else:
             pruned = copied(model, _replacements(tensors, sliced, gradients))
-        with steady_calls(pruned):  # in training mode, spectral norm would move on when looked at
-            _set_attributes(plan, pruned, undo)
+        _set_attributes(plan, pruned, undo)
+        _set_widths(pruned, undo)
+        _remember(plan, pruned, undo)
         if verify is not None:
             verify_runs(plan, pruned)
         if expected is not None:
@@ -89,40 +95,73 @@ def apply_plan(
     return pruned
 
 
-def _sliced_tensors(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = [name for name in plan.kept if name in tensors]
-    results = sliced_like([tensors[n] for n in names], [plan.kept[n] for n in names])
-    return dict(zip(names, results, strict=True))
+def _apply_streaming(plan: PruningPlan, model: nn.Module, verify: str | None) -> nn.Module:
+    """Prune in place with no more memory than the largest tensor takes.
+
+    Everything that can fail comes first: the pruned model runs on stand-ins, and the largest
+    successor is made and dropped. From then on each tensor is freed as its successor is put in.
+    """
+    tensors = tensors_of(model)
+    changing = _changing(plan, tensors)
+    with contextlib.ExitStack() as undo:
+        _set_attributes(plan, model, undo)
+        if verify is not None:
+            verify_runs(plan, model, plan.kept)
+        if changing:
+            _sliced_tensors(plan, tensors, [max(changing, key=lambda n: tensors[n].nbytes)])
+        undo.pop_all()
+    for name in changing:
+        gradients = _sliced_gradients(plan, tensors, [name])
+        _put_data(tensors[name], _sliced_tensors(plan, tensors, [name])[name], gradients.get(name))
+    with contextlib.ExitStack() as undo:
+        _set_widths(model, undo)
+        _remember(plan, model, undo)
+        undo.pop_all()
+    return model
 
 
-def _rescale(plan: PruningPlan, tensors: Mapping[str, Tensor], sliced: dict[str, Tensor]) -> None:
-    """Multiply what the plan rescales, in copies of the model's tensors."""
+def _changing(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> list[str]:
+    names = dict.fromkeys((*plan.kept, *(r.entry for r in plan.rescalings)))
+    return [name for name in names if name in tensors]
+
+
+def _sliced_tensors(
+    plan: PruningPlan, tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The successors of some entries."""
+    results = sliced_like([tensors[n] for n in names], [plan.kept.get(n, {}) for n in names])
+    sliced = dict(zip(names, results, strict=True))
     for rescaling in plan.rescalings:
-        whole = tensors[rescaling.entry]
-        if rescaling.entry not in sliced:
-            sliced[rescaling.entry] = whole.detach().clone()
-        factors = torch.ones(whole.shape[rescaling.dim], dtype=torch.float64)
-        factors[rescaling.indices] = rescaling.factor
-        kept = plan.kept.get(rescaling.entry, {}).get(rescaling.dim)
-        if kept is not None:
-            factors = factors[kept]
-        tensor = sliced[rescaling.entry]
-        shape = [1] * tensor.dim()
-        shape[rescaling.dim] = -1
-        # In float64, and rounded once.
-        product = tensor.double() * factors.to(tensor.device).view(shape)
-        sliced[rescaling.entry] = product.to(tensor.dtype)
+        if rescaling.entry in sliced:
+            whole = tensors[rescaling.entry].shape[rescaling.dim]
+            sliced[rescaling.entry] = _rescaled(plan, rescaling, whole, sliced[rescaling.entry])
+    return sliced
 
 
-def _sliced_gradients(plan: PruningPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rescaled(plan: PruningPlan, rescaling: Rescaling, whole: int, tensor: Tensor) -> Tensor:
+    """A successor with some indices of a dim, of size ``whole`` before, multiplied."""
+    factors = torch.ones(whole, dtype=torch.float64)
+    factors[rescaling.indices] = rescaling.factor
+    kept = plan.kept.get(rescaling.entry, {}).get(rescaling.dim)
+    if kept is not None:
+        factors = factors[kept]
+    shape = [1] * tensor.dim()
+    shape[rescaling.dim] = -1
+    # In float64, and rounded once.
+    return (tensor.double() * factors.to(tensor.device).view(shape)).to(tensor.dtype)
+
+
+def _sliced_gradients(
+    plan: PruningPlan, tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
     found = {
         name: gradient
-        for name in plan.kept
+        for name in names
         if name in tensors
         and tensors[name].is_leaf
         and (gradient := tensors[name].grad) is not None
     }
-    results = sliced_like(list(found.values()), [plan.kept[n] for n in found])
+    results = sliced_like(list(found.values()), [plan.kept.get(n, {}) for n in found])
     return dict(zip(found, results, strict=True))
 
 
@@ -178,18 +217,27 @@ def _put_data(tensor: Tensor, data: Tensor, gradient: Tensor | None) -> None:
 
 
 def _set_attributes(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitStack) -> None:
-    """The plan's attribute values, the widths torch's own layers tell, and the plan itself."""
+    """The ints that the plan changes."""
     for attribute, value in plan.attributes.items():
         for module, name, old in set_attributes(model, {attribute: value}):
             undo.callback(setattr, module, name, old)
-    for module in model.modules():
-        for name, width in _widths(module).items():
-            old = getattr(module, name, None)
-            if old != width:
-                undo.callback(setattr, module, name, old)
-                setattr(module, name, width)
-    undo.callback(attach_plan, model, plan_of(model))
-    attach_plan(model, plan)
+
+
+def _set_widths(model: nn.Module, undo: contextlib.ExitStack) -> None:
+    """The widths that torch's own layers tell."""
+    with steady_calls(model):  # in training mode, spectral norm would move on when looked at
+        for module in model.modules():
+            for name, width in _widths(module).items():
+                old = getattr(module, name, None)
+                if old != width:
+                    undo.callback(setattr, module, name, old)
+                    setattr(module, name, width)
+
+
+def _remember(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitStack) -> None:
+    plans = plans_of(model)
+    undo.callback(attach_plans, model, plans)
+    attach_plans(model, (*plans, plan))
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:

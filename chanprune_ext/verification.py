@@ -113,8 +113,15 @@ def max_relative_error(actual: Any, expected: Any) -> float:
     return worst
 
 
-def verify_runs(plan: PruningPlan, pruned: nn.Module) -> None:
+def verify_runs(
+    plan: PruningPlan, pruned: nn.Module, kept: Mapping[str, Mapping[int, Tensor]] | None = None
+) -> None:
     """Run a pruned model on meta tensors, where the model can run on such.
+
+    Args:
+        plan: The plan it was pruned by.
+        pruned: The model; with ``kept`` it still has all its channels.
+        kept: Entry -> {dim: kept indices}: widths to run it with.
 
     Raises:
         VerificationError: Its forward raises.
@@ -123,6 +130,11 @@ def verify_runs(plan: PruningPlan, pruned: nn.Module) -> None:
         return
     with steady_calls(pruned), torch.device("meta"), MetaCalls():
         tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
+        for name, dims in (kept or {}).items():
+            shape = list(tensors[name].shape)
+            for dim, index in dims.items():
+                shape[dim] = len(index)
+            tensors[name] = torch.empty(shape, dtype=tensors[name].dtype)
         try:
             call_substituted(pruned, tensors, _meta_inputs(plan.inputs))
         except Exception as error:

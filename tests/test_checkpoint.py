@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -200,14 +201,14 @@ def test_missing_and_foreign_files_are_recognised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": "chanprune", "version": "99"}, "format version 99, this release reads 1"),
-        ({"format": "chanprune", "version": "1", "plan": "{"}, "description is damaged"),
-        ({"format": "chanprune", "version": "1", "plan": "{}"}, "description is damaged"),
+        ({"format": "chanprune", "version": "99"}, "format version 99, this release reads 2"),
+        ({"format": "chanprune", "version": "2", "plans": "["}, "description is damaged"),
+        ({"format": "chanprune", "version": "2", "plans": "[{}]"}, "description is damaged"),
         (
-            {"format": "chanprune", "version": "1", "aliases": '{"a": "b"}'},
+            {"format": "chanprune", "version": "2", "aliases": '{"a": "b"}'},
             "description is damaged",
         ),
-        ({"format": "chanprune", "version": "1", "aliases": "[]"}, "description is damaged"),
+        ({"format": "chanprune", "version": "2", "aliases": "[]"}, "description is damaged"),
     ],
 )
 def test_damaged_descriptions_are_recognised(
@@ -216,6 +217,30 @@ def test_damaged_descriptions_are_recognised(
     save_file(small_net().state_dict(), tmp_path / "a.safetensors", metadata)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "a.safetensors", small_net())
+
+
+def test_a_model_pruned_twice_is_rebuilt_from_the_plain_one(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    once = cpx.prune(small_net(), images, ratio=0.25)
+    twice = cpx.prune(once, images, ratio=0.5)
+    save(twice, tmp_path / "a.safetensors")
+    loaded = load(tmp_path / "a.safetensors", small_net())
+    assert torch.equal(loaded.eval()(images), twice.eval()(images))
+    third = cpx.prune(loaded, images, ratio=0.5)
+    save(third, tmp_path / "b.safetensors")
+    loaded = load(tmp_path / "b.safetensors", small_net())
+    assert torch.equal(loaded.eval()(images), third.eval()(images))
+    assert cpx.plan_of(loaded).params_before < sum(p.numel() for p in twice.parameters()) + 1
+
+
+def test_a_pickled_model_carries_no_batch(tmp_path: Path) -> None:
+    images = torch.randn(64, 3, 32, 32)
+    pruned = cpx.prune(small_net(), images, ratio=0.5)
+    torch.save(pruned, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < images.nbytes
+    again = torch.load(tmp_path / "a.pt", weights_only=False)
+    assert cpx.plan_of(again).to_dict() == cpx.plan_of(pruned).to_dict()
+    assert cpx.plan_of(copy.deepcopy(pruned)) is not None
 
 
 def test_the_first_difference_to_the_architecture_is_named(tmp_path: Path) -> None:

@@ -443,7 +443,7 @@ def test_optimizer_state_of_unknown_shape_is_refused() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     "step",
-    ["slice_channels", "set_attributes", "_widths", "attach_plan", "verify_runs", "_rebind"],
+    ["slice_channels", "set_attributes", "_widths", "attach_plans", "verify_runs", "_rebind"],
 )
 def test_an_error_in_the_middle_changes_nothing(
     step: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
@@ -480,6 +480,50 @@ def test_an_error_in_the_middle_changes_nothing(
     monkeypatch.undo()
     pruned = plan.apply(model, inplace=inplace, optimizer=optimizer)
     _step(pruned, optimizer, inputs)
+
+
+@pytest.mark.parametrize("step", ["set_attributes", "verify_runs", "slice_channels"])
+def test_pruning_in_place_fails_before_anything_is_lost(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = made("SplitByAttribute")
+    plan = plan_for(model, inputs)
+    before = run(model, inputs)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(surgery, step, failing)
+    with unchanged(model), pytest.raises(RuntimeError, match="out of memory"):
+        plan.apply(model, inplace=True)
+    assert relative_error(run(model, inputs), before) == 0
+    monkeypatch.undo()
+    plan.apply(model, inplace=True)
+
+
+def test_pruning_in_place_holds_one_successor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = made()
+    plan = plan_for(model, inputs)
+    reference = run(plan.apply(model), inputs)
+    waiting: list[int] = []
+    original = surgery.slice_channels
+
+    def counting(tensors: Any, *args: Any) -> Any:
+        results = original(tensors, *args)
+        if not tensors:  # no gradients
+            return results
+        # Of the tensors that shrink, those that have not been replaced yet.
+        whole = dict(plan.fingerprint["tensors"])
+        named = [*model.named_parameters(), *model.named_buffers()]
+        waiting.append(sum(list(t.shape) == whole[n] for n, t in named if n in plan.kept))
+        assert len(tensors) == 1
+        return results
+
+    monkeypatch.setattr(surgery, "slice_channels", counting)
+    plan.apply(model, inplace=True)
+    # One trial first, then each is put in place before the next is made.
+    assert waiting == [len(plan.kept), *range(len(plan.kept), 0, -1)]
+    assert relative_error(run(model, inputs), reference) == 0
 
 
 def test_a_result_that_fails_verification_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
