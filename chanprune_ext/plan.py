@@ -151,7 +151,12 @@ class PruningPlan:
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`PlanMismatchError`, naming the first difference, unless the plan fits."""
-        difference = _first_difference(self.fingerprint, structure_of(model))
+        structure = structure_of(model)
+        for name, _ in model.named_buffers():
+            # A buffer that does not shrink may have been filled by a forward since.
+            if name not in self.kept and name in self.fingerprint["tensors"]:
+                structure["tensors"][name] = self.fingerprint["tensors"][name]
+        difference = _first_difference(self.fingerprint, structure)
         if difference is None:
             for attribute in self.attributes:
                 value = getattr(model.get_submodule(attribute.module), attribute.name, None)

@@ -431,3 +431,21 @@ def test_prune_is_plan_and_apply() -> None:
     assert cpx.plan_of(pruned).to_dict() == plan.to_dict()  # type: ignore[union-attr]
     assert relative_error(run(pruned, IMAGES), run(plan.apply(model), IMAGES)) == 0
     assert cpx.prune(model, IMAGES).a.out_channels == 4
+
+
+def test_a_buffer_that_a_forward_fills_does_not_make_it_another_model() -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("positions", torch.zeros(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.positions.shape[0] != x.shape[-1]:
+                self.positions = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+            return super().forward(x + self.positions)
+
+    torch.manual_seed(0)
+    used = Lazy()
+    used(IMAGES)
+    plan = cpx.plan(used, IMAGES, 0.5)
+    assert plan.apply(Lazy())(IMAGES).shape == used(IMAGES).shape
