@@ -309,8 +309,8 @@ def test_a_wrong_width_is_found_though_shapes_depend_on_values() -> None:
     replay(analysis, model, IMAGES, masks, {}, analysis.sizes(labels))
     with pytest.raises(VerificationError):
         replay(analysis, model, IMAGES, masks, {}, analysis.sizes(analysis.removed_labels({})))
+    wrong = {k: v for k, v in masks.items() if k != "head.weight"}
     with pytest.raises(VerificationError, match="does not run"):
-        wrong = {k: v for k, v in masks.items() if k != "head.weight"}
         replay(analysis, model, IMAGES, wrong, {}, analysis.sizes(labels))
 
 
