@@ -141,9 +141,17 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "sum of what a ReLU in place leaves zero": lambda m, x: x * x.relu_().sum(1, keepdim=True),
     "sum of what is scaled in place": lambda m, x: x * x.mul_(0.5).sum(1, keepdim=True),
     "sum of what is added in place": lambda m, x: x * x.add_(x.tanh()).sum(1, keepdim=True),
+    "sum of what is copied over": lambda m, x: x * x.sigmoid().copy_(x).sum(1, keepdim=True),
     "transposed in place": lambda m, x: x.clone().transpose_(1, 2).transpose_(1, 2),
     "in place on a view": lambda m, x: x[:, :, 1:].mul_(2).sum(2, keepdim=True) + x,
 }
+
+
+def positions_filled(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :, 0].fill_(1)
+    return x
+
 
 # Channels go; a statistic over them is then one over those that stay.
 NORMALISED: dict[str, Callable[..., Tensor]] = {
@@ -165,6 +173,11 @@ NORMALISED: dict[str, Callable[..., Tensor]] = {
     "sum of positions of a pool": lambda m, x: (
         x[..., :2, :3] * F.max_pool2d(x, 2, return_indices=True)[1].sum(1, keepdim=True)
     ),
+    "sum of a sigmoid copied over": lambda m, x: x * x.clone().copy_(x.sigmoid()).sum(1, True),
+    "sum of a shift scaled in place": lambda m, x: x * x.add(1).mul_(2).sum(1, keepdim=True),
+    "sum of filled positions": lambda m, x: x * positions_filled(x).sum(1, keepdim=True),
+    "sum of what is masked": lambda m, x: x * x.masked_fill(x <= 0, 0.5).sum(1, keepdim=True),
+    "sum of truth values": lambda m, x: x * (x == 0).to(x.dtype).sum(1, keepdim=True),
     "sum after a shift in place": lambda m, x: x * x.add_(1).sum(1, keepdim=True),
     "sum after a shift of a view": lambda m, x: (x[:, :, :2].add_(1), x.sum(1, keepdim=True) + x)[
         1
