@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from models import randomised, relative_error, run, zeroed
 from torch import Tensor, nn
+from toys import TOYS
 
 import chanprune_ext as cpx
 from chanprune_ext.analysis import analyse
@@ -241,4 +242,32 @@ def test_what_is_attended_to_stays(core: Callable[..., Tensor], entry: str, subs
     ]
     assert len(units) == 1
     plan = cpx.plan(model, x, 0.5)
+    assert relative_error(run(plan.apply(model), x), run(zeroed(model, plan), x)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["heads", "head_dim"])
+@pytest.mark.parametrize(
+    ("toy", "heads", "width"),
+    [
+        ("DecoderWithoutNorms", {"heads": 2}, {"head_dim": 4}),
+        ("BiasSharedByLayers", {"heads": 2, "inner": 12}, {"width": 3, "inner": 12}),
+        ("CachedBias", {"heads": 2}, {"key_dim": 2, "value_dim": 4}),
+    ],
+)
+def test_heads_or_their_width_in_every_layer(
+    toy: str, heads: dict[str, int], width: dict[str, int], kind: str
+) -> None:
+    """Grouped and rotated queries, a shared bias, a cached one: what goes is told by attributes."""
+    torch.manual_seed(0)
+    model, x = randomised(TOYS[toy].make()).double(), TOYS[toy].inputs()
+    x = x.double() if x.is_floating_point() else x
+    plan = cpx.plan(model, x, 0.5, kinds=(kind,))
+    modules = {a.module for a in plan.attributes}
+    wanted = heads if kind == "heads" else width
+    changed = {(a.module, a.name): value for a, value in plan.attributes.items()}
+    # Half of the queries of each key, or half of the keys: both halve the heads.
+    assert {k: v for k, v in changed.items() if k[1] != "kv_heads"} == {
+        (module, name): value for module in modules for name, value in wanted.items()
+    }
+    assert len(modules) == len(getattr(model, "layers", [model]))
     assert relative_error(run(plan.apply(model), x), run(zeroed(model, plan), x)) < 1e-9
