@@ -65,6 +65,8 @@ class PruningPlan:
         attributes: Ints stored on modules that must change -> new value.
         rescalings: Kept indices that are multiplied, so that a constant which the model computes
             from a width (the scale of attention logits) keeps its effect.
+        caches: Module and attribute of each container that a forward fills with tensors: a pruned
+            model starts with them empty.
         groups: Every prunable coupling group, with its width before and after.
         frozen: Output channels that no plan may remove, and why.
         params_before, params_after: Elements of all parameters.
@@ -81,6 +83,7 @@ class PruningPlan:
     kept: Mapping[str, Mapping[int, Tensor]]
     attributes: Mapping[Attribute, int]
     rescalings: tuple[Rescaling, ...]
+    caches: tuple[tuple[str, str], ...]
     groups: tuple[GroupSummary, ...]
     frozen: tuple[Frozen, ...]
     params_before: int
@@ -181,6 +184,7 @@ class PruningPlan:
                 {**asdict(attribute), "new": new} for attribute, new in self.attributes.items()
             ],
             "rescalings": [{**vars(r), "indices": r.indices.tolist()} for r in self.rescalings],
+            "caches": [list(c) for c in self.caches],
             "groups": [asdict(g) for g in self.groups],
             "frozen": [asdict(f) for f in self.frozen],
             "params": [self.params_before, self.params_after],
@@ -223,6 +227,7 @@ class PruningPlan:
                 kept=kept,
                 attributes=attributes,
                 rescalings=rescalings,
+                caches=tuple((str(m), str(n)) for m, n in data["caches"]),
                 groups=tuple(
                     GroupSummary(
                         **{

@@ -110,6 +110,7 @@ def plan(
         },
         attributes=removal.attributes,
         rescalings=removal.rescalings,
+        caches=tuple(sorted(analysis.trace.caches)),
         groups=group_summaries(analysis, removal.units),
         frozen=(*analysis.frozen, *removal.held),
         params_before=whole.params(names),

@@ -217,7 +217,13 @@ def _put_data(tensor: Tensor, data: Tensor, gradient: Tensor | None) -> None:
 
 
 def _set_attributes(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitStack) -> None:
-    """The ints that the plan changes."""
+    """The ints that the plan changes, and caches of tensors of the old widths."""
+    for path, name in plan.caches:
+        owner = model.get_submodule(path)
+        cache = getattr(owner, name, None)
+        if isinstance(cache, (dict, list, set)):
+            undo.callback(setattr, owner, name, cache)
+            setattr(owner, name, type(cache)())
     for attribute, value in plan.attributes.items():
         for module, name, old in set_attributes(model, {attribute: value}):
             undo.callback(setattr, module, name, old)

@@ -1,7 +1,8 @@
 """Outputs of operations whose stand-in torch computes slowly.
 
-On the meta device torch decomposes a batch norm into a dozen operations, which is half the time of
-a forward of a convolutional network.
+On the meta device torch runs many common operations through Python reference code, up to a
+millisecond each, which is most of the time of a forward without values. Where all an operation
+needs is an empty tensor of a known shape, it is made here; in every other case torch is asked.
 """
 
 from __future__ import annotations
@@ -13,40 +14,105 @@ from torch import Tensor
 
 from chanprune_ext.analysis.calls import CallMode
 
-__all__ = ["MetaCalls", "meta_batch_norm", "run_call", "run_operation"]
+__all__ = ["MetaCalls", "run_call", "run_operation"]
+
+# One tensor in, one of the same shape, dtype and strides out. As operations and as calls.
+_UNARY = frozenset(
+    (
+        *("gelu", "silu", "relu", "relu6", "sigmoid", "tanh", "hardswish", "hardsigmoid", "mish"),
+        *("hardtanh", "leaky_relu", "elu", "softplus", "exp", "rsqrt", "sqrt", "neg"),
+    )
+)
 
 
-def meta_batch_norm(args: tuple[Any, ...]) -> Tensor | None:
-    """The output of a batch norm of ``(input, weight, bias, running mean and variance, ...)``.
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and x.dim() > 0
 
-    None where torch should be asked: tensors with values, training, or shapes that do not fit.
-    """
-    if len(args) < 6 or args[5]:
+
+def _unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or not _is_plain(x):
         return None
-    x, *vectors = args[:5]
-    if not isinstance(x, Tensor) or not x.is_meta or x.dim() < 2:
+    if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):
         return None
-    if any(isinstance(v, Tensor) and v.shape != x.shape[1:2] for v in vectors):
+    return x if name.endswith("_") or kwargs.get("inplace") else torch.empty_like(x)
+
+
+def _batch_norm(args: tuple[Any, ...]) -> Tensor | None:
+    """Of ``(input, weight, bias, running mean and variance, training, ...)``, in eval mode."""
+    if len(args) < 6 or args[5] or not _is_plain(args[0]) or args[0].dim() < 2:
         return None
-    return torch.empty_like(x)
+    vectors = [v for v in args[1:5] if isinstance(v, Tensor)]
+    if any(v.shape != args[0].shape[1:2] for v in vectors):
+        return None
+    return torch.empty_like(args[0])
+
+
+def _layer_norm(args: tuple[Any, ...]) -> Tensor | None:
+    """Of ``(input, normalized_shape, weight, bias, ...)``."""
+    if len(args) < 4 or not _is_plain(args[0]):
+        return None
+    x, shape = args[0], tuple(args[1])
+    vectors = [v for v in args[2:4] if isinstance(v, Tensor)]
+    if tuple(x.shape[-len(shape) :]) != shape or any(tuple(v.shape) != shape for v in vectors):
+        return None
+    return x.new_empty(x.shape)  # contiguous, whatever the input is
+
+
+def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Of ``(input, weight, bias)``."""
+    if kwargs or len(args) < 2 or not _is_plain(args[0]) or not isinstance(args[1], Tensor):
+        return None
+    x, weight, bias = (*args, None)[:3]
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Of ``(vector, (M, K), (K, N))``."""
+    if kwargs or len(args) != 3 or not _is_plain(args[1]):
+        return None
+    added, left, right = args
+    if left.shape[1] != right.shape[0] or added.shape != right.shape[1:]:
+        return None
+    return left.new_empty((left.shape[0], right.shape[1]))
 
 
 def run_call(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a torch-level call on stand-ins."""
-    if name == "batch_norm" and not kwargs:
-        output = meta_batch_norm(args)
-        if output is not None:
-            return output
-    return func(*args, **kwargs)
+    output = None
+    if name.rstrip("_") in _UNARY:
+        output = _unary(name, args, kwargs)
+    elif name == "linear":
+        output = _linear(args, kwargs)
+    elif name == "batch_norm" and not kwargs:
+        output = _batch_norm(args)
+    elif name == "layer_norm" and not kwargs:
+        output = _layer_norm(args)
+    return func(*args, **kwargs) if output is None else output
 
 
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an ATen operation on stand-ins."""
-    if func is torch.ops.aten.native_batch_norm.default and not kwargs:
-        output = meta_batch_norm(args)
-        if output is not None:
-            return output, output.new_empty(0), output.new_empty(0)
-    return func(*args, **kwargs)
+    name = func._schema.name.removeprefix("aten::")
+    output: Any = None
+    if name.rstrip("_") in _UNARY:
+        output = _unary(name, args, kwargs)
+    elif name == "addmm":
+        output = _addmm(args, kwargs)
+    elif name == "native_batch_norm" and not kwargs:
+        normed = _batch_norm(args)
+        if normed is not None:
+            output = normed, normed.new_empty(0), normed.new_empty(0)
+    elif name == "native_layer_norm" and not kwargs:
+        normed = _layer_norm(args)
+        if normed is not None:
+            shape = (*normed.shape[: -len(args[1])], *(1 for _ in args[1]))
+            output = normed, normed.new_empty(shape), normed.new_empty(shape)
+    return func(*args, **kwargs) if output is None else output
 
 
 class MetaCalls(CallMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,14 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.analysis.calls import tensors_in
+
 __all__ = ["call_substituted", "substitute", "substrate_mode", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer once, under its first name."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    found.update((name, b) for name, b in model.named_buffers() if isinstance(b, Tensor))
-    return found
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        # As named_parameters() and named_buffers() do, which go through all modules once each.
+        dot = "." if prefix else ""
+        for found, kind in ((parameters, "_parameters"), (buffers, "_buffers")):
+            for name, tensor in vars(module)[kind].items():
+                if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{prefix}{dot}{name}"] = tensor
+    return parameters | buffers
 
 
 def substitute(value: Any, change: Any) -> Any:
@@ -50,13 +62,19 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
         yield lambda t: t.detach().clone()
 
 
-def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+def call_substituted(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Any,
+    caches: set[tuple[str, str]] | None = None,
+) -> Any:
     """Run ``model`` with other tensors in place of its parameters and buffers.
 
     A tensor is replaced wherever a module holds it: under every name of a shared module (where
     ``torch.func.functional_call`` would not put the original back), and in plain attributes. What
     the forward stores on its modules (a counter, an entry of a cache, a hook or its result) is
-    forgotten.
+    forgotten; ``caches`` receives the module and the name of each dict, list or set of tensors that
+    it has written to.
     """
     originals = tensors_of(model)
     stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
@@ -64,25 +82,37 @@ def call_substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: An
     def change(tensor: Tensor) -> Tensor:
         return stand_ins.get(id(tensor), tensor)
 
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    caches: list[tuple[Any, Any]] = []
+    before = [(path, module, dict(module.__dict__)) for path, module in model.named_modules()]
+    contents: list[tuple[str, str, Any, Any]] = []
     try:
-        for module, attributes in before:
+        for path, module, attributes in before:
             for name, value in attributes.items():
+                kind = type(value)
+                if kind in _SCALARS:
+                    continue
                 if name in ("_parameters", "_buffers") or _holds_tensors(value):
                     module.__dict__[name] = substitute(value, change)
-                elif type(value) in (dict, OrderedDict, list, set):
-                    caches.append((value, value.copy()))
+                elif kind in _CONTAINERS:
+                    contents.append((path, name, value, value.copy()))
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     finally:
-        for module, attributes in before:
+        for _, module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        for cache, content in caches:
-            cache.clear()
-            cache.extend(content) if isinstance(cache, list) else cache.update(content)
+        for path, name, value, content in contents:
+            now, then = (list(c.values() if isinstance(c, dict) else c) for c in (value, content))
+            if len(now) == len(then) and all(map(operator.is_, now, then)):
+                continue
+            if caches is not None and tensors_in(now):
+                caches.add((path, name))
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+_SCALARS = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
 def _holds_tensors(value: Any) -> bool:

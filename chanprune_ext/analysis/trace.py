@@ -23,6 +23,7 @@ from chanprune_ext.analysis.calls import (
     steady_calls,
     tensors_in,
 )
+from chanprune_ext.analysis.dataflow import Dataflow, DataflowMode
 from chanprune_ext.analysis.labels import LabelStore
 from chanprune_ext.analysis.meta_kernels import run_operation
 from chanprune_ext.analysis.module_path import ModulePath
@@ -91,6 +92,7 @@ class Trace:
     calls: list[TracedCall]
     unknown: list[Event]
     values_read: dict[str, str]
+    caches: set[tuple[str, str]]
     substrate: str
     joins: list[Join] = field(default_factory=list)
     axes: list[int] = field(default_factory=list)
@@ -113,10 +115,11 @@ class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = run_operation(func, args, kwargs)
         if isinstance(func, HigherOrderOperator):
+            output = func(*args, **kwargs)
             give_up(self.tracer, f"operator {func}", tensors_in((args, kwargs)), output)
             return output
+        output = run_operation(func, args, kwargs)
         apply_rule(self.tracer, func, args, kwargs, output)
         return output
 
@@ -124,9 +127,10 @@ class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _ProvenanceMode(CallMode):
     """Hands out traced sizes, and turns size arguments into equations."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, flow: Dataflow | None) -> None:
         super().__init__()
         self.tracer = tracer
+        self.flow = flow
         self.calls: list[TracedCall] = []
 
     def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,6 +171,8 @@ class _ProvenanceMode(CallMode):
         if name in VALUE_READS:
             tracer.read_values(tensors_in(args))
         record_equations(tracer, name, args, kwargs, output)
+        if self.flow is not None:
+            self.flow.note(name, tracer.path.current, args, kwargs, output)
         results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
         self.calls.append(
             TracedCall(
@@ -198,14 +204,16 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
             # Zeroing a network is zeroing its parameters: buffers keep their values.
             tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
         inputs = substitute(example_inputs, stand_in)
-        calls = _watch(tracer, model, stand_ins, inputs, outputs)
+        asks = any(map(_asks_for_training, {type(m) for m in model.modules()}))
+        flow = Dataflow() if asks else None
+        calls = _watch(tracer, model, stand_ins, inputs, outputs, flow)
         costs = list(tracer.costs)
         unused = [
             name
             for name, t in stand_ins.items()
             if id(t) not in tracer.used and t.is_floating_point()
         ]
-        if unused or any(map(_asks_for_training, {type(m) for m in model.modules()})):
+        if unused or not _trains_alike(tracer, model, stand_ins, inputs, flow):
             _watch_training(tracer, model, stand_ins, inputs, unused, outputs)
     return Trace(
         store=tracer.store,
@@ -220,6 +228,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
         calls=calls,
         unknown=tracer.unknown,
         values_read=tracer.values_read,
+        caches=tracer.caches,
         substrate=substrate,
         joins=tracer.joins,
         axes=tracer.axes,
@@ -232,12 +241,13 @@ def _watch(
     stand_ins: Mapping[str, Tensor],
     inputs: Any,
     outputs: Outputs,
+    flow: Dataflow | None = None,
 ) -> list[TracedCall]:
     """One forward under all three layers; its outputs must keep their shape."""
-    mode = _ProvenanceMode(tracer)
+    mode = _ProvenanceMode(tracer, flow)
     try:
         with traced_attributes(model, tracer.compared), _RuleMode(tracer), mode:
-            output = call_substituted(model, stand_ins, inputs)
+            output = call_substituted(model, stand_ins, inputs, tracer.caches)
         if outputs is not None:
             output = outputs(output)
     except Exception as error:
@@ -248,6 +258,30 @@ def _watch(
     for tensor in returned:
         tracer.freeze_tensor(tensor, "the model's output")
     return mode.calls
+
+
+def _trains_alike(
+    tracer: Tracer,
+    model: nn.Module,
+    stand_ins: Mapping[str, Tensor],
+    inputs: Any,
+    flow: Dataflow | None,
+) -> bool:
+    """Whether the training-mode forward computes the same of the same, dropout apart.
+
+    True without looking where no module asks for its mode (``flow`` is None).
+    """
+    if flow is None:
+        return True
+    for module in model.modules():
+        module.training = True
+    mode = DataflowMode(tracer.path)
+    try:
+        with mode:
+            call_substituted(model, stand_ins, inputs)
+    except Exception:  # noqa: BLE001 - a user's forward may raise anything
+        return False
+    return mode.flow.steps == flow.steps
 
 
 def _watch_training(
@@ -266,9 +300,11 @@ def _watch_training(
     """
     for module in model.modules():
         module.training = True
-    doubled = substitute(inputs, lambda t: torch.cat([t, t]) if t.dim() else t)
-    for batch in (inputs, doubled):
+    for times in (1, 2):
+        batch = inputs
         try:
+            if times == 2:
+                batch = substitute(inputs, lambda t: torch.cat([t, t]) if t.dim() else t)
             _watch(tracer, model, stand_ins, batch, outputs)
         except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error

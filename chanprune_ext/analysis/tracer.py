@@ -110,6 +110,7 @@ class Tracer:
     used: set[int] = field(default_factory=set)
     failed_at: str = ""
     values_read: dict[str, str] = field(default_factory=dict)
+    caches: set[tuple[str, str]] = field(default_factory=set)
     call_args: tuple[Any, ...] = ()
     call_kwargs: dict[str, Any] = field(default_factory=dict)
     call_name: str = ""

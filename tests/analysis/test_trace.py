@@ -243,8 +243,7 @@ def test_what_a_forward_puts_into_containers_is_forgotten(substrate: str) -> Non
     assert pruned(IMAGES).shape == model(IMAGES).shape
 
 
-@pytest.mark.xfail(reason="a cache filled before planning comes along as it was")
-def test_a_cache_filled_before_planning() -> None:
+def test_a_cache_filled_before_planning_does_not_come_along() -> None:
     """The bias of four heads that an earlier run has stored does not fit two."""
     torch.manual_seed(0)
     model = randomised(TOYS["CachedBias"].make())
@@ -252,7 +251,7 @@ def test_a_cache_filled_before_planning() -> None:
         model(IMAGES)
         pruned = cpx.prune(model, IMAGES, 0.5, kinds=("heads",))
         assert pruned.heads == 2
-        pruned(IMAGES)
+        assert pruned(IMAGES).shape == model(IMAGES).shape
 
 
 def test_one_channel_read_only_for_its_shape_keeps_nothing() -> None:
