@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
 
-__all__ = ["Budget", "Selection", "allocate"]
+__all__ = ["Budget", "Selection", "active_groups", "allocate"]
 
 _REFINEMENTS = 8  # how often the search for a budget skips a group that does not fit
 
@@ -135,7 +135,7 @@ def allocate(
         NothingToPruneError: No group may be pruned.
     """
     ratios = _ratios(analysis, selection)
-    active = _active_groups(analysis, ratios, selection, held)
+    active = active_groups(analysis, selection, held, ratios)
     if not active:
         raise NothingToPruneError(_why_nothing(analysis, selection, held))
     if selection.budget is not None:
@@ -324,10 +324,14 @@ def _examples(analysis: Analysis) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none"
 
 
-def _active_groups(
-    analysis: Analysis, ratios: Mapping[int, float], selection: Selection, held: frozenset[int]
+def active_groups(
+    analysis: Analysis,
+    selection: Selection,
+    held: frozenset[int] = frozenset(),
+    ratios: Mapping[int, float] | None = None,
 ) -> list[CouplingGroup]:
     """Groups that may shrink; of two factors of one dimension (groups x width) the finer one."""
+    ratios = _ratios(analysis, selection) if ratios is None else ratios
     candidates = [
         g
         for g in analysis.groups

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chanprune_ext.allocation import Selection, allocate
+from chanprune_ext.allocation import Selection, active_groups, allocate
 from chanprune_ext.analysis.equations import attributes_in, solve_attributes
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute, Dim, leaves
@@ -49,6 +49,70 @@ class Removal:
     held: tuple[Frozen, ...]
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a removal does not work: what said so, about which dimensions, and what would go."""
+
+    event: Event
+    slots: Sequence[Slots]
+    error: VerificationError
+    shrinking: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """All that does not change while groups are held back."""
+
+    analysis: Analysis
+    model: nn.Module
+    example_inputs: Any
+    scores: Sequence[np.ndarray]
+    selection: Selection
+    parameter_names: Sequence[str]
+
+    def attempt(self, held: Mapping[int, Event | None]) -> Removal | _Refusal | None:
+        """Allocate, solve, replay, with some groups left whole; None if nothing would go."""
+        analysis = self.analysis
+        units = allocate(
+            analysis, self.scores, self.selection, self.parameter_names, frozenset(held)
+        )
+        if not units:
+            return None
+        labels = analysis.removed_labels(units)
+        sizes = analysis.sizes(labels)
+        attributes, violated = solve_attributes(analysis, sizes)
+        if violated:
+            event = analysis.trace.events[violated[0].reason]
+            error = VerificationError(f"no plan satisfies the sizes at {event}")
+            return _Refusal(event, _slots_of(analysis, violated[0]), error, frozenset(units))
+        masks = analysis.kept_masks(labels)
+        try:
+            rescalings = replay(analysis, self.model, self.example_inputs, masks, attributes, sizes)
+        except DivergenceError as error:
+            return _Refusal(error.where, error.slots, error, frozenset(units))
+        told = _held_back(analysis, {i: e for i, e in held.items() if e is not None})
+        return Removal(units, masks, sizes, attributes, rescalings, told)
+
+    def culprit(self, held: Mapping[int, Event | None]) -> int | None:
+        """A group without which a removal gets further, where no dimension names it.
+
+        Groups are added in order until the removal fails; bisection finds the one that does it.
+        """
+        rest = [g.index for g in self.analysis.groups if g.index not in held]
+        works, fails = 0, len(rest)
+        while fails - works > 1:
+            middle = (works + fails) // 2
+            try:
+                failed = self.attempt({**held, **dict.fromkeys(rest[middle:])})
+            except NothingToPruneError:
+                failed = None
+            if isinstance(failed, _Refusal):
+                fails = middle
+            else:
+                works = middle
+        return rest[fails - 1] if rest else None
+
+
 def verified_removal(
     analysis: Analysis,
     model: nn.Module,
@@ -63,39 +127,42 @@ def verified_removal(
         NothingToPruneError: Nothing is left to remove.
         VerificationError: The model does not run as predicted even where nothing is removed.
     """
-    held: dict[int, Event] = {}
-    refusal: VerificationError | None = None
+    search = _Search(analysis, model, example_inputs, scores, selection, parameter_names)
+    held: dict[int, Event | None] = {}
     while True:
-        if refusal is not None and len(held) == len(analysis.groups):
-            raise refusal  # holding everything back does not help
-        units = allocate(analysis, scores, selection, parameter_names, frozenset(held))
-        if not units:
-            raise NothingToPruneError(
-                f"nothing would be removed: every group keeps all its channels under ratio="
-                f"{selection.ratio}, round_to={selection.round_to}; ask for a larger ratio or a "
-                f"smaller round_to"
-            )
-        labels = analysis.removed_labels(units)
-        sizes = analysis.sizes(labels)
-        attributes, violated = solve_attributes(analysis, sizes)
-        if violated:
-            event = analysis.trace.events[violated[0].reason]
-            slots = _slots_of(analysis, violated[0])
-            refusal = VerificationError(f"no plan satisfies the sizes at {event}")
-        else:
-            masks = analysis.kept_masks(labels)
-            try:
-                rescalings = replay(analysis, model, example_inputs, masks, attributes, sizes)
-            except DivergenceError as error:
-                event, slots, refusal = error.where, list(error.slots), error
-            else:
-                told = _held_back(analysis, held)
-                return Removal(units, masks, sizes, attributes, rescalings, told)
-        culprits = _groups_in(analysis, slots) & units.keys()
-        culprits = culprits or _groups_near(analysis, event.module, units.keys())
+        found = search.attempt(held)
+        if isinstance(found, Removal):
+            return found
+        if found is None:
+            raise NothingToPruneError(_why_nothing(analysis, selection, frozenset(held)))
+        culprits = _groups_in(analysis, found.slots) & found.shrinking
         if not culprits:
-            raise refusal
-        held.update(dict.fromkeys(culprits, event))
+            culprit = search.culprit(held)
+            culprits = set() if culprit is None else {culprit}
+        held.update(dict.fromkeys(culprits, found.event))
+        if not culprits or len(held) == len(analysis.groups):
+            raise found.error  # holding everything back does not help
+
+
+def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) -> str:
+    """What keeps groups whole that a ratio was asked of."""
+    active = {g.index for g in active_groups(analysis, selection, held)}
+    for equation in analysis.trace.equations:
+        touched = _groups_in(analysis, _slots_of(analysis, equation))
+        if touched & active and touched - active:
+            inside, outside = (
+                analysis.groups[min(indices)] for indices in (touched & active, touched - active)
+            )
+            return (
+                f"nothing would be removed: the channels of '{inside.name}' ({inside.kind}) are "
+                f"tied by a size to those of '{outside.name}' ({outside.kind}), which stay, at "
+                f"{analysis.trace.events[equation.reason]}; choose both"
+            )
+    return (
+        f"nothing would be removed: every group keeps all its channels under ratio="
+        f"{selection.ratio}, round_to={selection.round_to}; ask for a larger ratio or a smaller "
+        f"round_to"
+    )
 
 
 def _slots_of(analysis: Analysis, equation: Equation) -> list[Slots]:
@@ -121,20 +188,6 @@ def _groups_in(analysis: Analysis, slots: Iterable[Slots]) -> set[int]:
         resolved = analysis.trace.store.resolve(each)
         found.update(int(i) for i in np.unique(owner[resolved]) if i >= 0)
     return found
-
-
-def _groups_near(analysis: Analysis, module: str, candidates: Iterable[int]) -> set[int]:
-    """Groups with a parameter in a module, or in the smallest one around it that has any."""
-    while True:
-        prefix = f"{module}." if module else ""
-        near = {
-            i
-            for i in candidates
-            if any(m.entry.startswith(prefix) for m in analysis.groups[i].members)
-        }
-        if near or not module:
-            return near
-        module = module.rpartition(".")[0]
 
 
 def _held_back(analysis: Analysis, held: Mapping[int, Event]) -> tuple[Frozen, ...]:

@@ -146,3 +146,24 @@ def test_kind_the_model_has_not_is_told() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
     with pytest.raises(cpx.ChanpruneError, match=r"kinds=\('heads',\); the model has \['hidden'\]"):
         cpx.plan(model, torch.randn(1, 3, 8, 8), 0.5, kinds="heads")
+
+
+def test_heads_that_a_size_ties_to_the_stream_are_told() -> None:
+    class Tied(Block):
+        """The width of all heads is that of the stream, by a reshape."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, width = x.shape
+            q, k, v = (
+                layer(x).view(b, n, HEADS, width // HEADS).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
+            y = F.scaled_dot_product_attention(q, k, v)
+            return x + self.out(y.transpose(1, 2).reshape(b, n, width))
+
+    block = Tied()
+    block.q, block.k, block.v, block.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+    model = nn.Sequential(nn.Linear(8, WIDTH), block, nn.Linear(WIDTH, 3)).double()
+    with pytest.raises(cpx.ChanpruneError, match=r"tied by a size to those of '0' \(residual\)"):
+        cpx.plan(model, X, 0.5, kinds="head_dim")
+    assert cpx.plan(model, X, 0.5, kinds=("head_dim", "residual")).params_after

@@ -153,3 +153,27 @@ def test_set_attributes_reports_what_it_replaced() -> None:
     assert model.grid.unflattened_size == (9, 4, 4)
     assert type(model.grid.unflattened_size) is type(old)
     assert done == [(model.grid, "unflattened_size", old)]
+
+
+class LoopsOverParts(nn.Module):
+    """As many steps as the width has sixes: in no equation, and at the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 10, 1), nn.Conv2d(10, 12, 1)
+        self.b, self.c = nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(self.stem(x).relu())
+        for _ in range(int(str(a.shape[1])) // 6):
+            x = x.relu()
+        return self.c(self.b(a.relu()).relu() + x.mean())
+
+
+def test_one_group_is_found_where_nothing_names_it() -> None:
+    torch.manual_seed(0)
+    plan = cpx.plan(LoopsOverParts(), torch.randn(2, 3, 4, 4), 0.5)
+    kept = {entry: len(dims[0]) for entry, dims in plan.kept.items() if 0 in dims}
+    assert kept == {"stem.weight": 5, "stem.bias": 5, "b.weight": 4, "b.bias": 4}
+    (told,) = [f for f in plan.frozen if f.entry == "a.weight"]
+    assert "the pruned model makes shapes" in told.why
