@@ -115,6 +115,10 @@ def is_query(name: str) -> bool:
     return name in _QUERIES
 
 
+# What most arguments are: looked up before anything slower is asked.
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, slice})
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """Tensors inside nested tuples, lists and dicts, in order."""
     found: list[Tensor] = []
@@ -125,6 +129,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _collect_tensors(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
+    elif type(value) in _PLAIN:
+        return
     elif isinstance(value, (tuple, list)):
         for item in value:
             _collect_tensors(item, found)

@@ -39,8 +39,8 @@ def _unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor |
 
 
 def _batch_norm(args: tuple[Any, ...]) -> Tensor | None:
-    """Of ``(input, weight, bias, running mean and variance, training, ...)``, in eval mode."""
-    if len(args) < 6 or args[5] or not _is_plain(args[0]) or args[0].dim() < 2:
+    """Of ``(input, weight, bias, running mean and variance, ...)``."""
+    if len(args) < 6 or not _is_plain(args[0]) or args[0].dim() < 2:
         return None
     vectors = [v for v in args[1:5] if isinstance(v, Tensor)]
     if any(v.shape != args[0].shape[1:2] for v in vectors):
@@ -106,7 +106,8 @@ def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     elif name == "native_batch_norm" and not kwargs:
         normed = _batch_norm(args)
         if normed is not None:
-            output = normed, normed.new_empty(0), normed.new_empty(0)
+            saved = normed.shape[1] if args[5] else 0
+            output = normed, normed.new_empty(saved), normed.new_empty(saved)
     elif name == "native_layer_norm" and not kwargs:
         normed = _layer_norm(args)
         if normed is not None:

@@ -79,7 +79,7 @@ def call_substituted(
     originals = tensors_of(model)
     stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
 
-    def change(tensor: Tensor) -> Tensor:
+    def change(tensor: Any) -> Any:
         return stand_ins.get(id(tensor), tensor)
 
     before = [(path, module, dict(module.__dict__)) for path, module in model.named_modules()]
@@ -90,7 +90,10 @@ def call_substituted(
                 kind = type(value)
                 if kind in _SCALARS:
                     continue
-                if name in ("_parameters", "_buffers") or _holds_tensors(value):
+                if name in ("_parameters", "_buffers"):
+                    if value:
+                        module.__dict__[name] = {k: change(t) for k, t in value.items()}
+                elif _holds_tensors(value):
                     module.__dict__[name] = substitute(value, change)
                 elif kind in _CONTAINERS:
                     contents.append((path, name, value, value.copy()))
