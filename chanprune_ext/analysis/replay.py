@@ -80,6 +80,10 @@ class _ReplayMode(MetaCalls):
         super().__init__()
         self.calls = list(analysis.trace.calls)
         self.real = analysis.trace.substrate == "real"
+        self.store = analysis.trace.store
+        # Labels of parameters are the first that are made.
+        seeds = (s for dims in analysis.trace.parameters.values() for s in dims)
+        self.last_seed = max((int(s.max(initial=0)) for s in seeds), default=0)
         self.adrift = False
         self.sizes = sizes
         self.path = path
@@ -129,12 +133,19 @@ class _ReplayMode(MetaCalls):
         comes later may take another path; that it runs is what is left to see.
         """
         if len(shapes) != len(expected.outputs):
-            return self.real and not any(len(s) for dims in expected.outputs for s in dims)
+            return self.real and all(self.is_no_width(s) for dims in expected.outputs for s in dims)
         return self.real and all(
             len(shape) == len(dims)
-            and all(n == self.sizes.of(s) for n, s in zip(shape, dims, strict=True) if len(s))
+            and all(
+                n == self.sizes.of(s) or self.is_no_width(s)
+                for n, s in zip(shape, dims, strict=True)
+            )
             for shape, dims in zip(shapes, expected.outputs, strict=True)
         )
+
+    def is_no_width(self, slots: Slots) -> bool:
+        """Whether a dimension neither comes from a parameter nor can shrink with one."""
+        return bool((slots > self.last_seed).all()) and not len(self.store.resolve(slots))
 
     def diverged(self, message: str) -> DivergenceError:
         """The error for the call that is running, with the dimensions it made in the trace."""

@@ -296,6 +296,27 @@ def test_shapes_that_depend_on_values(seed: int) -> None:
     assert error < 1e-9
 
 
+class Pooled(Detector):
+    """Fills a tensor that is made to the number of boxes, as pooling of regions does."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, classes = super().forward(x)
+        result = torch.zeros((len(classes), classes.shape[1]), dtype=x.dtype)
+        result[:] = classes
+        return boxes, result
+
+
+def test_a_tensor_made_to_the_number_of_boxes() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    model = randomised(Pooled(), 3)
+    plan = cpx.plan(model, images, 0.5)
+    assert "takes another path" not in str(plan)
+    assert "was predicted" not in str(plan)
+    error = relative_error(run(plan.apply(model), images), run(zeroed(model, plan), images))
+    assert error < 1e-9
+
+
 def test_a_wrong_width_is_found_though_shapes_depend_on_values() -> None:
     """What follows values in one dimension does not hide a channel count that was not predicted."""
     model = randomised(Detector())
