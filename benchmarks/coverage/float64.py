@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
 from chanprune_ext.analysis.module_path import ModulePath
-from chanprune_ext.analysis.stand_ins import call_substituted, substitute
+from chanprune_ext.analysis.stand_ins import call_substituted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,17 +40,41 @@ def _grouped_product(x: Tensor, weights: Tensor, *, offs: Tensor, **_: Any) -> T
     return torch.cat([*products, x.new_zeros(len(x) - starts[-1], weights.shape[2])])
 
 
+def _widened(value: Any, key: str = "") -> Any:
+    """Nested inputs in float64, but for key points, which torchvision wants in float32."""
+    if isinstance(value, dict):
+        return {k: _widened(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widened(v) for v in value)
+    if isinstance(value, Tensor):
+        keep = key == "keypoints" or not value.is_floating_point()
+        return value.clone() if keep else value.double()
+    return value
+
+
+def _settled(output: Any) -> Any:
+    """Of detections, what does not hang on the order of boxes with equal scores."""
+    if isinstance(output, (list, tuple)) and type(output) in (list, tuple):
+        return type(output)(_settled(v) for v in output)
+    if type(output) is dict and {"boxes", "scores"} <= output.keys() and len(output["scores"]):
+        scores = output["scores"]
+        gaps = torch.cat([scores.new_ones(1), scores.diff().abs(), scores.new_ones(1)])
+        alone = (gaps[1:] > 1e-6) & (gaps[:-1] > 1e-6)
+        return {k: v if k == "scores" else v[alone] for k, v in output.items()}
+    return output
+
+
 def run_in_float64(
     model: nn.Module, inputs: Any, mode: Callable[[ModulePath], CallMode], seed: int
 ) -> Any:
     """The output of ``model``, which forgets what its forward stores on it."""
     default = torch.get_default_dtype()
-    inputs = substitute(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
+    inputs = _widened(inputs)
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(seed)
         with steady_calls(model), ModulePath(model) as path, mode(path):
-            return call_substituted(model, {}, inputs)
+            return _settled(call_substituted(model, {}, inputs))
     finally:
         torch.set_default_dtype(default)
 

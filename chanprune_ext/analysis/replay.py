@@ -144,8 +144,12 @@ class _ReplayMode(MetaCalls):
         )
 
     def is_no_width(self, slots: Slots) -> bool:
-        """Whether a dimension neither comes from a parameter nor can shrink with one."""
-        return bool((slots > self.last_seed).all()) and not len(self.store.resolve(slots))
+        """Whether a dimension neither comes from a parameter nor can shrink with one.
+
+        Once values have made a difference, it may be merged with channels that cannot shrink.
+        """
+        foreign = self.adrift or bool((slots > self.last_seed).all())
+        return foreign and not len(self.store.resolve(slots))
 
     def diverged(self, message: str) -> DivergenceError:
         """The error for the call that is running, with the dimensions it made in the trace."""
