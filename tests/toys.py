@@ -709,6 +709,30 @@ TOYS["WeightStandardisation"] = Toy(
 )
 
 
+class _StandardisedByBatchNorm(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        w = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class StandardisedAfterInPlace(nn.Module):
+    """What reaches the standardised kernel is zero where channels go, its statistics are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.b, self.c = _StandardisedByBatchNorm(16, 12, 3, padding=1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(F.relu_(self.norm(self.a(x)))))
+
+
+TOYS["StandardisedAfterInPlace"] = Toy(
+    "StandardisedAfterInPlace", StandardisedAfterInPlace, expects="normalised"
+)
+
+
 @toy()
 class ScaledWeight(nn.Module):
     """The kernel is the product of a weight and a per-channel parameter (equalised training)."""

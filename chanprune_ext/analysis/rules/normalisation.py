@@ -31,6 +31,13 @@ def batch_norm(
     for vector in args[1:5]:
         if isinstance(vector, Tensor) and vector.dim() == 1:
             tracer.unify(dims[1], tracer.dims(vector)[0])
+    # The batch's own statistics run over all other dims: no matter of channels for an activation,
+    # but for a kernel that is standardised by them.
+    training = next((a for a in args[5:6] if isinstance(a, bool)), False)
+    if training or not isinstance(args[3], Tensor):
+        for d, slots in enumerate(dims):
+            if d != 1:
+                tracer.flag_normalised(slots)
     # Of a kernel standardised by torch's own batch norm, the result stands for that kernel.
     computed = any(isinstance(v, Tensor) and tracer.origin(v) is None for v in args[1:5])
     tracer.set(output[0], dims, None if computed else tracer.origin(args[0]))
