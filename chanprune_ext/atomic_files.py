@@ -15,7 +15,7 @@ from chanprune_ext.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_text"]
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -50,6 +50,19 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         with suppress(OSError):  # nothing to remove where not even the folder exists
             temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all.
+
+    Raises:
+        OutputError: as for :func:`write_atomically`.
+    """
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def _flush_folder(folder: Path) -> None:

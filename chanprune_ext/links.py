@@ -6,25 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chanprune_ext.analysis.equations import attributes_in
+from chanprune_ext.analysis.equations import attribute_key, attributes_in
 from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
+    from chanprune_ext.analysis.equations import AttributeKey
     from chanprune_ext.analysis.tracer import Slots
 
 __all__ = ["solve_linked_counts"]
 
 Buckets = dict[int, list[tuple[np.ndarray, int]]]
-
-
-Key = tuple[str, str, "int | None"]
-
-
-def _key(attribute: Attribute) -> Key:
-    return attribute.module, attribute.name, attribute.position
 
 
 class _Linear:
@@ -44,15 +38,15 @@ class _Linear:
             first = self.start[group.index]
             self.unit_of_label[group.roots] = np.arange(first, first + group.units)
         equations = analysis.trace.equations
-        found = {_key(a): a.value for e in equations for a in attributes_in(e.expr)}
-        self.bound = {_key(e.expr) for e in equations if isinstance(e.expr, Attribute)}
-        self.fixed: set[Key] = set()
+        found = {attribute_key(a): a.value for e in equations for a in attributes_in(e.expr)}
+        self.bound = {attribute_key(e.expr) for e in equations if isinstance(e.expr, Attribute)}
+        self.fixed: set[AttributeKey] = set()
         self.attributes = {key: self.units + i for i, key in enumerate(found)}
         self.values = np.r_[np.ones(self.units), np.array(list(found.values()), dtype=float)]
         for equation in equations:
             size = self.size(equation.slots) if isinstance(equation.expr, Attribute) else None
             if size is not None and not size[0].any():
-                self.fixed.add(_key(equation.expr))  # type: ignore[arg-type]
+                self.fixed.add(attribute_key(equation.expr))  # type: ignore[arg-type]
 
     def size(self, slots: Slots) -> tuple[np.ndarray, float] | None:
         """Coefficients and constant; None where two active groups multiply."""
@@ -75,9 +69,9 @@ class _Linear:
         if isinstance(expr, Const):
             return coefficients, float(expr.value)
         if isinstance(expr, Attribute):
-            if _key(expr) in self.fixed:
+            if attribute_key(expr) in self.fixed:
                 return coefficients, float(expr.value)
-            coefficients[self.attributes[_key(expr)]] = 1.0
+            coefficients[self.attributes[attribute_key(expr)]] = 1.0
             return coefficients, 0.0
         quotient = expr.left if isinstance(expr.left, Op) and expr.left.symbol == "//" else None
         if expr.symbol == "*" and quotient is not None and _same(quotient.right, expr.right):
@@ -86,7 +80,7 @@ class _Linear:
         if left is None or right is None:
             return None
         part = expr.right if isinstance(expr.right, Attribute) else None
-        if part is not None and _key(part) not in self.bound and left[0].any():
+        if part is not None and attribute_key(part) not in self.bound and left[0].any():
             # Of two unknowns that multiply, a number of parts keeps its value unless told.
             right = (coefficients, float(part.value)) if expr.symbol in ("*", "//") else right
         if expr.symbol in "+-":

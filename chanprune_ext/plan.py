@@ -15,7 +15,7 @@ from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.scales import Rescaling
 from chanprune_ext.analysis.stand_ins import tensors_of
-from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.atomic_files import write_text
 from chanprune_ext.errors import CheckpointError, PlanMismatchError
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class PruningPlan:
             OutputError: The file cannot be written.
         """
         text = json.dumps(self.to_dict())
-        write_atomically(path, lambda file: _write_text(file, text))
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -313,10 +313,6 @@ def _read_couplings(data: Mapping[str, Any]) -> Couplings:
     if len(couplings.units) != len(data["groups"]):
         raise ValueError(f"couplings of {len(couplings.units)} groups, not {len(data['groups'])}")
     return couplings
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def _check_indices(

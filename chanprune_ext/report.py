@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.atomic_files import write_text
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
 from chanprune_ext.ops import build_info
 from chanprune_ext.quantities import (
@@ -250,7 +250,7 @@ def write_report(report: RunReport, folder: str | os.PathLike[str]) -> Path:
     }
     target = make_folder(folder)
     for name, text in texts.items():
-        _write_text(target / name, text)
+        write_text(target / name, text)
     return target / "report.html"
 
 
@@ -281,13 +281,6 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
             f"{path}: cannot be made a folder ({error.strerror}); give another place"
         ) from error
     return path
-
-
-def _write_text(path: Path, text: str) -> None:
-    def fill(file: Path) -> None:
-        file.write_text(text, "utf-8")
-
-    write_atomically(path, fill)
 
 
 def _stage_from(data: Mapping[str, Any]) -> Stage:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis import analyse
 from chanprune_ext.analysis.calls import tensors_in
-from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.atomic_files import write_text
 from chanprune_ext.compensation.batches import read_batches
 from chanprune_ext.compensation.outputs import DeviationMeter, forward, output_tensors
 from chanprune_ext.copying import copied
@@ -28,7 +28,6 @@ from chanprune_ext.verification import zero_slices
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from chanprune_ext.analysis import CouplingGroup
 
@@ -87,7 +86,7 @@ class Sensitivity:
             OutputError: The file cannot be written.
         """
         text = json.dumps(self.to_dict(), indent=1)
-        write_atomically(path, lambda file: _write_text(file, text))
+        write_text(path, text)
 
     def __str__(self) -> str:
         header = ["group", "width", *(f"-{ratio:.0%}" for ratio in self.ratios)]
@@ -98,10 +97,6 @@ class Sensitivity:
             for row in (header, *rows)
         ]
         return "\n".join([*lines, f"relative output error, {self.samples} samples"])
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def sensitivity(

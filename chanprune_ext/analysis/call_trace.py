@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import CallMode, run_model, source_line, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import (
+    CallMode,
+    results_of,
+    run_model,
+    source_line,
+    steady_calls,
+    tensors_in,
+)
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.errors import AnalysisError
 
@@ -110,7 +117,7 @@ class _Recorder(CallMode):
         output: Any,
     ) -> Any:
         inputs = tuple(self.values.read(t) for t in tensors_in((args, kwargs)))
-        results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
+        results = results_of(name, args, output)
         outputs = tuple(self.values.write(t) for t in results)
         file, line = source_line()
         self.calls.append(

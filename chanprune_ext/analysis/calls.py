@@ -28,6 +28,7 @@ __all__ = [
     "CallMode",
     "call_name",
     "is_query",
+    "results_of",
     "run_model",
     "source_line",
     "steady_calls",
@@ -140,6 +141,11 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
     elif hasattr(value, "__dataclass_fields__"):
         for field in value.__dataclass_fields__:
             _collect_tensors(getattr(value, field, None), found)
+
+
+def results_of(name: str, args: tuple[Any, ...], output: Any) -> list[Tensor]:
+    """The tensors a call has made; an assignment to a part of one changes that one."""
+    return tensors_in(args[:1] if name == "__setitem__" else output)
 
 
 def source_line() -> tuple[str, int]:

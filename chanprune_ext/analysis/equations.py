@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.groups import Analysis, Sizes
 
-__all__ = ["solve_attributes"]
+__all__ = ["AttributeKey", "attribute_key", "attributes_in", "solve_attributes"]
 
-_Key = tuple[str, str, int | None]
+AttributeKey = tuple[str, str, int | None]
 
 
-def _key(attribute: Attribute) -> _Key:
+def attribute_key(attribute: Attribute) -> AttributeKey:
+    """What tells one attribute of a model from another, whatever its value."""
     return attribute.module, attribute.name, attribute.position
 
 
@@ -25,14 +26,14 @@ def attributes_in(expr: Expr) -> list[Attribute]:
     return [leaf for leaf in leaves(expr) if isinstance(leaf, Attribute)]
 
 
-def evaluate(expr: Expr, sizes: Sizes, values: Mapping[_Key, int]) -> int:
+def evaluate(expr: Expr, sizes: Sizes, values: Mapping[AttributeKey, int]) -> int:
     """The value of an expression with surviving sizes and the attribute values known so far."""
     if isinstance(expr, Const):
         return expr.value
     if isinstance(expr, Dim):
         return sizes.of(expr.slots)
     if isinstance(expr, Attribute):
-        return values.get(_key(expr), expr.value)
+        return values.get(attribute_key(expr), expr.value)
     left, right = evaluate(expr.left, sizes, values), evaluate(expr.right, sizes, values)
     if expr.symbol == "+":
         return left + right
@@ -46,14 +47,14 @@ def evaluate(expr: Expr, sizes: Sizes, values: Mapping[_Key, int]) -> int:
 
 
 def _invert(
-    expr: Expr, target: int, unknown: _Key, sizes: Sizes, values: Mapping[_Key, int]
+    expr: Expr, target: int, unknown: AttributeKey, sizes: Sizes, values: Mapping[AttributeKey, int]
 ) -> int | None:
     """The value of the one unknown attribute for which ``expr`` equals ``target``."""
     if isinstance(expr, Attribute):
         return target
     if not isinstance(expr, Op):
         return None
-    in_left = any(_key(a) == unknown for a in attributes_in(expr.left))
+    in_left = any(attribute_key(a) == unknown for a in attributes_in(expr.left))
     known = evaluate(expr.right if in_left else expr.left, sizes, values)
     inner = expr.left if in_left else expr.right
     if expr.symbol == "+":
@@ -73,7 +74,7 @@ def _invert(
 
 
 def _next_value(
-    equations: Sequence[Equation], sizes: Sizes, values: Mapping[_Key, int]
+    equations: Sequence[Equation], sizes: Sizes, values: Mapping[AttributeKey, int]
 ) -> tuple[Attribute, int] | None:
     """An attribute that an equation asks to change, and its value.
 
@@ -82,7 +83,11 @@ def _next_value(
     """
     several: list[tuple[Attribute, int]] = []
     for equation in equations:
-        unknown = {_key(a): a for a in attributes_in(equation.expr) if _key(a) not in values}
+        unknown = {
+            attribute_key(a): a
+            for a in attributes_in(equation.expr)
+            if attribute_key(a) not in values
+        }
         target = sizes.of(equation.slots)
         if not unknown or evaluate(equation.expr, sizes, values) == target:
             continue
@@ -105,17 +110,17 @@ def solve_attributes(
         the two sides differ, a piece cut out of some channels would be left with none, or two sizes
         that the forward told apart would be equal.
     """
-    values: dict[_Key, int] = {}
-    attributes: dict[_Key, Attribute] = {}
+    values: dict[AttributeKey, int] = {}
+    attributes: dict[AttributeKey, Attribute] = {}
     # Where an attribute is also the size of something that cannot change, that binds it first.
     pending = sorted(analysis.trace.equations, key=lambda equation: len(equation.slots) > 0)
     for equation in pending:
         if isinstance(equation.expr, Attribute):
-            values.setdefault(_key(equation.expr), sizes.of(equation.slots))
-            attributes[_key(equation.expr)] = equation.expr
+            values.setdefault(attribute_key(equation.expr), sizes.of(equation.slots))
+            attributes[attribute_key(equation.expr)] = equation.expr
     while found := _next_value(pending, sizes, values):
         attribute, value = found
-        values[_key(attribute)], attributes[_key(attribute)] = value, attribute
+        values[attribute_key(attribute)], attributes[attribute_key(attribute)] = value, attribute
     violated = [
         equation
         for equation in pending

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import source_line, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import results_of, source_line, steady_calls
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
@@ -114,7 +114,7 @@ class _ReplayMode(MetaCalls):
                     f"{numbers}: {where}"
                 )
             self.factors[index] = factor
-        results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
+        results = results_of(name, args, output)
         shapes = [tuple(t.shape) for t in results]
         predicted = [tuple(self.sizes.of(s) for s in dims) for dims in expected.outputs]
         if shapes != predicted:

@@ -20,6 +20,7 @@ from chanprune_ext.analysis.calls import (
     VALUE_READS,
     CallMode,
     raising_line,
+    results_of,
     steady_calls,
     tensors_in,
 )
@@ -173,7 +174,7 @@ class _ProvenanceMode(CallMode):
         record_equations(tracer, name, args, kwargs, output)
         if self.flow is not None:
             self.flow.note(name, tracer.path.current, args, kwargs, output)
-        results = tensors_in(args[:1]) if name == "__setitem__" else tensors_in(output)
+        results = results_of(name, args, output)
         self.calls.append(
             TracedCall(
                 name,

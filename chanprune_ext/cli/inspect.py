@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.atomic_files import write_text
 from chanprune_ext.cli.example_inputs import example_inputs
 from chanprune_ext.cli.model_spec import build_model, parse_arguments
 from chanprune_ext.cli.options import ModelArguments, ModelSpec
@@ -82,7 +82,7 @@ def inspect(
     if json_out is not None:
         make_folder(json_out.parent)
         text = json.dumps({"model": model, **found.to_dict()}, indent=1)
-        write_atomically(json_out, lambda file: write_text(file, text))
+        write_text(json_out, text)
         console.print(f"json: {json_out}", soft_wrap=True)
 
 
@@ -122,8 +122,3 @@ def shortened(names: tuple[str, ...]) -> str:
     """The first names, one a line, and how many more there are."""
     more = [f"and {len(names) - 3} more"] if len(names) > 4 else []
     return "\n".join([*names[: 3 if more else 4], *more]) or "-"
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file."""
-    file.write_text(text, encoding="utf-8")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.contraction import contract
 from chanprune_ext.analysis.rules.registry import rule
-from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS
+from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS, anonymous
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
@@ -70,6 +69,6 @@ def attention(
     result, *extras = tensors_in(output)
     tracer.set(result, [*batch, length, width])
     for extra in extras:
-        tracer.set(extra, [np.empty((0, n), dtype=np.int64) for n in extra.shape])
+        tracer.set(extra, [anonymous(n) for n in extra.shape])
     tracer.cost(1, *batch, length, source, tracer.dims(query)[-1])
     tracer.cost(1, *batch, length, source, width)

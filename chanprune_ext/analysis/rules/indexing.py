@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ def index_select(
     dims = list(tracer.dims(source))
     tracer.freeze(dims[dim], _POSITION)
     tracer.freeze_tensor(index, _POSITION)
-    dims[dim] = np.empty((0, output.shape[dim]), dtype=np.int64)
+    dims[dim] = anonymous(output.shape[dim])
     tracer.set(output, dims)
 
 
@@ -58,7 +58,7 @@ def index(
     place = chosen[0] if together else 0
     rest = [slots for d, slots in enumerate(dims) if d not in chosen]
     fresh = output.shape[place : place + output.dim() - len(rest)]
-    picked = [np.empty((0, n), dtype=np.int64) for n in fresh]
+    picked = [anonymous(n) for n in fresh]
     tracer.set(output, [*rest[:place], *picked, *rest[place:]])
 
 
@@ -147,7 +147,7 @@ def embedding_bag(
     result, *extras = output
     for each in (result, *extras):
         # Of a maximum there are also the rows it came from.
-        whole = [np.empty((0, n), dtype=np.int64) for n in each.shape]
+        whole = [anonymous(n) for n in each.shape]
         tracer.set(each, [*whole[:1], columns] if each.shape == result.shape else whole)
 
 

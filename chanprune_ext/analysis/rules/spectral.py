@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from chanprune_ext.analysis.rules.pointwise import pointwise
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +21,7 @@ def transform(
     dims = list(tracer.dims(args[0]))
     for d in args[1]:
         tracer.freeze(dims[d], "a Fourier transform runs along these positions")
-        dims[d] = np.empty((0, output.shape[d]), dtype=np.int64)
+        dims[d] = anonymous(output.shape[d])
     tracer.set(output, dims)
 
 
@@ -41,7 +40,7 @@ def as_real(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     """(..) -> (.., 2)."""
-    tracer.set(output, [*tracer.dims(args[0]), np.empty((0, 2), dtype=np.int64)])
+    tracer.set(output, [*tracer.dims(args[0]), anonymous(2)])
 
 
 @rule("aten::_conj", "aten::_conj_physical", "aten::resolve_conj", "aten::real", "aten::imag")

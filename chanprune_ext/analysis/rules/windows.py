@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
+from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chanprune_ext.analysis.tracer import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Tracer
 
 _SLIDES = "a window slides over these positions"
-
-
-def _whole(n: int) -> Slots:
-    return np.empty((0, n), dtype=np.int64)
 
 
 @rule("aten::im2col")
@@ -29,8 +24,8 @@ def im2col(
     *batch, channels, height, width = tracer.dims(args[0])
     for slots in (height, width):
         tracer.freeze(slots, _SLIDES)
-    window = _whole(output.shape[-2] // channels.shape[1])
-    tracer.set(output, [*batch, merge(tracer, (channels, window)), _whole(output.shape[-1])])
+    window = anonymous(output.shape[-2] // channels.shape[1])
+    tracer.set(output, [*batch, merge(tracer, (channels, window)), anonymous(output.shape[-1])])
 
 
 @rule("aten::col2im")
@@ -43,7 +38,7 @@ def col2im(
     count = output.shape[-3]
     channels, window = split(tracer, columns, (count, columns.shape[1] // count))
     tracer.freeze(window, _SLIDES)
-    tracer.set(output, [*batch, channels, _whole(output.shape[-2]), _whole(output.shape[-1])])
+    tracer.set(output, [*batch, channels, anonymous(output.shape[-2]), anonymous(output.shape[-1])])
 
 
 @rule("aten::unfold")
@@ -55,8 +50,8 @@ def unfold(
     dims = list(tracer.dims(source))
     dim %= source.dim()
     tracer.freeze(dims[dim], _SLIDES)
-    dims[dim] = _whole(output.shape[dim])
-    tracer.set(output, [*dims, _whole(output.shape[-1])])
+    dims[dim] = anonymous(output.shape[dim])
+    tracer.set(output, [*dims, anonymous(output.shape[-1])])
 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")
@@ -71,5 +66,5 @@ def regions(
     tracer.freeze_tensor(boxes, "boxes say where to look")
     results = output if isinstance(output, (tuple, list)) else (output,)
     for result in results:
-        first, *rest = (_whole(n) for n in result.shape)
+        first, *rest = (anonymous(n) for n in result.shape)
         tracer.set(result, [first, channels, *rest[1:]])
