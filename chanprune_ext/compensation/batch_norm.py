@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..analysis.calls import run_model, steady_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from torch import nn
 
@@ -27,7 +27,7 @@ def measured_batch_norms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def reestimate(model: nn.Module, batches: Sequence[Any], ledger: Ledger) -> None:
+def reestimate(model: nn.Module, batches: Iterable[Any], ledger: Ledger) -> None:
     """Replaces running means and variances by their averages over ``batches``.
 
     Every batch counts the same, as with ``momentum=None``. All else stays in eval mode: dropout is

@@ -2,6 +2,7 @@
 
 from .evaluation import Evaluation, evaluate
 from .fine_tuning import recover
+from .recipe import Recipe
 from .result import EpochRecord, RecoveryResult
 
-__all__ = ["EpochRecord", "Evaluation", "RecoveryResult", "evaluate", "recover"]
+__all__ = ["EpochRecord", "Evaluation", "Recipe", "RecoveryResult", "evaluate", "recover"]

@@ -18,19 +18,20 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """Exponential moving average of parameters and floating-point buffers.
+    """Moving average of parameters and floating-point buffers.
 
-    After update ``t`` (from 1) ``average <- d * average + (1 - d) * model`` with
-    ``d = min(decay, (1 + t) / (10 + t))``, so that the first steps are forgotten quickly. The
-    statistics of batch norm are averaged with the same weights as the parameters they were
-    gathered under; integer buffers are taken over as they are.
+    After update ``t`` (from 1) ``average <- d * average + (1 - d) * model``. With a ``decay``,
+    ``d = min(decay, (1 + t) / (10 + t))``, so that the first steps are forgotten quickly; without,
+    ``d = (t - 1) / t``, the mean of all updates (SWA: Izmailov et al. 2018). The statistics of
+    batch norm are averaged with the same weights as the parameters they were gathered under;
+    integer buffers are taken over as they are.
 
     Args:
         model (nn.Module): the model to follow; its present weights are the first average.
-        decay (float): upper limit of ``d``, between 0 and 1.
+        decay (float, optional): upper limit of ``d``, between 0 and 1; None averages equally.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
         self.updates = 0
         self.state = copied(model)
@@ -39,7 +40,10 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Takes the model's present weights into the average."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.decay is None:
+            decay = (self.updates - 1) / self.updates
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages, values = [], []
         for name, tensor in named_tensors(model).items():
             if tensor.is_floating_point():

@@ -17,15 +17,13 @@ from .recipe import Recipe
 from .rollback import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from .result import RecoveryResult
 
-__all__ = ["recover"]
-
-DEFAULT_LR = {"sgd": 0.005, "adamw": 5e-4}
+__all__ = ["recover", "train_in_place"]
 
 
 def recover(
@@ -34,28 +32,12 @@ def recover(
     *,
     train: Dataset[Any] | Iterable[Any],
     val: Dataset[Any] | Iterable[Any] | None = None,
-    epochs: int = 10,
-    lr: float | None = None,
-    optimizer: str = "sgd",
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    warmup: float = 0.3,
-    batch_size: int = 128,
-    label_smoothing: float = 0.0,
-    temperature: float = 4.0,
-    distill_weight: float = 0.9,
-    hard_weight: float = 0.1,
-    max_grad_norm: float | None = 5.0,
-    ema_decay: float | None = None,
-    keep: str = "last",
-    precision: str = "fp32",
-    channels_last: bool = False,
-    seed: int = 0,
+    recipe: Recipe | None = None,
     device: torch.device | str | None = None,
-    workers: int = 0,
     progress: bool = True,
+    **settings: Any,
 ) -> RecoveryResult:
-    """Trains ``student`` in place, on labels alone or towards the outputs of ``teacher``.
+    """Trains ``student`` in place, on labels, or towards a teacher's outputs and features.
 
     The learning rate warms up linearly and falls to zero along half a cosine, update by update.
     The teacher sees the very images the student sees, augmentation included. If anything goes
@@ -68,69 +50,53 @@ def recover(
         teacher (nn.Module, optional): classifier of the same classes, usually the network before
             pruning. It is run in evaluation mode and not changed. Default: None, labels alone.
         train (Dataset or Iterable): training data: a dataset, which is shuffled and cut into full
-            batches here, or batches ``(images, labels [N])`` with a length, such as a
-            ``DataLoader``.
-        val (Dataset or Iterable, optional): likewise, for a measurement before the first and after
-            every epoch. Default: None.
-        epochs (int): passes over the training data. Default: 10.
-        lr (float, optional): highest learning rate. Default: 0.005 for SGD, 0.0005 for AdamW, safe
-            for a network that starts close to its teacher.
-        optimizer (str): ``"sgd"`` (Nesterov momentum) or ``"adamw"``. Default: ``"sgd"``.
-        momentum (float): of SGD. Default: 0.9.
-        weight_decay (float): not applied to biases and normalisation layers. Default: 5e-4.
-        warmup (float): epochs until the highest learning rate. Default: 0.3.
-        batch_size (int): images an update, if ``train`` is a dataset. Default: 128.
-        label_smoothing (float): share of a label spread over all classes. Default: 0.
-        temperature (float): T of the distillation loss. Default: 4.
-        distill_weight (float): weight of the distillation loss. Default: 0.9.
-        hard_weight (float): weight of the labels' cross-entropy beside it; without a teacher the
-            cross-entropy counts fully. Default: 0.1.
-        max_grad_norm (float, optional): gradients are scaled down to this L2 norm. Default: 5.
-        ema_decay (float, optional): train as usual, but measure and keep a running average of
-            weights and batch-norm statistics with this decay. Default: None, no average.
-        keep (str): which weights the student ends with: ``"last"``, or ``"best"`` on ``val``,
-            the start included. The last ones give an unbiased figure where ``val`` is also the
-            set reported on. Default: ``"last"``.
-        precision (str): ``"fp32"``, or ``"bf16"`` for mixed precision: about twice as fast on
-            hardware with bfloat16 arithmetic. Default: ``"fp32"``.
-        channels_last (bool): feed images in NHWC layout, which most convolutions run faster on.
-            The model must not call ``view`` on feature maps. Default: False.
-        seed (int): of the order of the images, their augmentation and dropout. Default: 0.
+            batches here, or batches with a length, such as a ``DataLoader``. A batch is a pair
+            ``(images, labels [N])``, or images alone to learn from the teacher without labels.
+        val (Dataset or Iterable, optional): labelled data for a measurement before the first and
+            after every epoch. Default: None.
+        recipe (Recipe, optional): settings to start from, a result's ``recipe`` to repeat it, say.
+            Default: the defaults of :class:`Recipe`.
         device (torch.device or str, optional): where to train; both networks return to where they
             were afterwards. Default: where the student is.
-        workers (int): processes decoding images, if ``train`` is a dataset. Default: 0.
         progress (bool): draw a progress bar. Default: True.
+        **settings: what differs from the recipe: any attribute of :class:`Recipe`, among them
+            ``epochs``, ``lr``, ``losses={"kd": 0.9, "hard": 0.1, "features": 1.0}``, ``ema_decay``.
 
     Returns:
-        RecoveryResult: history, best and last epoch.
+        RecoveryResult: history, best and last epoch, and the recipe.
 
     Raises:
         InvalidArgumentError: a setting is outside its range, or the models do not fit together.
-        DataError: the training data are empty or a label is outside the model's classes.
+        DataError: the training data are empty, have no labels where the losses need them, or a
+            label is outside the model's classes.
         TrainingError: the loss became NaN or infinite.
+
+    Example:
+        >>> recover(pruned, teacher=model, train=images, epochs=10, losses={"kd": 1, "features": 1})
     """
-    recipe = Recipe(
-        epochs=epochs,
-        lr=DEFAULT_LR.get(optimizer, 0.005) if lr is None else lr,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        batch_size=batch_size,
-        label_smoothing=label_smoothing,
-        temperature=temperature,
-        distill_weight=distill_weight,
-        hard_weight=hard_weight,
-        max_grad_norm=max_grad_norm,
-        ema_decay=ema_decay,
-        keep=keep,
-        precision=precision,
-        channels_last=channels_last,
-        seed=seed,
-        workers=workers,
-    )
-    if keep == "best" and val is None:
-        raise InvalidArgumentError("keep: 'best' needs validation data; pass val=...")
+    recipe = (recipe or Recipe()).changed(**settings)
+    return train_in_place(student, teacher, train, val, recipe, device, progress)
+
+
+def train_in_place(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Dataset[Any] | Iterable[Any],
+    val: Dataset[Any] | Iterable[Any] | None,
+    recipe: Recipe,
+    device: torch.device | str | None,
+    progress: bool,
+    penalty: Callable[[float], Tensor] | None = None,
+) -> RecoveryResult:
+    """:func:`recover` with a complete recipe, and perhaps a penalty on the student's weights.
+
+    ``penalty`` is as for :class:`TrainingLoop`, the rest as for :func:`recover`.
+    """
+    for name, used in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
+        if used and val is None:
+            raise InvalidArgumentError(
+                f"{name}: {getattr(recipe, name)!r} needs validation data; pass val=..."
+            )
     if teacher is student:
         raise InvalidArgumentError("teacher: is the student itself; pass the unpruned network")
     loader = _training_loader(train, recipe)
@@ -142,11 +108,11 @@ def recover(
             stack.enter_context(
                 torch.random.fork_rng(devices=[place] if place.type == "cuda" else [])
             )
-            torch.manual_seed(seed)
+            torch.manual_seed(recipe.seed)
             if teacher is not None:
                 stack.callback(teacher.to, device_of(teacher))
                 stack.enter_context(evaluating(teacher.to(place)))
-            loop = TrainingLoop(student.to(place), teacher, loader, val, recipe, place)
+            loop = TrainingLoop(student.to(place), teacher, loader, val, recipe, place, penalty)
             result = loop.run(progress)
     except BaseException:
         snapshot.restore()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, InvalidArgumentError
 
-__all__ = ["check_labels", "logits", "moved", "split_batch"]
+__all__ = ["check_labels", "inputs_and_labels", "logits", "moved", "split_batch"]
 
 
 def moved(inputs: Any, device: torch.device, *, channels_last: bool = False) -> Any:
@@ -89,6 +89,26 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             f"labels: expected integers [N] with N > 0, got {labels.dtype} {list(labels.shape)}"
         )
     return images, labels.long()
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
+    """Takes a training batch apart, which may have no labels.
+
+    Args:
+        batch (Any): a pair (inputs, integer labels ``[N]``); or inputs alone: a tensor, a dict of
+            keyword inputs, or either in a list or tuple of one.
+
+    Returns:
+        tuple: the inputs, and the labels or None.
+
+    Raises:
+        DataError: as for :func:`split_batch`.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Tensor | Mapping):
+        return batch, None
+    return split_batch(batch)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -1,63 +1,233 @@
-"""The settings of one recovery run, checked once."""
+"""The settings of one recovery run: checked once, kept with the result, read back from JSON."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgumentError
+from ..atomic_files import write_text
+from ..errors import CheckpointError, InvalidArgumentError
 
-__all__ = ["Recipe"]
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["FEATURE_LOSSES", "LOSSES", "Recipe"]
+
+DEFAULT_LR = {"sgd": 0.005, "adamw": 5e-4}
+LABEL_LOSSES = ("hard",)
+LOGIT_LOSSES = ("kd", "dkd", "dist")
+FEATURE_LOSSES = ("features", "attention", "statistics")
+LOSSES = (*LABEL_LOSSES, *LOGIT_LOSSES, *FEATURE_LOSSES)
+
+_FORMAT = "chanprune-recipe"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of :func:`chanprune_ext.recovery.recover`, which documents each of them.
+    """Settings of :func:`chanprune_ext.recovery.recover`. All have defaults.
+
+    Attributes:
+        epochs (int): passes over the training data. Default: 10.
+        lr (float, optional): highest learning rate. Default: 0.005 for SGD, 0.0005 for AdamW, safe
+            for a network that starts close to its teacher.
+        optimizer (str): ``"sgd"`` (Nesterov momentum) or ``"adamw"``. Default: ``"sgd"``.
+        momentum (float): of SGD. Default: 0.9.
+        weight_decay (float): not applied to biases and normalisation layers. Default: 5e-4.
+        warmup (float): epochs until the highest learning rate. Default: 0.3.
+        batch_size (int): images an update, if the training data are a dataset. Default: 128.
+        losses (Mapping[str, float], optional): what is made small, and its weight: ``"hard"``
+            (cross-entropy of the labels), ``"kd"``, ``"dkd"``, ``"dist"`` (on the teacher's
+            logits), ``"features"``, ``"attention"``, ``"statistics"`` (on its feature maps); see
+            docs/recovery.md. All but ``"hard"`` need a teacher. Default: ``{"kd": 0.9, "hard":
+            0.1}`` with a teacher, ``{"kd": 1.0}`` where the data have no labels, ``{"hard": 1.0}``
+            without a teacher.
+        label_smoothing (float): share of a label spread over all classes. Default: 0.
+        temperature (float): T of the losses on logits. Default: 4.
+        standardise (bool): compare logits of mean 0 and deviation 1 in ``"kd"`` and ``"dkd"``; goes
+            with temperatures of about 2 and weights of about 9. Default: False.
+        dkd_alpha, dkd_beta (float): weights of the target and non-target part of ``"dkd"``.
+            Defaults: 1 and 2.
+        taps (Sequence[str], optional): modules, or globs on them, whose outputs the losses on
+            features compare. Default: the last block at each feature size, found from the trace.
+        bn_weighted (bool): weigh the channels in ``"statistics"`` by the scale of the teacher's
+            last batch norm there. Default: False.
+        feature_epochs (float, optional): epochs over which the weights of the losses on features
+            fall to zero, along a line. Default: None, constant.
+        mixup, cutmix (float, optional): parameter of the Beta distribution that images of a batch
+            are mixed by, for both networks. Default: None, not mixed.
+        max_grad_norm (float, optional): gradients are scaled down to this L2 norm. Default: 5.
+        ema_decay (float, optional): train as usual, but measure and keep a running average of
+            weights and batch-norm statistics with this decay. Default: None, no average.
+        swa_start (float, optional): share of the run after which the learning rate stays as it is
+            and weights are averaged equally; measured and kept is the average. Default: None.
+        bn_batches (int): batches of training images that batch-norm statistics are measured anew
+            on after the last update. Default: 0, leave them.
+        patience (int, optional): stop after this many epochs without a higher accuracy on the
+            validation data. Default: None, never.
+        keep (str): which weights the student ends with: ``"last"``, or ``"best"`` on the validation
+            data, the start included. The last ones give an unbiased figure where these are also the
+            images reported on. Default: ``"last"``.
+        precision (str): ``"fp32"``, or ``"bf16"`` for mixed precision: about twice as fast on
+            hardware with bfloat16 arithmetic. Default: ``"fp32"``.
+        teacher_precision (str, optional): likewise, of the teacher alone. Default: as the student.
+        channels_last (bool): feed images in NHWC layout, which most convolutions run faster on.
+            The model must not call ``view`` on feature maps. Default: False.
+        seed (int): of the order of the images, their augmentation and dropout. Default: 0.
+        workers (int): processes decoding images, if the training data are a dataset. Default: 0.
 
     Raises:
         InvalidArgumentError: a setting is outside its range; the message names it.
     """
 
-    epochs: int
-    lr: float
-    optimizer: str
-    momentum: float
-    weight_decay: float
-    warmup: float
-    batch_size: int
-    label_smoothing: float
-    temperature: float
-    distill_weight: float
-    hard_weight: float
-    max_grad_norm: float | None
-    ema_decay: float | None
-    keep: str
-    precision: str
-    channels_last: bool
-    seed: int
-    workers: int
+    epochs: int = 10
+    lr: float | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.3
+    batch_size: int = 128
+    losses: Mapping[str, float] | None = None
+    label_smoothing: float = 0.0
+    temperature: float = 4.0
+    standardise: bool = False
+    dkd_alpha: float = 1.0
+    dkd_beta: float = 2.0
+    taps: Sequence[str] | None = None
+    bn_weighted: bool = False
+    feature_epochs: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    max_grad_norm: float | None = 5.0
+    ema_decay: float | None = None
+    swa_start: float | None = None
+    bn_batches: int = 0
+    patience: int | None = None
+    keep: str = "last"
+    precision: str = "fp32"
+    teacher_precision: str | None = None
+    channels_last: bool = False
+    seed: int = 0
+    workers: int = 0
 
     def __post_init__(self) -> None:
+        if self.losses is not None:
+            self._check_losses()
+            object.__setattr__(self, "losses", {k: float(v) for k, v in self.losses.items()})
+        if self.taps is not None:
+            taps = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps)
+            object.__setattr__(self, "taps", taps)
         for name in ("epochs", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "temperature"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("weight_decay", "warmup", "distill_weight", "hard_weight", "workers"):
+        for name in ("lr", "mixup", "cutmix", "max_grad_norm", "feature_epochs", "patience"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < math.inf, "None or a positive number")
+        self._require("temperature", 0 < self.temperature < math.inf, "a positive number")
+        for name in ("weight_decay", "warmup", "workers", "dkd_alpha", "dkd_beta", "bn_batches"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or a positive number")
         for name in ("momentum", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("warmup", self.warmup < self.epochs, f"fewer than epochs = {self.epochs}")
+        for name in ("ema_decay", "swa_start"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < 1, "None or between 0 and 1")
         self._require(
-            "distill_weight, hard_weight",
-            self.distill_weight + self.hard_weight > 0,
-            "one of them above 0",
+            "ema_decay, swa_start",
+            self.ema_decay is None or self.swa_start is None,
+            "one of them at most",
         )
-        limit, decay = self.max_grad_norm, self.ema_decay
-        self._require("max_grad_norm", limit is None or limit > 0, "None or a positive number")
-        self._require("ema_decay", decay is None or 0 < decay < 1, "None or between 0 and 1")
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         self._require("keep", self.keep in ("last", "best"), "'last' or 'best'")
         self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        self._require(
+            "teacher_precision",
+            self.teacher_precision in (None, "fp32", "bf16"),
+            "None, 'fp32' or 'bf16'",
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate: ``lr``, or the optimizer's default."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain numbers, strings, lists and dicts."""
+        return {"format": _FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: the data are no recipe, or one of another version.
+            InvalidArgumentError: a setting is outside its range.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+            raise CheckpointError(f"recipe: expected data of format {_FORMAT!r}")
+        values = {name: value for name, value in data.items() if name != "format"}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"recipe: not readable by this version ({error})") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the recipe as JSON, whole or not at all.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Reads a recipe written by :meth:`save`, or out of a result's JSON.
+
+        Raises:
+            CheckpointError: the file is missing, no JSON, or holds no recipe.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"recipe: '{path}' cannot be read: {error}") from error
+        if isinstance(data, Mapping) and "recipe" in data:
+            data = data["recipe"]
+        return cls.from_dict(data)
+
+    def changed(self, **settings: Any) -> Recipe:
+        """A recipe with some settings replaced.
+
+        Raises:
+            InvalidArgumentError: there is no such setting, or its value is outside its range.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in settings:
+            if name not in known:
+                raise InvalidArgumentError(f"{name}: no such setting; there are {', '.join(known)}")
+        return dataclasses.replace(self, **settings)
+
+    def _check_losses(self) -> None:
+        losses = self.losses
+        if not isinstance(losses, Mapping) or not losses:
+            raise InvalidArgumentError(
+                f"losses: expected weights by name, such as {{'kd': 0.9, 'hard': 0.1}}, got "
+                f"{losses!r}"
+            )
+        for name, weight in losses.items():
+            if name not in LOSSES:
+                raise InvalidArgumentError(
+                    f"losses: expected names among {', '.join(LOSSES)}, got {name!r}"
+                )
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 <= weight < math.inf:
+                raise InvalidArgumentError(
+                    f"losses[{name!r}]: expected zero or a positive number, got {weight!r}"
+                )
+        if not any(losses.values()):
+            raise InvalidArgumentError(f"losses: expected one weight above 0, got {dict(losses)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..atomic_files import write_text
+
 if TYPE_CHECKING:
+    import os
+
     from .evaluation import Evaluation
     from .recipe import Recipe
 
@@ -77,4 +82,17 @@ class RecoveryResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain numbers, strings, lists and dicts, for a report in JSON."""
-        return {**asdict(self), "best_epoch": self.best_epoch, "seconds": self.seconds}
+        return {
+            **asdict(self),
+            "recipe": self.recipe.to_dict(),
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the result as JSON, whole or not at all; :meth:`Recipe.load` reads its recipe.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")

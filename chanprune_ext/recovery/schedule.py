@@ -7,7 +7,9 @@ import math
 __all__ = ["learning_rate"]
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+def learning_rate(
+    step: int, total: int, warmup: int, peak: float, hold: int | None = None
+) -> float:
     """Learning rate of update ``step`` out of ``total``.
 
     ``peak * (step + 1) / (warmup + 1)`` while ``step < warmup``, afterwards
@@ -19,7 +21,10 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
         total (int): number of updates of the whole run.
         warmup (int): number of updates below the peak, ``0 <= warmup < total``.
         peak (float): highest learning rate.
+        hold (int, optional): update after which the rate stays as it is. Default: None, never.
     """
+    if hold is not None:
+        step = min(step, hold)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2

@@ -69,7 +69,7 @@ def test_distillation_moves_the_student_towards_the_teacher(optimizer: str) -> N
 
     before, kept = distance(), state(teacher)
     lr = {"sgd": 0.05, "adamw": 0.02}[optimizer]
-    run(student, teacher, epochs=8, hard_weight=0.0, distill_weight=1.0, optimizer=optimizer, lr=lr)
+    run(student, teacher, epochs=8, losses={"kd": 1.0}, optimizer=optimizer, lr=lr)
     assert distance() < 0.2 * before
     assert same(kept, state(teacher))
 
@@ -99,10 +99,10 @@ def test_the_teacher_sees_the_students_images_and_is_handed_back_as_it_was() -> 
 def test_without_labels_wrong_labels_do_not_matter() -> None:
     x, y = points().tensors
     teacher, one, two = net(1), net(2), net(2)
-    run(one, teacher, hard_weight=0.0)
-    run(two, teacher, hard_weight=0.0, train=TensorDataset(x, (y + 1) % 3))
+    run(one, teacher, losses={"kd": 0.9})
+    run(two, teacher, losses={"kd": 0.9}, train=TensorDataset(x, (y + 1) % 3))
     assert same(state(one), state(two))
-    run(two, teacher, hard_weight=0.5, train=TensorDataset(x, (y + 1) % 3))
+    run(two, teacher, losses={"kd": 0.9, "hard": 0.5}, train=TensorDataset(x, (y + 1) % 3))
     assert not same(state(one), state(two))
 
 
@@ -124,8 +124,7 @@ def test_one_update_is_the_textbook_formula() -> None:
         momentum=0.8,
         weight_decay=0.01,
         temperature=2.0,
-        distill_weight=0.7,
-        hard_weight=0.3,
+        losses={"kd": 0.7, "hard": 0.3},
         label_smoothing=0.1,
         max_grad_norm=None,
     )
@@ -342,7 +341,11 @@ class Endless(IterableDataset[Any]):
         (Endless(), InvalidArgumentError, "length"),
         ([(torch.zeros(4, 6), torch.tensor([0, 1, 2, 3]))], DataError, "expected 0 to 2 .*got 3"),
         ([(torch.zeros(4, 6), torch.tensor([0, 1, 2, -1]))], DataError, "got -1"),
-        ([torch.zeros(4, 6)], DataError, "expected a pair"),
+        (
+            [torch.zeros(4, 6)],
+            DataError,
+            "expected a pair .* without labels train",
+        ),
     ],
 )
 def test_bad_training_data_change_nothing(train: Any, error: type[Exception], message: str) -> None:
@@ -358,14 +361,23 @@ def test_bad_training_data_change_nothing(train: Any, error: type[Exception], me
     [
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
-        ({"lr": 0.0}, "lr: expected a positive number"),
-        ({"lr": float("nan")}, "lr: expected a positive number, got nan"),
+        ({"lr": 0.0}, "lr: expected None or a positive number"),
+        ({"lr": float("nan")}, "lr: expected None or a positive number, got nan"),
         ({"momentum": 1.0}, "momentum: expected at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay: expected zero or a positive number"),
         ({"warmup": 3.0}, "warmup: expected fewer than epochs = 3, got 3.0"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"temperature": 0.0}, "temperature: expected a positive number"),
-        ({"distill_weight": 0.0, "hard_weight": 0.0}, "one of them above 0, got 0.0, 0.0"),
+        ({"losses": {"hard": 0.0}}, "losses: expected one weight above 0, got {'hard': 0.0}"),
+        ({"losses": {"kl": 1.0}}, "losses: expected names among hard, kd, .*, got 'kl'"),
+        ({"losses": {"hard": -1.0}}, r"losses\['hard'\]: expected zero or a positive number"),
+        ({"losses": ["kd"]}, "losses: expected weights by name"),
+        ({"losses": {"kd": 1.0}}, "teacher: needed by the losses kd"),
+        ({"distill_weight": 0.5}, "distill_weight: no such setting; there are epochs, lr"),
+        ({"mixup": 0.0}, "mixup: expected None or a positive number"),
+        ({"swa_start": 1.0}, "swa_start: expected None or between 0 and 1"),
+        ({"swa_start": 0.5, "ema_decay": 0.5}, "ema_decay, swa_start: expected one of them"),
+        ({"patience": 2}, "patience: 2 needs validation data"),
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected None or a positive number"),
         ({"ema_decay": 1.0}, "ema_decay: expected None or between 0 and 1"),
         ({"optimizer": "lbfgs"}, "optimizer: expected 'sgd' or 'adamw', got 'lbfgs'"),
