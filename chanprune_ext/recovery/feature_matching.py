@@ -115,7 +115,7 @@ def _plans_between(teacher: nn.Module, student: nn.Module) -> tuple[PruningPlan,
     ):
         raise InvalidArgumentError(
             "teacher: it was pruned by another plan than the student, so that their channels "
-            "cannot be matched; leave out losses on features, or give the network the student came from"
+            "cannot be matched; leave out losses on features, or give the network it came from"
         )
     return ours[len(theirs) :]
 
