@@ -20,13 +20,15 @@ from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
 
-__all__ = ["Budget", "Selection", "active_groups", "allocate"]
+__all__ = ["Budget", "Goal", "Selection", "active_groups", "allocate"]
 
+COSTS = ("macs", "params", "latency", "file_size")  # fields of Budget that are fractions
 _REFINEMENTS = 8  # how often the search for a budget skips a group that does not fit
 
 
@@ -41,18 +43,58 @@ class Budget:
     Attributes:
         macs: Fraction of the multiply-accumulates to keep, in (0, 1].
         params: Fraction of the parameters to keep, in (0, 1].
+        latency: Fraction of the measured time of a forward on the example inputs, in (0, 1]. Both
+            networks are timed side by side in eval mode, on the device they are on and with the
+            threads torch is set to.
+        file_size: Fraction of the bytes of the file that :func:`chanprune_ext.save` writes of the
+            original, in (0, 1]. The plan inside the file counts.
+        tolerance: How far below its budget the latency may end, as a fraction of the budget.
+        latency_table: Where times of single layers are kept between runs, a JSON file. Default: one
+            file for each device and torch version under ``$CHANPRUNE_CACHE`` or the user's cache
+            folder.
     """
 
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
+    file_size: float | None = None
+    tolerance: float = 0.05
+    latency_table: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("macs", "params"):
+        for name in COSTS:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise InvalidArgumentError(f"Budget.{name} must be in (0, 1], got {value!r}")
-        if self.macs is None and self.params is None:
-            raise InvalidArgumentError("Budget needs macs or params, for example Budget(macs=0.5)")
+        if not self.fractions():
+            raise InvalidArgumentError(
+                f"Budget needs one of {', '.join(COSTS)}, for example Budget(macs=0.5)"
+            )
+        if not (_is_number(self.tolerance) and 0 < self.tolerance < 1):
+            raise InvalidArgumentError(
+                f"Budget.tolerance must be in (0, 1), got {self.tolerance!r}"
+            )
+
+    def fractions(self) -> dict[str, float]:
+        """The fractions that were asked for, by name."""
+        return {n: getattr(self, n) for n in COSTS if getattr(self, n) is not None}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A cost that the pruned model must not exceed.
+
+    Attributes:
+        name: What it is, for messages.
+        cost: The cost at given sizes, in any unit; grows with every size.
+        limit: The most it may be.
+        whole: The cost with nothing removed.
+    """
+
+    name: str
+    cost: Callable[[Sizes], float]
+    limit: float
+    whole: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +110,7 @@ class Selection:
     ignore: tuple[str, ...]
     max_ratio: float
     kinds: tuple[str, ...] | None = None
+    goals: tuple[Goal, ...] = ()  # beside those of the budget's macs and params
 
     def __post_init__(self) -> None:
         if not isinstance(self.ratios, Mapping):
@@ -221,16 +264,7 @@ def _meet_budget(
 
     Where whole channels make that coarse, some groups take the next smaller ratio.
     """
-    budget = selection.budget
-    assert budget is not None
-    whole = analysis.sizes(analysis.removed_labels({}))
-    goals: list[tuple[Callable[[Sizes], int], float]] = []
-    if budget.macs is not None:
-        goals.append((lambda s: s.macs(), budget.macs * whole.macs()))
-    if budget.params is not None:
-        goals.append(
-            (lambda s: s.params(parameter_names), budget.params * whole.params(parameter_names))
-        )
+    goals = _goals(analysis, selection, parameter_names)
 
     def counts(ratio: float) -> dict[int, float]:
         if selection.scope == "global":
@@ -241,17 +275,20 @@ def _meet_budget(
     def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
         removed = _select(analysis, scores, active, wanted, selection.round_to)
         sizes = analysis.sizes(analysis.removed_labels(removed))
-        return removed, all(cost(sizes) <= goal for cost, goal in goals)
+        return removed, all(goal.cost(sizes) <= goal.limit for goal in goals)
 
     small = counts(selection.max_ratio)
     best, fits = attempt(small)
     if not fits:
         sizes = analysis.sizes(analysis.removed_labels(best))
+        kept = " and ".join(
+            f"{goal.cost(sizes) / max(goal.whole, 1e-30):.3f} of its {goal.name} (wanted "
+            f"{goal.limit / max(goal.whole, 1e-30):.3f})"
+            for goal in goals
+        )
         raise InvalidArgumentError(
             f"budget cannot be met: with at most {selection.max_ratio:.0%} of each group removed "
-            f"the model keeps {sizes.macs() / max(whole.macs(), 1):.3f} of its MACs and "
-            f"{sizes.params(parameter_names) / max(whole.params(parameter_names), 1):.3f} of its "
-            f"parameters; raise max_ratio or ask for less"
+            f"the model keeps {kept}; raise max_ratio or ask for less"
         )
     low, high, large = 0.0, selection.max_ratio, counts(0.0)
     for _ in range(16):
@@ -280,6 +317,22 @@ def _meet_budget(
         if not rest:
             break
     return best
+
+
+def _goals(analysis: Analysis, selection: Selection, parameter_names: Sequence[str]) -> list[Goal]:
+    """What the budget asks for, and what else was asked for."""
+    assert selection.budget is not None
+    costs: dict[str, tuple[str, Callable[[Sizes], float]]] = {
+        "macs": ("MACs", lambda sizes: sizes.macs()),
+        "params": ("parameters", lambda sizes: sizes.params(parameter_names)),
+    }
+    whole = analysis.sizes(analysis.removed_labels({}))
+    goals = list(selection.goals)
+    for key, fraction in selection.budget.fractions().items():
+        if key in costs:
+            name, cost = costs[key]
+            goals.append(Goal(name, cost, fraction * cost(whole), cost(whole)))
+    return goals
 
 
 # -- which groups take part ----------------------------------------------------------------------

@@ -23,7 +23,9 @@ from .errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from .plan import PruningPlan
 
 __all__ = ["load", "load_weights", "save"]
 
@@ -48,7 +50,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from .plan import plans_of
 
     tensors, aliases = _without_duplicates(model.state_dict())
-    plans = plans_of(model)
+    metadata = description(model, aliases, plans_of(model))
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+
+
+def description(
+    model: nn.Module, aliases: Mapping[str, str], plans: Sequence[PruningPlan]
+) -> dict[str, str]:
+    """What :func:`save` writes beside the tensors: names that share memory, and the plans."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -57,7 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     if plans:
         metadata["plans"] = json.dumps([plan.to_dict() for plan in plans])
-    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+    return metadata
 
 
 def load(path: str | os.PathLike[str], plain_model: nn.Module) -> nn.Module:
@@ -152,9 +161,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to store, and the names of those that are the same memory as a stored one."""
-    tensors: dict[str, Tensor] = {}
+def shared_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Names of tensors that are the same memory as an earlier one -> name of that one.
+
+    Raises:
+        InvalidArgumentError: an entry is no tensor.
+    """
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
@@ -163,19 +175,30 @@ def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
                 f"model: its state dict entry {name!r} is a {type(tensor).__name__}; only tensors "
                 "can be saved"
             )
+        # On the meta device every address is 0: there the objects themselves tell.
+        place = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        key = (tensor.device, place, tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases
+
+
+def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and the names of those that are the same memory as a stored one."""
+    aliases = shared_names(state)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
             raise InvalidArgumentError(
                 f"model: its state dict entry {name!r} is a meta, sparse or quantised tensor, "
                 "which can't be saved; load the weights or convert it first"
             )
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        # A copy where memory is shared only in part: safetensors refuses overlapping tensors.
-        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        tensors[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
+        if name not in aliases:
+            # A copy where memory is shared only in part: safetensors refuses overlapping tensors.
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensors[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
     return tensors, aliases
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.devices import synchroniser
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.module_modes import evaluating
 
@@ -119,13 +121,13 @@ def measure_latency(
     if threads is not None:
         _require_at_least("threads", threads, 1)
     args, kwargs = _call_arguments(example_inputs)
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    tensors = tensors_in((args, kwargs))
     if not tensors:
         raise InvalidArgumentError(
             "example_inputs: expected at least one tensor among the inputs, got none"
         )
     shown = next((t for t in tensors if t.is_floating_point()), tensors[0])
-    synchronise = torch.cuda.synchronize if shown.is_cuda else _do_nothing
+    synchronise = synchroniser(shown.device)
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -235,10 +237,6 @@ def _call_arguments(
 def _require_at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
-
-
-def _do_nothing() -> None:
-    """Stands in for the synchronisation that only accelerators need."""
 
 
 @contextmanager

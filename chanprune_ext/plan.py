@@ -301,8 +301,22 @@ class PruningPlan:
                 ("MACs", self.macs_before, self.macs_after),
             )
         )
+        lines.extend(_reached(self.options.get("reached", {})))
         lines.extend(str(f) for f in self.frozen)
         return "\n".join(lines)
+
+
+def _reached(reached: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured of a plan for a budget on latency or file size."""
+    if found := reached.get("latency"):
+        yield (
+            f"latency: {found['original_ms']:.4g} -> {found['pruned_ms']:.4g} ms "
+            f"(x{found['ratio']:.3f} ± {found['standard_error']:.3f}; {found['conditions']})"
+        )
+    if found := reached.get("file_size"):
+        yield (
+            f"file: {found['original_bytes']:,} -> {found['bytes']:,} bytes (x{found['ratio']:.3f})"
+        )
 
 
 def _read_couplings(data: Mapping[str, Any]) -> Couplings:

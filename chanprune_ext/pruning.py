@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.allocation import Budget, Selection
+from chanprune_ext.allocation import Budget, Goal, Selection
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.couplings import couplings_of
 from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.measured_budget import plan_within
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
 from chanprune_ext.removal import verified_removal
 from chanprune_ext.verification import input_shapes
@@ -57,8 +59,10 @@ def plan(
         ratios: Glob on the names of the modules that make a group's channels -> ratio; a later
             glob overrides an earlier one.
         threshold: Remove every channel whose score is below this, instead of a ratio.
-        budget: Meet a budget on MACs and/or parameters with one common ratio (or, with
-            ``scope="global"``, one common threshold), instead of a ratio.
+        budget: Meet a budget on MACs, parameters, measured latency and/or file size with one
+            common ratio (or, with ``scope="global"``, one common threshold), instead of a ratio.
+            What was reached is in the plan's ``options["reached"]``; for latency see
+            :func:`chanprune_ext.measured_budget.plan_within`.
 
             Only one of ``ratio`` and ``ratios``, ``threshold``, and ``budget`` may be given;
             ``ignore`` and ``max_ratio`` go with each of them.
@@ -100,43 +104,50 @@ def plan(
     _warn_of_branches(analysis)
     scores = score_groups(model, analysis.groups, criterion, seed)
     names = [name for name, _ in model.named_parameters()]
-    removal = verified_removal(analysis, model, example_inputs, scores, selection, names)
-    sizes = removal.sizes
     whole = analysis.sizes(analysis.removed_labels({}))
-    return PruningPlan(
-        kept={
-            entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
-            for entry, dims in removal.masks.items()
-        },
-        attributes=removal.attributes,
-        rescalings=removal.rescalings,
-        caches=tuple(sorted(analysis.trace.caches)),
-        groups=group_summaries(analysis, removal.units),
-        frozen=(*analysis.frozen, *removal.held),
-        params_before=whole.params(names),
-        params_after=sizes.params(names),
-        macs_before=whole.macs(),
-        macs_after=sizes.macs(),
-        criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
-        options={
-            "ratio": selection.ratio,
-            "ratios": dict(selection.ratios),
-            "scope": scope,
-            "threshold": threshold,
-            "budget": None if budget is None else {"macs": budget.macs, "params": budget.params},
-            "round_to": round_to,
-            "ignore": list(selection.ignore),
-            "kinds": None if selection.kinds is None else list(selection.kinds),
-            "max_ratio": max_ratio,
-            "seed": seed,
-            "substrate": analysis.trace.substrate,
-        },
-        fingerprint=structure_of(model),
-        inputs=input_shapes(example_inputs),
-        couplings=couplings_of(analysis, model),
-        outputs=outputs,
-        example_inputs=substitute(example_inputs, Tensor.detach),
-    )
+    options = {
+        "ratio": selection.ratio,
+        "ratios": dict(selection.ratios),
+        "scope": scope,
+        "threshold": threshold,
+        "budget": None if budget is None else budget.fractions(),
+        "round_to": round_to,
+        "ignore": list(selection.ignore),
+        "kinds": None if selection.kinds is None else list(selection.kinds),
+        "max_ratio": max_ratio,
+        "seed": seed,
+        "substrate": analysis.trace.substrate,
+    }
+
+    def plan_for(goals: tuple[Goal, ...]) -> PruningPlan:
+        wanted = replace(selection, goals=goals)
+        removal = verified_removal(analysis, model, example_inputs, scores, wanted, names)
+        return PruningPlan(
+            kept={
+                entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
+                for entry, dims in removal.masks.items()
+            },
+            attributes=removal.attributes,
+            rescalings=removal.rescalings,
+            caches=tuple(sorted(analysis.trace.caches)),
+            groups=group_summaries(analysis, removal.units),
+            frozen=(*analysis.frozen, *removal.held),
+            params_before=whole.params(names),
+            params_after=removal.sizes.params(names),
+            macs_before=whole.macs(),
+            macs_after=removal.sizes.macs(),
+            criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
+            options=options,
+            fingerprint=structure_of(model),
+            inputs=input_shapes(example_inputs),
+            couplings=couplings_of(analysis, model),
+            outputs=outputs,
+            example_inputs=substitute(example_inputs, Tensor.detach),
+        )
+
+    if budget is not None and (budget.latency is not None or budget.file_size is not None):
+        return plan_within(budget, analysis, model, example_inputs, plan_for)
+    return plan_for(())
 
 
 def _check_alternatives(

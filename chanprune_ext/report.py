@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from chanprune_ext.atomic_files import write_text
+from chanprune_ext.devices import cpu_name
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
 from chanprune_ext.ops import build_info
 from chanprune_ext.quantities import (
@@ -190,7 +191,7 @@ def environment() -> dict[str, str]:
         "torch": build["torch"],
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} logical cores",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} logical cores",
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -287,14 +288,3 @@ def _stage_from(data: Mapping[str, Any]) -> Stage:
     values = dict(data)
     latency = values.pop("latency", None)
     return Stage(**values, latency=StageLatency(**latency) if latency else None)
-
-
-def _cpu_name() -> str:
-    """Returns the processor's marketing name where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

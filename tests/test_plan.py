@@ -310,7 +310,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "needs macs or params"),
+        ({}, "needs one of macs, params"),
         ({"macs": 0}, r"macs must be in \(0, 1\]"),
         ({"params": 1.5}, r"params must be in \(0, 1\]"),
         ({"macs": float("nan")}, r"macs must be in \(0, 1\]"),

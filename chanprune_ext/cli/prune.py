@@ -82,6 +82,18 @@ def prune(
         float | None,
         typer.Option(help="Budget: share of the parameters to keep.", show_default=False),
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            help="Budget: share of the measured time of a forward to keep, on this device with "
+            "--input-shape as the shape that is timed.",
+            show_default=False,
+        ),
+    ] = None,
+    file_size: Annotated[
+        float | None,
+        typer.Option(help="Budget: share of the saved file's bytes to keep.", show_default=False),
+    ] = None,
     round_to: Annotated[int, typer.Option(min=1, help="Keep widths multiples of this.")] = 1,
     ignore: Annotated[
         list[str] | None,
@@ -120,6 +132,8 @@ def prune(
         raise InvalidArgumentError(
             "--input-shape: needed without --data; give the shape of one input, like 1,3,224,224"
         )
+    fractions = (macs, params, latency, file_size)
+    budget = None if fractions == (None,) * 4 else Budget(*fractions)
     for folder in {path.parent for path in (out, plan_out) if path is not None}:
         make_folder(folder)
     made = plan(
@@ -129,7 +143,7 @@ def prune(
         ratios=parse_ratios(ratios or ()),
         criterion=criterion.value,
         scope=scope.value,
-        budget=None if macs is None and params is None else Budget(macs=macs, params=params),
+        budget=budget,
         round_to=round_to,
         ignore=ignore or (),
         seed=seed,
