@@ -8,6 +8,7 @@ from chanprune_ext.analysis import register_rule
 from chanprune_ext.checkpoint import load, save
 from chanprune_ext.compensation import compensate
 from chanprune_ext.errors import ChanpruneError
+from chanprune_ext.export import export
 from chanprune_ext.plan import PruningPlan, plan_of
 from chanprune_ext.pruning import plan, prune
 from chanprune_ext.recovery import recover
@@ -21,6 +22,7 @@ __all__ = [
     "PruningPlan",
     "__version__",
     "compensate",
+    "export",
     "load",
     "plan",
     "plan_of",

@@ -35,13 +35,21 @@ VERSION = 2
 OPTIONAL_SUFFIX = "num_batches_tracked"
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    built_from: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a model, pruned or not, as one safetensors file, whole or not at all.
 
     Args:
         model (nn.Module): the model; its state dict must hold nothing but tensors. Tensors that
             share their memory (tied weights) are stored once.
         path (str or PathLike): the file; an existing one is replaced.
+        built_from (Mapping, optional): how the command line names the plain model
+            (``{"model": "torchvision:resnet50", "arguments": {}}``), so that its other commands
+            need not be told.
 
     Raises:
         InvalidArgumentError: the state dict holds something that safetensors can't.
@@ -51,6 +59,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     tensors, aliases = _without_duplicates(model.state_dict())
     metadata = description(model, aliases, plans_of(model))
+    if built_from is not None:
+        metadata["built_from"] = json.dumps(dict(built_from))
     write_atomically(path, lambda file: save_file(tensors, file, metadata))
 
 
@@ -207,16 +217,39 @@ def _add_aliases(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Non
     tensors.update({alias: tensors[name] for alias, name in aliases.items()})
 
 
+def read_description(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a file of :func:`save` says of itself, without its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or foreign.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not written by chanprune_ext.save; read plain weights with load_weights"
+        )
+    return dict(metadata)
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: can't be read as a safetensors file ({error}); it is missing, truncated or "
+        "of another kind"
+    )
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: can't be read as a safetensors file ({error}); it is missing, truncated or "
-            "of another kind"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ __all__ = [
     "ChanpruneError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "InvalidArgumentError",
     "NativeModuleError",
     "NothingToPruneError",
@@ -47,6 +48,10 @@ class CheckpointError(ChanpruneError, ValueError):
 
 class DataError(ChanpruneError, ValueError):
     """A dataset cannot be read or contains values outside their range."""
+
+
+class ExportError(ChanpruneError, RuntimeError):
+    """A model can't be written in another format, or the result computes something else."""
 
 
 class OutputError(ChanpruneError, OSError):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from chanprune_ext.devices import synchroniser
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.module_modes import evaluating
 
-__all__ = ["Latency", "measure_latency"]
+__all__ = ["Latency", "measure_latency", "time_in_turns"]
 
 # A sample shorter than this is dominated by the clock and by Python; calls are repeated to fill it.
 _SHORTEST_SAMPLE_MS = 2.0
@@ -136,11 +137,8 @@ def measure_latency(
             stack.enter_context(evaluating(model))
         for name, model in models.items():
             _first_call(name, model, args, kwargs)
-        calls = {
-            name: _calls_per_sample(model, args, kwargs, synchronise)
-            for name, model in models.items()
-        }
-        samples = _interleaved(models, args, kwargs, calls, rounds, warmup, synchronise)
+        calls = {name: partial(model, *args, **kwargs) for name, model in models.items()}
+        samples = time_in_turns(calls, synchronise, rounds=rounds, warmup=warmup)
         used_threads = torch.get_num_threads()
 
     return {
@@ -155,52 +153,54 @@ def measure_latency(
     }
 
 
-def _interleaved(
-    models: Mapping[str, nn.Module],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    calls: Mapping[str, int],
-    rounds: int,
-    warmup: int,
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]],
     synchronise: Callable[[], object],
+    *,
+    rounds: int,
+    warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Times every model once a round; the order rotates so that none always runs first."""
-    names = list(models)
+    """Times every call once a round; the order rotates so that none always runs first.
+
+    Args:
+        calls: What to time, by name.
+        synchronise: Waits until the device is done.
+        rounds: Samples of each.
+        warmup: Rounds before the first sample.
+
+    Returns:
+        Milliseconds of one call in each round, under the same names.
+    """
+    names = list(calls)
+    repeats = {name: _calls_per_sample(call, synchronise) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
         for number in range(warmup + rounds):
             start = number % len(names)
             for name in names[start:] + names[:start]:
-                elapsed = _time_calls(models[name], args, kwargs, calls[name], synchronise)
+                elapsed = _time_calls(calls[name], repeats[name], synchronise)
                 if number >= warmup:
                     samples[name].append(elapsed)
     return samples
 
 
 def _time_calls(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    calls: int,
-    synchronise: Callable[[], object],
+    call: Callable[[], object], repeats: int, synchronise: Callable[[], object]
 ) -> float:
-    """Returns the mean milliseconds of one call over ``calls`` calls in a row."""
+    """Returns the mean milliseconds of one call over some calls in a row."""
     synchronise()
     start = time.perf_counter()
-    for _ in range(calls):
-        model(*args, **kwargs)
+    for _ in range(repeats):
+        call()
     synchronise()
-    return (time.perf_counter() - start) * 1e3 / calls
+    return (time.perf_counter() - start) * 1e3 / repeats
 
 
-def _calls_per_sample(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    synchronise: Callable[[], object],
-) -> int:
+def _calls_per_sample(call: Callable[[], object], synchronise: Callable[[], object]) -> int:
     """Returns how many calls make a sample long enough for the clock."""
-    quickest = min(_time_calls(model, args, kwargs, 1, synchronise) for _ in range(3))
+    quickest = _time_calls(call, 1, synchronise)
+    if quickest < _SHORTEST_SAMPLE_MS:
+        quickest = min(quickest, *(_time_calls(call, 1, synchronise) for _ in range(2)))
     wanted = _SHORTEST_SAMPLE_MS / max(quickest, 1e-6)
     return min(_MOST_CALLS_PER_SAMPLE, max(1, round(wanted + 0.5)))
 

@@ -37,7 +37,7 @@ __all__ = ["Comparison", "compare_latency", "plan_within"]
 
 _ROUNDS = 8  # plans that are measured at most
 _PREDICTED_ROUNDS = 3  # of them by the predicted time
-_SECONDS = 6.0  # what one comparison of two networks may take, more or less
+_SECONDS = 4.0  # what one comparison of two networks may take, more or less
 _FEWEST_PAIRS = 9
 _MOST_PAIRS = 101
 _REPEATS = 3  # of a comparison that is not precise enough
@@ -120,7 +120,7 @@ def plan_within(
     The latency of the result lies within ``budget.tolerance`` below the budget where the widths
     allow it; where another part of the budget binds it may be faster. What the last measurement
     gave is in the plan's ``options["reached"]``, with its standard error. A round measures for some
-    six seconds, three times that on a busy machine; two or three rounds are usual, eight the most.
+    four seconds, three times that on a busy machine; two or three rounds are usual, eight the most.
 
     Args:
         budget: With a latency, a file size or both; MACs and parameters are the business of
@@ -143,28 +143,27 @@ def plan_within(
         size = _SizeSearch(budget.file_size, analysis, model)
         goals["file size"] = size.goal()
     best: PruningPlan | None = None
-    try:
-        for _ in range(_ROUNDS):
-            try:
-                made = plan_for(tuple(goals.values()))
-            except InvalidArgumentError:
-                if latency is None or latency.best is None:
-                    raise
-                break  # the correction went further than the widths do
-            if size is not None and not size.fits(made):
-                goals["file size"] = size.goal()
-                continue
-            if latency is None:
-                best = made
-                break
-            settled = latency.settle(made)
-            best = latency.best
-            if settled:
-                break
-            goals["latency"] = latency.goal()
-    finally:
-        if latency is not None:
-            latency.model.table.save()
+    for _ in range(_ROUNDS):
+        try:
+            made = plan_for(tuple(goals.values()))
+        except InvalidArgumentError:
+            if latency is None or latency.best is None:
+                raise
+            break  # the correction went further than the widths do
+        finally:
+            if latency is not None:
+                latency.model.table.save()  # an interrupted search need not measure again
+        if size is not None and not size.fits(made):
+            goals["file size"] = size.goal()
+            continue
+        if latency is None:
+            best = made
+            break
+        settled = latency.settle(made)
+        best = latency.best
+        if settled:
+            break
+        goals["latency"] = latency.goal()
     if best is None:
         raise InvalidArgumentError(
             f"budget cannot be met: no plan in {_ROUNDS} rounds was small enough; ask for less"

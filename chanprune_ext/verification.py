@@ -16,6 +16,7 @@ from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.stand_ins import call_substituted, substitute, tensors_of
 from chanprune_ext.copying import copied
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
+from chanprune_ext.plan_inputs import inputs_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,18 +46,6 @@ def input_shapes(value: Any) -> Any:
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [input_shapes(v) for v in value]}
     return {"value": value if isinstance(value, (int, float, str, bool)) else None}
-
-
-def _meta_inputs(spec: Any) -> Any:
-    if "shape" in spec:
-        return torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]), device="meta")
-    if "dict" in spec:
-        return {k: _meta_inputs(v) for k, v in spec["dict"].items()}
-    if "tuple" in spec:
-        return tuple(_meta_inputs(v) for v in spec["tuple"])
-    if "list" in spec:
-        return [_meta_inputs(v) for v in spec["list"]]
-    return spec["value"]
 
 
 def zeroed_copy(model: nn.Module, pruned: Mapping[str, Mapping[int, Tensor]]) -> nn.Module:
@@ -136,7 +125,7 @@ def verify_runs(
                 shape[dim] = len(index)
             tensors[name] = torch.empty(shape, dtype=tensors[name].dtype)
         try:
-            call_substituted(pruned, tensors, _meta_inputs(plan.inputs))
+            call_substituted(pruned, tensors, inputs_from(plan.inputs, "meta"))
         except Exception as error:
             raise VerificationError(f"the pruned model does not run: {error}") from error
 

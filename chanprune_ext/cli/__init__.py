@@ -6,15 +6,18 @@ from typing import Annotated
 
 import typer
 
+from chanprune_ext.cli.bench import bench
 from chanprune_ext.cli.demo import demo
 from chanprune_ext.cli.errors import ErrorReportingGroup
 from chanprune_ext.cli.evaluate import evaluate
+from chanprune_ext.cli.export import export
 from chanprune_ext.cli.info import info
 from chanprune_ext.cli.inspect import inspect
 from chanprune_ext.cli.prune import prune
 from chanprune_ext.cli.recover import recover
 from chanprune_ext.cli.report import report
 from chanprune_ext.cli.reproduce import reproduce
+from chanprune_ext.cli.verify import verify
 
 __all__ = ["app"]
 
@@ -36,5 +39,18 @@ def main(
     """Makes trained PyTorch networks smaller by removing channels, and gives accuracy back."""
 
 
-for command in (demo, reproduce, prune, recover, evaluate, inspect, report, info):
+COMMANDS = (
+    demo,
+    reproduce,
+    prune,
+    recover,
+    evaluate,
+    inspect,
+    bench,
+    export,
+    verify,
+    report,
+    info,
+)
+for command in COMMANDS:
     app.command()(command)

@@ -11,10 +11,13 @@ __all__ = [
     "Data",
     "Device",
     "InputShape",
+    "InputShapes",
     "ModelArguments",
     "ModelSpec",
     "OutFile",
     "OutFolder",
+    "PlainModel",
+    "SavedFile",
     "Seed",
     "Weights",
 ]
@@ -57,6 +60,30 @@ InputShape = Annotated[
         help="Shape of the example input; taken from the data where they are given.",
         show_default=False,
     ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        help="Shape of an input, like 1x3x224x224 or 1x16:int64; once for each input. Default: "
+        "what the plan in the file was made with.",
+        show_default=False,
+    ),
+]
+PlainModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="What FILE was pruned from: resnet56, torchvision:<name>, timm:<name>, hf:<type>, or "
+        "<module>:<callable>. Default: as the file says.",
+        show_default=False,
+    ),
+]
+SavedFile = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A model as 'prune' wrote it.", show_default=False),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 Device = Annotated[

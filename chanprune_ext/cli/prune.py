@@ -11,7 +11,7 @@ from rich.console import Console
 from chanprune_ext.allocation import Budget
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.loading import load_model
-from chanprune_ext.cli.model_spec import parse_ratios, parse_shape
+from chanprune_ext.cli.model_spec import parse_arguments, parse_ratios, parse_shape
 from chanprune_ext.cli.options import (
     ClassFile,
     Data,
@@ -158,7 +158,8 @@ def prune(
             batches = calibration_batches(training, calibration_images, seed=seed)
             compensate(pruned, network, [batch.to(place) for batch in batches])
             console.print(f"compensated: {measured(pruned, images)}")
-    save(pruned, out)
+    built_from = {"model": model, "arguments": parse_arguments(model_arg or ())}
+    save(pruned, out, built_from=built_from)
     console.print(f"model: {out}", soft_wrap=True)
     if plan_out is not None:
         made.save(plan_out)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from chanprune_ext.quantities import (
     format_accuracy,
@@ -17,9 +18,10 @@ from chanprune_ext.quantities import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from chanprune_ext.file_checks import Check
     from chanprune_ext.report import Stage
 
-__all__ = ["facts_table", "stage_table"]
+__all__ = ["check_table", "facts_table", "stage_table"]
 
 
 def stage_table(stages: Sequence[Stage], title: str) -> Table:
@@ -54,4 +56,18 @@ def facts_table(facts: Mapping[str, object]) -> Table:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, str(value))
+    return table
+
+
+def check_table(checks: Sequence[Check], title: str) -> Table:
+    """One row a check: how it went, its name, what was found."""
+    marks = {True: "[green]ok[/]", False: "[bold red]failed[/]", None: "[yellow]-[/]"}
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for check in checks:
+        table.add_row(marks[check.passed], check.name, Text(check.detail))
     return table
