@@ -14,6 +14,7 @@ from toys import TOYS
 
 import chanprune_ext as cpx
 from chanprune_ext.analysis import analyse
+from chanprune_ext.criteria import magnitude
 from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
@@ -228,6 +229,9 @@ def test_single_channels_of_a_wide_layer_may_go() -> None:
 
 # -- global ranking and thresholds ---------------------------------------------------------------
 
+# The plain norm of each filter, so that the scores can be written down.
+FILTERS = magnitude(members="makers", normalise=False)
+
 
 def test_global_ranking_takes_the_lowest_of_all() -> None:
     model = chain(16, 16)
@@ -253,7 +257,7 @@ def test_global_ranking_leaves_something_everywhere() -> None:
     with torch.no_grad():
         model.convs[0].weight.copy_(torch.rand_like(model.convs[0].weight) + 1)
         model.convs[1].weight.zero_()
-    plan = cpx.plan(model, IMAGES, 0.5, scope="global", max_ratio=0.8)
+    plan = cpx.plan(model, IMAGES, 0.5, scope="global", max_ratio=0.8, criterion=FILTERS)
     assert kept_widths(plan)[1] == 4
     assert sum(kept_widths(plan)) == 20
 
@@ -281,10 +285,10 @@ def test_threshold() -> None:
             conv.weight.zero_()
             for i in range(8):
                 conv.weight[i, 0, 0, 0] = float(i + 4 * k)
-    plan = cpx.plan(model, IMAGES, threshold=5.0)
+    plan = cpx.plan(model, IMAGES, threshold=5.0, criterion=FILTERS)
     assert plan.kept["convs.0.weight"][0].tolist() == [5, 6, 7]
     assert plan.kept["convs.1.weight"][0].tolist() == list(range(1, 8))
-    plan = cpx.plan(model, IMAGES, threshold=100.0, max_ratio=0.75)
+    plan = cpx.plan(model, IMAGES, threshold=100.0, max_ratio=0.75, criterion=FILTERS)
     assert kept_widths(plan) == [2, 2]
 
 
@@ -294,7 +298,7 @@ def test_equal_scores_keep_the_first_channels() -> None:
         for conv in model.convs:
             conv.weight.fill_(0.5)
     for scope in ("local", "global"):
-        plan = cpx.plan(model, IMAGES, 0.5, scope=scope)
+        plan = cpx.plan(model, IMAGES, 0.5, scope=scope, criterion=FILTERS)
         for name in ("convs.0.weight", "convs.1.weight"):
             kept = plan.kept[name][0].tolist()
             assert kept == list(range(len(kept)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from toys import TOYS
 
 import chanprune_ext as cpx
 from chanprune_ext.analysis import CouplingGroup, analyse
-from chanprune_ext.criteria import CRITERIA, score_groups
+from chanprune_ext.criteria import CRITERIA, magnitude, score_groups
 from chanprune_ext.errors import InvalidArgumentError
 
 
@@ -41,31 +43,129 @@ def skip() -> tuple[nn.Module, tuple[CouplingGroup, ...]]:
     return model, analyse(model, IMAGES).groups
 
 
-def expected(model: nn.Module, norm: str) -> np.ndarray:
-    rows = torch.cat([model.a.weight.flatten(1), model.b.weight.flatten(1)], 1).detach().double()
-    return {
-        "l1": rows.abs().sum(1),
-        "l2": rows.square().sum(1).sqrt(),
-        "linf": rows.abs().amax(1),
-        "bn_scale": sum(n.weight.detach().double().abs() for n in (model.na, model.nb)),
-    }[norm].numpy()
+NORMS = {
+    "l1": lambda rows: rows.abs().sum(1),
+    "l2": lambda rows: rows.square().sum(1).sqrt(),
+    "linf": lambda rows: rows.abs().amax(1),
+}
+ORDERS = {"l1": 1, "l2": 2, "linf": math.inf}
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "linf", "bn_scale"])
-def test_a_score_takes_all_producers_together(criterion: str) -> None:
-    model, groups = skip()
-    (score,) = score_groups(model, groups, criterion)
-    assert score.dtype == np.float64
-    np.testing.assert_allclose(score, expected(model, criterion), rtol=1e-6)
+def filters(model: nn.Module) -> list[Tensor]:
+    """What each of two layers makes the six channels with, and what the classifier reads them."""
+    weights = [model.a.weight.flatten(1), model.b.weight.flatten(1), model.fc.weight.T]
+    return [w.detach().double() for w in weights]
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "linf", "bn_scale"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(criterion: str, dtype: torch.dtype) -> None:
+def scaled(norms: Tensor) -> np.ndarray:
+    return (norms / norms.mean()).numpy()
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "linf"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+def test_a_magnitude_is_the_norm_of_what_makes_and_what_reads_the_channel(
+    criterion: str, dtype: torch.dtype
+) -> None:
     model, groups = skip()
     model.to(dtype)
     (score,) = score_groups(model, groups, criterion)
-    np.testing.assert_allclose(score, expected(model, criterion), rtol=1e-5)
+    assert score.dtype == np.float64
+    # The second convolution reads the channels of the first, and so does the classifier.
+    readers = [model.b.weight.transpose(0, 1).flatten(1), model.fc.weight.T]
+    norms = [scaled(NORMS[criterion](w.detach().double())) for w in readers]
+    makers = [scaled(NORMS[criterion](w)) for w in filters(model)[:2]]
+    np.testing.assert_allclose(score, np.sqrt(sum(norms) / 2 * sum(makers) / 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "linf"])
+def test_members_reductions_and_normalisation(criterion: str) -> None:
+    model, groups = skip()
+    a, b, _ = (NORMS[criterion](w) for w in filters(model))
+    p = ORDERS[criterion]
+    options: dict[str, Any] = {"members": "makers"}
+    for reduction, expected in (
+        ("sum", a + b),
+        ("mean", (a + b) / 2),
+        ("max", torch.maximum(a, b)),
+    ):
+        plain = magnitude(p, reduction=reduction, normalise=False, **options)
+        (score,) = score_groups(model, groups, plain)
+        np.testing.assert_allclose(score, expected.numpy(), rtol=1e-6)
+    (score,) = score_groups(model, groups, magnitude(p, reduction="sum", **options))
+    np.testing.assert_allclose(score, scaled(a) + scaled(b), rtol=1e-6)
+    readers = [model.b.weight.transpose(0, 1).flatten(1), model.fc.weight.T]
+    rest = sum(scaled(NORMS[criterion](w.detach().double())) for w in readers)
+    (score,) = score_groups(model, groups, magnitude(p, members="readers", reduction="sum"))
+    np.testing.assert_allclose(score, rest, rtol=1e-6)
+    (score,) = score_groups(model, groups, magnitude(p, reduction="sum"))
+    np.testing.assert_allclose(score, np.sqrt((scaled(a) + scaled(b)) * rest), rtol=1e-6)
+
+
+def test_a_factor_moved_from_a_filter_to_its_reader_changes_no_score() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(2, 3)
+    groups = analyse(model, x).groups
+    (before,) = score_groups(model, groups, magnitude(normalise=False))
+    output = model(x)
+    factors = torch.rand(8) + 0.5
+    with torch.no_grad():
+        model[0].weight *= factors[:, None]
+        model[2].weight /= factors
+    torch.testing.assert_close(model(x), output)
+    (after,) = score_groups(model, groups, magnitude(normalise=False))
+    np.testing.assert_allclose(after, before, rtol=1e-5)
+
+
+def test_a_folded_batch_norm_does_not_change_the_ranking() -> None:
+    """What a filter's norm says hangs on how its batch norm was folded, a reader's does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()
+    )
+    randomised(model)
+    folded = copy.deepcopy(model)
+    folded[0] = torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])
+    folded[1] = nn.Identity()
+    both = [analyse(m, IMAGES[:, :, :3, :3]).groups for m in (model, folded)]
+    for criterion, agrees in (
+        (magnitude(members="readers"), True),
+        (magnitude(members="makers"), False),
+    ):
+        (one,) = score_groups(model, both[0], criterion)
+        (two,) = score_groups(folded, both[1], criterion)
+        assert np.array_equal(np.argsort(one), np.argsort(two)) == agrees
+
+
+def test_bn_scale_adds_the_scales_of_all_batch_norms() -> None:
+    model, groups = skip()
+    (score,) = score_groups(model, groups, "bn_scale")
+    expected = sum(n.weight.detach().double().abs() for n in (model.na, model.nb))
+    np.testing.assert_allclose(score, expected.numpy(), rtol=1e-6)
+
+
+def test_fpgm_is_the_sum_of_distances_to_the_other_filters() -> None:
+    model, groups = skip()
+    (score,) = score_groups(model, groups, "fpgm")
+    parts = []
+    for rows in filters(model)[:2]:
+        sums = [sum((u - v).norm() for v in rows) for u in rows]
+        parts.append(scaled(torch.stack(sums)))
+    np.testing.assert_allclose(score, sum(parts) / 2, rtol=1e-5)
+
+
+def test_fpgm_drops_a_copy_rather_than_a_small_filter() -> None:
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(3 * torch.eye(5, 4))
+        model[0].weight[4] = 0.9 * model[0].weight[0]
+        model[0].weight[3] *= 0.5
+    groups = analyse(model, torch.randn(1, 4)).groups
+    (score,) = score_groups(model, groups, "fpgm")
+    assert score.argmin() in (0, 3, 4)
+    assert score[[1, 2]].min() > score.min()
 
 
 def test_units_of_several_channels() -> None:
@@ -73,9 +173,9 @@ def test_units_of_several_channels() -> None:
     torch.manual_seed(0)
     model, inputs = TOYS["UnflattenLayer"].make(), TOYS["UnflattenLayer"].inputs()
     groups = analyse(model, inputs).groups
-    scores = score_groups(model, groups, "l1")
+    scores = score_groups(model, groups, magnitude(members="makers"))
     rows = model.fc.weight.detach().double().abs().sum(1).view(12, 16).sum(1)
-    np.testing.assert_allclose(scores[0], rows.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(scores[0], scaled(rows), rtol=1e-6)
     assert groups[0].multiplicity == 16
 
 
@@ -143,11 +243,12 @@ def test_every_group_of_a_real_network_gets_scores(criterion: str) -> None:
     groups = analyse(model, inputs).groups
     scores = score_groups(model, groups, criterion)
     assert [s.shape for s in scores] == [(g.units,) for g in groups]
-    assert all((s > 0).all() for s in scores)
+    # A single filter is at no distance from any other.
+    assert all((s > 0).all() for s in scores if criterion != "fpgm" or len(s) > 1)
 
 
 def test_scores_follow_the_weights() -> None:
-    """Channels whose filters are small are the ones that go, in every member of their group.
+    """Channels that are made and read weakly are the ones that go, in every member of their group.
 
     The stream of ResNet-56 runs through three stages; zero padding moves channel c to c + 8 in the
     second and c + 24 in the third.
@@ -157,8 +258,16 @@ def test_scores_follow_the_weights() -> None:
     weak = torch.tensor([2, 9, 13])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            stage = name.split(".")[0]
             if name == "conv1.weight" or name.endswith("conv2.weight"):
-                parameter[weak + offsets[name.split(".")[0]]] *= 1e-3
+                parameter[weak + offsets[stage]] *= 1e-3
+            elif name == "linear.weight":
+                parameter[:, weak + offsets["layer3"]] *= 1e-3
+            elif name.endswith("conv1.weight"):
+                # The first block of a stage reads the stream of the stage before.
+                first = name.split(".")[1] == "0"
+                before = {"layer1": "conv1", "layer2": "layer1", "layer3": "layer2"}
+                parameter[:, weak + offsets[before[stage] if first else stage]] *= 1e-3
     plan = cpx.plan(model, inputs, 0.0, ratios={"conv1": 3 / 16})
     for entry, dim in (("conv1.weight", 0), ("layer1.4.bn2.bias", 0), ("layer1.8.conv1.weight", 1)):
         assert plan.pruned[entry][dim].tolist() == [2, 9, 13]

@@ -1,0 +1,96 @@
+"""Scores of all groups by one criterion, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from chanprune_ext.analysis.stand_ins import tensors_of
+from chanprune_ext.errors import InvalidArgumentError
+
+from .geometric import fpgm
+from .magnitude import bn_scale, l1, l2, linf, random
+from .members import Scores
+
+if TYPE_CHECKING:
+    from chanprune_ext.analysis import CouplingGroup
+
+__all__ = ["CRITERIA", "DATA_CRITERIA", "Criterion", "score_groups"]
+
+Criterion = Callable[[nn.Module, "Sequence[CouplingGroup]", int], Scores]
+
+CRITERIA: dict[str, Criterion] = {
+    "l1": l1,
+    "l2": l2,
+    "linf": linf,
+    "bn_scale": bn_scale,
+    "fpgm": fpgm,
+    "random": random,
+}
+"""Criteria that need nothing but the weights, by name."""
+
+DATA_CRITERIA = ("activation", "fluctuation", "taylor", "hessian")
+"""Functions of this package that make a criterion out of data."""
+
+
+def score_groups(
+    model: nn.Module, groups: Sequence[CouplingGroup], criterion: str | Criterion, seed: int = 0
+) -> Scores:
+    """Score every unit of every group.
+
+    Args:
+        model: The model the groups were found in.
+        groups: Coupling groups.
+        criterion: A name of :data:`CRITERIA`, or a function ``(model, groups, seed)`` that returns
+            one array of ``group.units`` finite numbers for each group.
+        seed: Seed of criteria that draw numbers.
+
+    Raises:
+        InvalidArgumentError: Unknown name, non-finite weights, weights without values (meta), or a
+            function that returns something else.
+    """
+    if isinstance(criterion, str) and criterion in DATA_CRITERIA:
+        raise InvalidArgumentError(
+            f"criterion {criterion!r} needs data: give "
+            f"criterion=chanprune_ext.criteria.{criterion}(batches)"
+        )
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise InvalidArgumentError(
+            f"criterion must be one of {', '.join(CRITERIA)} or a function, got {criterion!r}"
+        )
+    if criterion != "random":
+        _check_values(model)
+    function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    scores = [np.asarray(s, dtype=np.float64) for s in function(model, groups, seed)]
+    if len(scores) != len(groups):
+        raise InvalidArgumentError(
+            f"criterion gave scores for {len(scores)} of {len(groups)} groups; expected one array "
+            f"for each"
+        )
+    for group, score in zip(groups, scores, strict=True):
+        if score.shape != (group.units,) or not np.isfinite(score).all():
+            raise InvalidArgumentError(
+                f"criterion gave scores of shape {score.shape} for group '{group.name}', or not "
+                f"all finite; expected {group.units} finite numbers"
+            )
+    return scores
+
+
+def _check_values(model: nn.Module) -> None:
+    for name, tensor in tensors_of(model).items():
+        if tensor.is_meta:
+            raise InvalidArgumentError(
+                f"'{name}' is on the meta device and has no values to score; load the weights, or "
+                f"use criterion='random'"
+            )
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # One vectorised pass without a temporary, which NaN and Inf come through.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
+            raise InvalidArgumentError(
+                f"'{name}' contains NaN or Inf; channels of such a model cannot be ranked"
+            )
