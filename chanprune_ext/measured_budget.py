@@ -38,7 +38,7 @@ __all__ = ["Comparison", "compare_latency", "plan_within"]
 _ROUNDS = 8  # plans that are measured at most
 _PREDICTED_ROUNDS = 3  # of them by the predicted time
 _SECONDS = 4.0  # what one comparison of two networks may take, more or less
-_FEWEST_PAIRS = 9
+_FEWEST_PAIRS = 5
 _MOST_PAIRS = 101
 _REPEATS = 3  # of a comparison that is not precise enough
 
@@ -83,14 +83,14 @@ def compare_latency(
             as many rounds are run to come there.
     """
     models = {"original": original, "pruned": pruned}
-    first = measure_latency(models, example_inputs, rounds=3, warmup=1)
+    first = measure_latency(models, example_inputs, rounds=1, warmup=0)
     pair_ms = sum(latency.median_ms for latency in first.values())
     # Calls shorter than a sample are repeated to fill it.
     pairs = int(_SECONDS * 1e3 / max(pair_ms, 4.0))
     rounds = min(max(pairs, _FEWEST_PAIRS), _MOST_PAIRS)
     samples: dict[str, tuple[float, ...]] = dict.fromkeys(models, ())
     for _ in range(_REPEATS):
-        found = measure_latency(models, example_inputs, rounds=rounds, warmup=1)
+        found = measure_latency(models, example_inputs, rounds=rounds, warmup=0)
         samples = {name: samples[name] + found[name].samples_ms for name in models}
         latencies = {n: replace(found[n], samples_ms=samples[n]) for n in models}
         ratio, error = _paired_ratio(samples["original"], samples["pruned"])
@@ -263,7 +263,7 @@ class _LatencySearch:
         self.inputs = example_inputs
         device = tensors_in(example_inputs)[0].device
         path = budget.latency_table or default_table(device)
-        whole = measure_latency({"original": model}, example_inputs, rounds=5, warmup=2)
+        whole = measure_latency({"original": model}, example_inputs, rounds=3, warmup=1)
         whole_ms = whole["original"].median_ms
         table = LatencyTable(path, device)
         self.model = LatencyModel(analysis, model, example_inputs, table, whole_ms)

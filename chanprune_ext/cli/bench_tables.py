@@ -50,13 +50,11 @@ def module_table(report: BenchReport, count: int) -> Table:
     table.add_column("module", overflow="fold", min_width=16)
     table.add_column("kind", overflow="ellipsis", max_width=12)
     table.add_column("widths", no_wrap=True)
-    for heading in ("time, ms", "saved", "of all"):
+    for heading in ("time, ms", "saved"):
         table.add_column(heading, justify="right", no_wrap=True)
     pruned = {t.name: t for t in report.pruned_modules}
     pairs = [(t, pruned[t.name]) for t in report.original_modules if t.name in pruned]
     pairs.sort(key=lambda pair: -pair[0].milliseconds)
-    whole = sum(before.milliseconds for before, _ in pairs)
-    saved = whole - sum(after.milliseconds for _, after in pairs)
     rows = [(_name(b), b.kind, _widths(b, a), b.milliseconds, a.milliseconds) for b, a in pairs]
     shown, rest = rows[:count], rows[count:]
     if rest:
@@ -69,7 +67,6 @@ def module_table(report: BenchReport, count: int) -> Table:
             widths,
             f"{before:.2f} -> {after:.2f}",
             f"{1 - after / before:.0%}" if before else "-",
-            f"{(before - after) / saved:.0%}" if saved else "-",
         )
     return table
 
