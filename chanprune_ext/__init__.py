@@ -11,6 +11,7 @@ from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.export import export
 from chanprune_ext.plan import PruningPlan, plan_of
 from chanprune_ext.pruning import plan, prune
+from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.recovery import recover
 from chanprune_ext.sensitivity import sensitivity
 
@@ -27,6 +28,7 @@ __all__ = [
     "plan",
     "plan_of",
     "prune",
+    "reconstruct",
     "recover",
     "register_rule",
     "save",

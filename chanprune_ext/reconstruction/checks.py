@@ -1,0 +1,48 @@
+"""Arguments of a reconstruction, checked before anything is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import InvalidArgumentError
+
+__all__ = ["check_options"]
+
+_AMP = (None, torch.float16, torch.bfloat16)
+
+
+def check_options(
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    held_back: float,
+    views: int,
+    augment: Any,
+    amp: torch.dtype | None,
+    memory_limit: int | None,
+) -> None:
+    """Refuses options out of range.
+
+    Raises:
+        InvalidArgumentError: names the option.
+    """
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1)):
+        if not isinstance(value, int) or value < least:
+            raise InvalidArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if not 0 < lr < 1:
+        raise InvalidArgumentError(f"lr: expected a number in (0, 1), got {lr}")
+    if not 0 <= held_back < 1:
+        raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
+    if not isinstance(views, int) or views < 0:
+        raise InvalidArgumentError(f"views: expected an integer >= 0, got {views!r}")
+    if (views > 0) != (augment is not None):
+        raise InvalidArgumentError(
+            "views: expected a number > 0 together with augment=, the function that makes views; "
+            f"got views={views} and augment={augment!r}"
+        )
+    if amp not in _AMP:
+        raise InvalidArgumentError(f"amp: expected one of {_AMP}, got {amp}")
+    if memory_limit is not None and memory_limit <= 0:
+        raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")

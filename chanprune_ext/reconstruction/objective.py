@@ -1,0 +1,60 @@
+"""Errors that are minimised: relative at a block's output, a divergence at the network's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+__all__ = ["RelativeError", "are_logits", "divergence", "squares", "widened"]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Half-precision values in float32, other floating-point values as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def squares(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of squared differences, and of squared targets."""
+    pairs = [(widened(o), widened(t)) for o, t in zip(outputs, targets, strict=True)]
+    error = torch.stack([(o - t).square().sum() for o, t in pairs]).sum()
+    energy = torch.stack([t.square().sum() for _, t in pairs]).sum()
+    return error, energy
+
+
+class RelativeError:
+    """Squared error over the mean energy of the targets, so that losses of all blocks are alike.
+
+    Args:
+        targets: All targets; each a list of tensors.
+    """
+
+    def __init__(self, targets: Iterable[Sequence[Tensor]]) -> None:
+        energy, elements = 0.0, 0
+        for target in targets:
+            energy += sum(float(t.square().sum(dtype=torch.float32)) for t in target)
+            elements += sum(t.numel() for t in target)
+        self.energy = energy
+        self._per_element = energy / elements if energy > 0 else 1.0
+
+    def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The loss of one batch."""
+        error, _ = squares(outputs, targets)
+        return error / (self._per_element * sum(t.numel() for t in targets))
+
+
+def are_logits(outputs: Sequence[Tensor]) -> bool:
+    """Whether a network's output is one matrix of class scores."""
+    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
+
+
+def divergence(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean ``KL(softmax(target) || softmax(output))`` in nats."""
+    ours, theirs = (F.log_softmax(widened(logits[0]), 1) for logits in (outputs, targets))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
