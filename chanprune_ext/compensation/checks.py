@@ -87,9 +87,10 @@ def check_networks(
                 raise InvalidArgumentError(f"{name}: {entry} is on the meta device, without values")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise InvalidArgumentError(f"{name}: {entry} contains NaN or infinity")
+    first = _first_names(original)
     for entry, tensor in states["original"].items():
         shape = list(tensor.shape)
-        for axis, indices in kept.get(entry, {}).items():
+        for axis, indices in kept.get(first[entry], {}).items():
             shape[axis] = len(indices)
         found = states["pruned"].get(entry)
         if found is None or list(found.shape) != shape:
@@ -111,6 +112,13 @@ def check_networks(
             f"original: both networks must be on one device, got {sorted(devices)}"
         )
     return torch.device(devices.pop())
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """State-dict entry -> the name a plan lists it under: the first one, where it has several."""
+    state = model.state_dict(keep_vars=True)
+    names: dict[int, str] = {}
+    return {entry: names.setdefault(id(tensor), entry) for entry, tensor in state.items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
