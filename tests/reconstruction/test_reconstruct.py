@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import toys  # noqa: F401 - registers the toys
 from block_networks import NETWORKS, Classifier, Residual, images, pair
 from models import randomised
 from torch import Tensor, nn
+from toy_registry import TOYS
 
 import chanprune_ext
 from chanprune_ext import reconstruct
@@ -233,6 +235,20 @@ def test_shared_parameters_keep_their_values_and_stay_shared() -> None:
     assert report.kept == "reconstructed"
     assert pruned.blocks[1].bn2.weight is shared
     assert torch.equal(shared, values)
+
+
+@pytest.mark.parametrize("name", ["Decoder", "TiedParameter"])
+def test_tied_weights_of_the_toys(name: str) -> None:
+    toy = TOYS[name]
+    torch.manual_seed(0)
+    model = randomised(toy.make())
+    batches = [toy.inputs() for _ in range(4)]
+    pruned = chanprune_ext.plan(model, batches[0], ratio=0.5).apply(model)
+    parameters = [id(p) for _, p in pruned.named_parameters(remove_duplicate=False)]
+    assert len(set(parameters)) < len(parameters)
+    report = reconstruct(pruned, model, batches, held_back=0.25, epochs=1, progress=False)
+    assert report.after.better_than(report.before)
+    assert parameters == [id(p) for _, p in pruned.named_parameters(remove_duplicate=False)]
 
 
 def test_half_precision_networks_are_tuned_in_single_precision() -> None:
