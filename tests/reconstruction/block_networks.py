@@ -138,5 +138,7 @@ def pair(name: str, seed: int = 0) -> tuple[nn.Module, nn.Module]:
     make, ratios = NETWORKS[name]
     torch.manual_seed(seed)
     model = randomised(make(), seed)
+    with torch.no_grad():  # logits that tell the images apart
+        list(model.children())[-1].weight.mul_(10)
     plan = chanprune_ext.plan(model, images(2), ratio=0, ratios=ratios)
     return plan.apply(copy.deepcopy(model)), model
