@@ -8,6 +8,7 @@
 #   make coverage  prune every model of torchvision, timm, transformers and the toys; writes
 #                  docs/results/coverage-*.json and docs/coverage.md (SUITES='timm toys' chooses,
 #                  PEER=1 runs Torch-Pruning on the same models)
+#   make docs      build the documentation into site/
 #   make clean     remove what was built and all results (keeps the environment)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment's folder, and
@@ -21,7 +22,7 @@ INSTALLED := $(VENV)/.chanprune-installed
 NATIVE_SOURCES := $(shell find csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 
-.PHONY: help install demo test test-all lint sanitize bench coverage clean
+.PHONY: help install demo test test-all lint sanitize bench coverage docs clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -83,6 +84,10 @@ coverage: $(INSTALLED)
 	done
 	$(BIN)/python -m benchmarks.coverage.render docs/results docs/coverage.md
 
+docs: $(INSTALLED)
+	$(PIP_INSTALL) -e '.[docs]' --no-build-isolation
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf site build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	rm -f chanprune_ext/*.so $(INSTALLED)
