@@ -12,7 +12,7 @@ from chanprune_ext.export import export
 from chanprune_ext.plan import PruningPlan, plan_of
 from chanprune_ext.pruning import plan, prune
 from chanprune_ext.reconstruction import reconstruct
-from chanprune_ext.recovery import recover
+from chanprune_ext.recovery import Recipe, prune_progressively, recover, sparsify
 from chanprune_ext.sensitivity import sensitivity
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "Budget",
     "ChanpruneError",
     "PruningPlan",
+    "Recipe",
     "__version__",
     "compensate",
     "export",
@@ -28,9 +29,11 @@ __all__ = [
     "plan",
     "plan_of",
     "prune",
+    "prune_progressively",
     "reconstruct",
     "recover",
     "register_rule",
     "save",
     "sensitivity",
+    "sparsify",
 ]

@@ -2,7 +2,20 @@
 
 from .evaluation import Evaluation, evaluate
 from .fine_tuning import recover
+from .progressive import ProgressiveResult, ProgressiveStage, prune_progressively
 from .recipe import Recipe
 from .result import EpochRecord, RecoveryResult
+from .sparsity import sparsify
 
-__all__ = ["EpochRecord", "Evaluation", "Recipe", "RecoveryResult", "evaluate", "recover"]
+__all__ = [
+    "EpochRecord",
+    "Evaluation",
+    "ProgressiveResult",
+    "ProgressiveStage",
+    "Recipe",
+    "RecoveryResult",
+    "evaluate",
+    "prune_progressively",
+    "recover",
+    "sparsify",
+]
