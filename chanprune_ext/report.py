@@ -131,6 +131,7 @@ class RunReport:
         widths: Layers in execution order.
         history: Recovery epochs, empty where nothing was trained.
         notes: What the reader must know to trust the numbers.
+        sensitivity: Curves of each group, as :meth:`Sensitivity.to_dict` gives them.
     """
 
     title: str
@@ -143,6 +144,7 @@ class RunReport:
     widths: tuple[LayerWidth, ...] = ()
     history: tuple[TrainingEpoch, ...] = ()
     notes: tuple[str, ...] = ()
+    sensitivity: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -208,6 +210,7 @@ def render_html(report: RunReport) -> str:
         import jinja2
 
         from chanprune_ext import report_charts as charts
+        from chanprune_ext import sensitivity_charts
     except ImportError as error:
         raise OutputError(
             f"an HTML report needs {error.name}; install it with: "
@@ -232,6 +235,9 @@ def render_html(report: RunReport) -> str:
         latency_chart=charts.latency_chart(report.stages) if measured else "",
         widths_chart=charts.widths_chart(report.widths) if report.widths else "",
         training_chart=charts.training_chart(report) if report.history else "",
+        sensitivity_chart=(
+            sensitivity_charts.sensitivity_chart(report.sensitivity) if report.sensitivity else ""
+        ),
         stage_colors=charts.STAGE_COLORS,
     )
 

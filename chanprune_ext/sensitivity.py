@@ -1,13 +1,17 @@
-"""How much a network's output suffers when one coupling group alone loses channels.
+"""How much a network suffers when one coupling group alone loses channels.
 
-Each group in turn loses its lowest-scored units, here by zeroing them, which is exactly what
-removing them does to the output. Nothing is sliced, so a curve costs forward passes only.
+Each group in turn loses its lowest-scored units, by zeroing them, which is exactly what removing
+them does to the output: nothing is sliced, and a curve costs forward passes only. On request each
+point is also measured after compensation, which slices and refits a copy of the network.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,43 +21,59 @@ from torch import Tensor, nn
 from chanprune_ext.analysis import analyse
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.atomic_files import write_text
+from chanprune_ext.compensation import compensate
 from chanprune_ext.compensation.batches import read_batches
 from chanprune_ext.compensation.outputs import DeviationMeter, forward, output_tensors
 from chanprune_ext.copying import copied
 from chanprune_ext.criteria import Criterion, score_groups
-from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError, NothingToPruneError
+from chanprune_ext.group_ratios import exact_ratios
 from chanprune_ext.module_modes import evaluating
+from chanprune_ext.pruning import plan
 from chanprune_ext.verification import zero_slices
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from chanprune_ext.analysis import CouplingGroup
+    from chanprune_ext.analysis import Analysis, CouplingGroup
 
-__all__ = ["GroupCurve", "Sensitivity", "sensitivity"]
+__all__ = ["Curve", "GroupCurve", "Sensitivity", "sensitivity"]
 
 
 @dataclass(frozen=True)
-class GroupCurve:
-    """What removing a growing part of one group does to the output.
+class Curve:
+    """What removing more and more channels does, one value a ratio.
+
+    Attributes:
+        error: Relative L2 error of the outputs; 0 is no change.
+        kl: Mean KL divergence in nats between the softmax outputs, where the model returns one
+            (N, C) tensor; None elsewhere.
+        accuracy: Share of samples whose label has the highest logit, where labels were given.
+    """
+
+    error: tuple[float, ...]
+    kl: tuple[float, ...] | None
+    accuracy: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GroupCurve(Curve):
+    """The curve of one group.
 
     Attributes:
         group: The first module that makes the channels.
         producers: All modules that make them.
         width: Channels of that module in the group.
         removed: Channels removed at each point.
-        error: Relative L2 error of the outputs at each point; 0 is no change.
-        kl: Mean KL divergence in nats between the softmax outputs, where the model returns one
-            (N, C) tensor; None elsewhere.
+        compensated: The same after compensation, where that was asked for.
     """
 
-    group: str
-    producers: tuple[str, ...]
-    width: int
-    removed: tuple[int, ...]
-    error: tuple[float, ...]
-    kl: tuple[float, ...] | None
+    group: str = ""
+    producers: tuple[str, ...] = ()
+    width: int = 0
+    removed: tuple[int, ...] = ()
+    compensated: Curve | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,7 @@ class Sensitivity:
         samples: Samples the errors were measured on.
         skipped: Groups without a curve: a layer normalises over their channels, so that zeroing
             is not removing.
+        accuracy: Of the original on the same samples; None without labels.
     """
 
     curves: tuple[GroupCurve, ...]
@@ -74,10 +95,40 @@ class Sensitivity:
     criterion: str
     samples: int
     skipped: tuple[str, ...]
+    accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The curves as plain numbers, strings, lists and dicts."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: A field is missing or unknown.
+        """
+        try:
+            curves = []
+            for item in data["curves"]:
+                values: dict[str, Any] = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in item.items()
+                }
+                if values.get("compensated") is not None:
+                    values["compensated"] = Curve(
+                        **{
+                            k: tuple(v) if isinstance(v, list) else v
+                            for k, v in values["compensated"].items()
+                        }
+                    )
+                curves.append(GroupCurve(**values))
+            rest: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+            }
+            rest["curves"] = tuple(curves)
+            return cls(**rest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"no sensitivity curves: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the curves as JSON, whole or not at all.
@@ -85,8 +136,20 @@ class Sensitivity:
         Raises:
             OutputError: The file cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=1)
-        write_text(path, text)
+        write_text(path, json.dumps(self.to_dict(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+        """Read curves written by :meth:`save`.
+
+        Raises:
+            CheckpointError: The file is missing, no JSON, or holds no curves.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read curves from '{path}': {error}") from error
+        return cls.from_dict(data)
 
     def __str__(self) -> str:
         header = ["group", "width", *(f"-{ratio:.0%}" for ratio in self.ratios)]
@@ -106,17 +169,24 @@ def sensitivity(
     *,
     ratios: Sequence[float] = (0.25, 0.5, 0.75),
     criterion: str | Criterion = "l1",
+    calibration: Any = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Sensitivity:
-    """Measure the output error of removing each ratio from each group alone.
+    """Measure what removing each ratio from each group alone does to the output.
 
     Args:
         model: Any eager module; left untouched.
         example_inputs: As for :func:`chanprune_ext.plan`.
-        batches: Inputs to measure on, as for :func:`chanprune_ext.compensate`; labels are ignored.
+        batches: Inputs to measure on, as for :func:`chanprune_ext.compensate`. Where every batch is
+            a pair of inputs and integer labels (N), accuracy is measured too.
         ratios: Fractions of a group's channels to remove, each in (0, 1), in rising order.
         criterion: Orders the channels: the lowest-scored go first.
+        calibration: Unlabelled inputs, others than ``batches``: each point is also measured after
+            :func:`chanprune_ext.compensate` on them. Costs one compensation of the network for each
+            point. Default: None, not done.
         seed: Seed of criteria that draw numbers.
+        progress: Draw a progress bar on a terminal. Default: True.
 
     Raises:
         InvalidArgumentError: A ratio is out of range, or the inputs are empty or not finite.
@@ -129,44 +199,145 @@ def sensitivity(
     if not analysis.groups:
         raise NothingToPruneError("the model has no channels that may be removed")
     scores = score_groups(model, analysis.groups, criterion, seed)
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    items = read_batches(batches, model, device=device)
+    meter = _Meter(model, batches)
     work = copied(model)
     originals = dict(model.named_parameters())
-    with evaluating(work), torch.no_grad():
-        expected = [output_tensors(forward(work, item)) for item in items]
-        curves = []
-        for group in analysis.groups:
-            if group.normalised:
-                continue
-            points = []
+    if calibration is not None and not isinstance(calibration, Tensor):
+        calibration = list(calibration)
+    measured = [group for group in analysis.groups if not group.normalised]
+    curves = []
+    with evaluating(work), _bar(len(measured) * len(ratios), progress) as advance:
+        for group in measured:
+            plain, compensated, removed = [], [], []
             for ratio in ratios:
                 units = _lowest(scores[group.index], ratio)
                 slices = _slices(group, units)
-                zero_slices(work, slices)
-                meter = DeviationMeter()
-                for item, before in zip(items, expected, strict=True):
-                    meter.add(before, output_tensors(forward(work, item)))
-                _restore(work, originals, slices)
-                points.append((len(units) * group.multiplicity, meter.deviation()))
-            kl = tuple(d.kl for _, d in points if d.kl is not None)
+                with torch.no_grad():
+                    zero_slices(work, slices)
+                    plain.append(meter.point(work))
+                    _restore(work, originals, slices)
+                removed.append(len(units) * group.multiplicity)
+                if calibration is not None:
+                    pruned = _pruned(model, example_inputs, analysis, group, units, scores)
+                    if pruned is not None:
+                        compensate(pruned, model, calibration, progress=False)
+                    with evaluating(pruned or work), torch.no_grad():
+                        compensated.append(meter.point(pruned or work))
+                advance(group.name)
+            after = _curve(compensated) if compensated else None
             curves.append(
                 GroupCurve(
-                    group.name,
-                    group.producers,
-                    group.units * group.multiplicity,
-                    tuple(removed for removed, _ in points),
-                    tuple(d.relative_l2 for _, d in points),
-                    kl if len(kl) == len(points) else None,
+                    **vars(_curve(plain)),
+                    group=group.name,
+                    producers=group.producers,
+                    width=group.units * group.multiplicity,
+                    removed=tuple(removed),
+                    compensated=after,
                 )
             )
     return Sensitivity(
         tuple(curves),
         ratios,
         criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "function"),
-        sum(len(tensors_in(item)[0]) for item in items),
+        meter.samples,
         tuple(g.name for g in analysis.groups if g.normalised),
+        meter.accuracy,
     )
+
+
+class _Meter:
+    """Compares networks with the original on the same inputs."""
+
+    def __init__(self, model: nn.Module, batches: Any) -> None:
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        if not isinstance(batches, Tensor):
+            batches = list(batches)
+        self._items = read_batches(batches, model, device=device)
+        self._labels = _labels(batches)
+        with evaluating(model), torch.no_grad():
+            self._expected = [output_tensors(forward(model, item)) for item in self._items]
+        self.samples = sum(len(tensors_in(item)[0]) for item in self._items)
+        self.accuracy = self._accuracy(self._expected)
+
+    def point(self, model: nn.Module) -> tuple[float, float | None, float | None]:
+        """Relative error, KL divergence and accuracy of a network's outputs."""
+        meter = DeviationMeter()
+        outputs = []
+        for item, before in zip(self._items, self._expected, strict=True):
+            outputs.append(output_tensors(forward(model, item)))
+            meter.add(before, outputs[-1])
+        found = meter.deviation()
+        return found.relative_l2, found.kl, self._accuracy(outputs)
+
+    def _accuracy(self, outputs: Sequence[Sequence[Tensor]]) -> float | None:
+        if self._labels is None or any(len(o) != 1 or o[0].ndim != 2 for o in outputs):
+            return None
+        right = sum(
+            int((o[0].argmax(1).cpu() == y.cpu()).sum())
+            for o, y in zip(outputs, self._labels, strict=True)
+        )
+        return right / self.samples
+
+
+def _labels(batches: Any) -> list[Tensor] | None:
+    """The integer labels of every batch; None where one has none."""
+    if isinstance(batches, Tensor):
+        return None
+    labels = []
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            return None
+        label = batch[1]
+        if not isinstance(label, Tensor) or label.ndim != 1 or label.is_floating_point():
+            return None
+        labels.append(label)
+    return labels
+
+
+def _curve(points: Sequence[tuple[float, float | None, float | None]]) -> Curve:
+    error, kl, accuracy = (
+        tuple(v for v in values if v is not None) for values in zip(*points, strict=True)
+    )
+    whole = len(points)
+    return Curve(
+        error, kl if len(kl) == whole else None, accuracy if len(accuracy) == whole else None
+    )
+
+
+def _pruned(
+    model: nn.Module,
+    example_inputs: Any,
+    analysis: Analysis,
+    group: CouplingGroup,
+    units: np.ndarray,
+    scores: Sequence[np.ndarray],
+) -> nn.Module | None:
+    """A copy of the model without some units of one group; None if there is nothing to remove."""
+    if not len(units):
+        return None
+    names = [g.name for g in analysis.groups]
+    made = plan(
+        model,
+        example_inputs,
+        0.0,
+        ratios=exact_ratios(names, {group.name: len(units) / group.units}),
+        criterion=lambda _model, _groups, _seed: list(scores),
+    )
+    return made.apply(model)
+
+
+@contextmanager
+def _bar(points: int, progress: bool) -> Iterator[Callable[[str], None]]:
+    """Advances a progress bar by one point of a named group."""
+    if not progress or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=points)
+        yield lambda name: bar.update(task, advance=1, description=f"measuring {name}")
 
 
 def _lowest(score: np.ndarray, ratio: float) -> np.ndarray:

@@ -136,6 +136,40 @@ def test_prune_compensate_recover_evaluate_on_data(tmp_path: Path, narrow_weight
     assert accuracy in evaluated
 
 
+def test_recover_keeps_its_recipe(tmp_path: Path, narrow_weights: Path) -> None:
+    model = ("resnet20", *NARROW)
+    data = ("--data", "digits")
+    small = tmp_path / "small.safetensors"
+    succeed("prune", *model, "--weights", narrow_weights, "--out", small, *data)
+    common = ("recover", *model, "--weights", small, "--teacher-weights", narrow_weights, *data)
+    mix = ("--loss", "kd=1", "--loss", "features=0.5", "--mixup", "0.2", "--epochs", "1")
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    succeed(*common, *mix, "--batch-size", "512", "--out", first)
+    recipe = json.loads((tmp_path / "first.recipe.json").read_text())
+    assert recipe["losses"] == {"kd": 1.0, "features": 0.5}
+    assert (recipe["mixup"], recipe["epochs"], recipe["batch_size"]) == (0.2, 1, 512)
+    succeed(*common, "--recipe", tmp_path / "first.recipe.json", "--out", second)
+    one, two = (load(path, resnet20(in_channels=1, width=4)) for path in (first, second))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name])
+    assert "--loss: expected name=weight" in fail(*common, "--loss", "kd", "--out", second)
+    assert "losses: expected names among" in fail(*common, "--loss", "kl=1", "--out", second)
+
+
+def test_sensitivity_writes_curves_and_draws_them(tmp_path: Path, narrow_weights: Path) -> None:
+    out, page = tmp_path / "curves.json", tmp_path / "page"
+    common = ("sensitivity", "resnet20", *NARROW, "--weights", narrow_weights, "--data", "digits")
+    small = ("--images", "40", "--ratios", "0.5")
+    shown = succeed(*common, *small, "--out", out, "--report", page)
+    data = json.loads(out.read_text())
+    assert data["samples"] == 40
+    assert 0 <= data["accuracy"] <= 1
+    assert all(len(curve["accuracy"]) == 1 for curve in data["curves"])
+    assert "layer3.2.conv1" in shown
+    assert "accuracy (%), as cut" in (page / "report.html").read_text()
+    assert "--ratios: expected numbers" in fail(*common, "--ratios", "half", "--out", out)
+
+
 def test_report_renders_a_saved_run_again(tmp_path: Path) -> None:
     stage = Stage("original", 0.9, 0.01, 100, 1000, 2000)
     page = write_report(RunReport("A run", "command", "now", (stage,)), tmp_path)

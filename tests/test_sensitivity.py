@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import chanprune_ext as cpx
-from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError
 from chanprune_ext.models import resnet20
-from chanprune_ext.sensitivity import sensitivity
+from chanprune_ext.sensitivity import Sensitivity, sensitivity
 
 
 @pytest.fixture
@@ -51,6 +51,84 @@ def test_groups_that_a_layer_normalises_over_are_named_not_measured() -> None:
     found = sensitivity(net, torch.randn(2, 6), torch.randn(4, 6), ratios=(0.5,))
     assert found.skipped == ("0",)
     assert [c.group for c in found.curves] == ["2"]
+
+
+def test_accuracy_is_measured_where_batches_have_labels(model: nn.Module) -> None:
+    x, y = torch.randn(12, 3, 32, 32), torch.arange(12) % 10
+    found = sensitivity(model, x[:1], [(x[:8], y[:8]), (x[8:], y[8:])], ratios=(0.5,))
+    with torch.no_grad():
+        assert found.accuracy == (model(x).argmax(1) == y).double().mean().item()
+        (curve,) = [c for c in found.curves if c.group == "layer1.1.conv1"]
+        pruned = cpx.prune(model, x[:1], 0.0, ratios={"layer1.1.conv1": 0.5})
+        assert curve.accuracy == ((pruned(x).argmax(1) == y).double().mean().item(),)
+    assert sensitivity(model, x[:1], [x], ratios=(0.5,)).accuracy is None
+
+
+def test_compensated_points_are_those_of_compensating_that_group_alone() -> None:
+    torch.manual_seed(0)
+    net = resnet8()
+    x, calibration = torch.randn(16, 3, 8, 8), torch.randn(32, 3, 8, 8)
+    found = sensitivity(net, x[:1], x, ratios=(0.5,), calibration=calibration)
+    # The second group's first producer also makes channels of the first: option-A shortcuts.
+    for curve in found.curves:
+        assert curve.compensated is not None
+        assert curve.compensated.error[0] < curve.error[0]
+    curve = next(c for c in found.curves if c.group == "layer2.0.conv1")
+    pruned = cpx.prune(net, x[:1], 0.0, ratios={curve.group: 0.5})
+    cpx.compensate(pruned, net, calibration, progress=False)
+    with torch.no_grad():
+        expected = (pruned.eval()(x) - net(x)).norm() / net(x).norm()
+    assert curve.compensated is not None
+    assert curve.compensated.error[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+
+
+def resnet8() -> nn.Module:
+    from models import randomised
+
+    from chanprune_ext.models import CifarResNet
+
+    return randomised(CifarResNet(8, width=8))
+
+
+def test_curves_are_read_back(model: nn.Module, tmp_path) -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    net = plain()
+    found = sensitivity(net, x[:1], [(x, y)], ratios=(0.5,), calibration=torch.randn(20, 3, 8, 8))
+    found.save(tmp_path / "curves.json")
+    assert Sensitivity.load(tmp_path / "curves.json") == found
+    for text, message in (("", "cannot read curves"), ("{}", "no sensitivity curves: 'curves'")):
+        (tmp_path / "curves.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            Sensitivity.load(tmp_path / "curves.json")
+
+
+def test_the_report_draws_the_curves(tmp_path) -> None:
+    from chanprune_ext.report import RunReport, Stage, load_report, write_report
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    net = plain()
+    for batches, calibration, expected in (
+        ([(x, y)], torch.randn(20, 3, 8, 8), ("accuracy (%), as cut", "accuracy (%), compens")),
+        ([x], None, ("KL divergence (nats), as cut",)),
+    ):
+        found = sensitivity(net, x[:1], batches, ratios=(0.25, 0.5), calibration=calibration)
+        stage = Stage("original", 0.5, 0.1, 4, 10, 10)
+        report = RunReport("t", "c", "now", (stage,), sensitivity=found.to_dict())
+        page = write_report(report, tmp_path).read_text()
+        for words in expected:
+            assert words in page
+        for curve in found.curves:
+            assert f"<title>{curve.group} (25%: " in page
+        restored = load_report(tmp_path / "report.json")
+        assert Sensitivity.from_dict(restored.sensitivity) == found
 
 
 def test_json(model: nn.Module, tmp_path) -> None:

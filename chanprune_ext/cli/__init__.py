@@ -17,6 +17,7 @@ from chanprune_ext.cli.prune import prune
 from chanprune_ext.cli.recover import recover
 from chanprune_ext.cli.report import report
 from chanprune_ext.cli.reproduce import reproduce
+from chanprune_ext.cli.sensitivity import sensitivity
 from chanprune_ext.cli.verify import verify
 
 __all__ = ["app"]
@@ -43,6 +44,7 @@ COMMANDS = (
     demo,
     reproduce,
     prune,
+    sensitivity,
     recover,
     evaluate,
     inspect,

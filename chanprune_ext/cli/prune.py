@@ -41,6 +41,7 @@ class CriterionName(str, Enum):
     L2 = "l2"
     LINF = "linf"
     BN_SCALE = "bn_scale"
+    FPGM = "fpgm"
     RANDOM = "random"
 
 

@@ -11,7 +11,6 @@ from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.loading import load_model, place
 from chanprune_ext.cli.options import (
     DATA_HELP,
-    BatchSize,
     ClassFile,
     Device,
     ModelArguments,
@@ -20,8 +19,11 @@ from chanprune_ext.cli.options import (
     Seed,
 )
 from chanprune_ext.data import open_dataset
+from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.quantities import format_accuracy
+from chanprune_ext.recovery import Recipe
 from chanprune_ext.recovery import recover as train_back
+from chanprune_ext.recovery.recipe import LOSSES
 from chanprune_ext.report import make_folder
 
 __all__ = ["recover"]
@@ -64,25 +66,83 @@ def recover(
     ] = None,
     model_arg: ModelArguments = None,
     class_file: ClassFile = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WEIGHT",
+            help=f"Weight of a loss ({', '.join(LOSSES)}); may be repeated "
+            "[default: kd=0.9 and hard=0.1; hard=1 without a teacher].",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Settings of an earlier run, its .recipe.json; options given here override them.",
+            show_default=False,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training images [default: 10]")
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(help="Highest learning rate [default: 0.005 for SGD, 0.0005 for AdamW]"),
     ] = None,
-    optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.SGD,
-    batch_size: BatchSize = 128,
-    temperature: Annotated[float, typer.Option(help="Of the distillation loss.")] = 4.0,
-    label_smoothing: Annotated[float, typer.Option(help="Share of a label spread out.")] = 0.0,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(help="Optimizer [default: sgd]", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per batch [default: 128]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the losses on logits [default: 4]")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of a label spread out [default: 0]")
+    ] = None,
+    mixup: Annotated[
+        float | None, typer.Option(help="Mix images, parameter of the Beta distribution.")
+    ] = None,
+    cutmix: Annotated[
+        float | None, typer.Option(help="Paste parts of images, parameter likewise.")
+    ] = None,
+    ema_decay: Annotated[
+        float | None, typer.Option(help="Keep a running average of the weights.")
+    ] = None,
     keep: Annotated[
-        Keep,
-        typer.Option(help="Weights to end with; 'best' chooses by the images it then reports on."),
-    ] = Keep.LAST,
-    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.FP32,
+        Keep | None,
+        typer.Option(
+            help="Weights to end with; 'best' chooses by the images it then reports on "
+            "[default: last]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Arithmetic [default: fp32]", show_default=False)
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Trains a pruned model back to accuracy and writes it to a new file."""
+    """Trains a pruned model back to accuracy; writes it, and beside it the recipe of the run."""
+    given = {
+        "losses": parse_losses(loss) if loss else None,
+        "epochs": epochs,
+        "lr": lr,
+        "optimizer": None if optimizer is None else optimizer.value,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "label_smoothing": label_smoothing,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "ema_decay": ema_decay,
+        "keep": None if keep is None else keep.value,
+        "precision": None if precision is None else precision.value,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    start = Recipe() if recipe is None else Recipe.load(recipe)
+    chosen = start.changed(**settings, workers=workers, seed=seed)
     student = load_model(model, model_arg, weights, device)
     teacher = None
     if teacher_weights is not None:
@@ -94,19 +154,12 @@ def recover(
         teacher,
         train=training,
         val=open_dataset(data, "test", class_file=class_file),
-        epochs=epochs,
-        lr=lr,
-        optimizer=optimizer.value,
-        batch_size=batch_size,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        keep=keep.value,
-        precision=precision.value,
-        workers=workers,
-        seed=seed,
+        recipe=chosen,
         device=place(device),
     )
     save(student, out)
+    record = out.with_suffix(".recipe.json")
+    result.recipe.save(record)
     console = Console()
     kept = result.before if result.kept_epoch == 0 else result.history[result.kept_epoch - 1].val
     for name, found in (("before", result.before), ("after", kept)):
@@ -114,3 +167,22 @@ def recover(
             accuracy = format_accuracy(found.top1, found.standard_error)
             console.print(f"{name}: top-1 {accuracy} (n = {found.n:,})")
     console.print(f"model: {out}", soft_wrap=True)
+    console.print(f"recipe: {record}", soft_wrap=True)
+
+
+def parse_losses(texts: list[str]) -> dict[str, float]:
+    """``name=weight`` pairs as a mapping.
+
+    Raises:
+        InvalidArgumentError: One of them is no such pair.
+    """
+    weights = {}
+    for text in texts:
+        name, _, weight = text.partition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"--loss: expected name=weight, such as features=1, got {text!r}"
+            ) from error
+    return weights

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..compensation import compensate
 from ..copying import copied
 from ..errors import InvalidArgumentError
+from ..group_ratios import exact_ratios
 from ..plan import plans_of
 from ..pruning import plan as make_plan
 from .feature_matching import composed_kept
@@ -167,19 +167,15 @@ def _stage_plan(
     share: float,
     options: Mapping[str, Any],
 ) -> PruningPlan | None:
-    """The plan from the present widths to those after ``share`` of the removal; None if equal.
-
-    Each group is asked for by the exact name of its first producer. That may make channels of
-    earlier groups as well, never of later ones: told from the last to the first, each group has the
-    last word on itself.
-    """
-    ratios = {}
-    for group in reversed(goal.groups):
+    """The plan from the present widths to those after ``share`` of the removal; None if equal."""
+    wanted = {}
+    for group in goal.groups:
         lost = group.width_before - group.width_after
         target = group.width_before - int(share * lost + 0.5)
-        ratios[glob.escape(group.name)] = max(0.0, 1 - target / widths[group.name])
-    if not any(ratios.values()):
+        wanted[group.name] = max(0.0, 1 - target / widths[group.name])
+    if not any(wanted.values()):
         return None
+    ratios = exact_ratios(widths, wanted)
     kept = {name: value for name, value in options.items() if name in _KEPT_OPTIONS}
     made = make_plan(model, example_inputs, 0.0, ratios=ratios, **kept)
     if share == 1 and (made.params_after, made.macs_after) != (goal.params_after, goal.macs_after):
