@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from chanprune_ext.links import solve_linked_counts
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Goal", "Selection", "active_groups", "allocate"]
 
 COSTS = ("macs", "params", "latency", "file_size")  # fields of Budget that are fractions
+_SAVING_ROUNDS = 3
 _REFINEMENTS = 8  # how often the search for a budget skips a group that does not fit
+
+
+NORMALISATIONS: dict[str, Callable[[np.ndarray], float]] = {
+    "mean": lambda score: float(np.mean(np.abs(score))),
+    "max": lambda score: float(np.max(np.abs(score))),
+    "l2": lambda score: float(np.linalg.norm(score)),
+    "none": lambda _: 1.0,
+}
 
 
 def _is_number(value: object) -> bool:
@@ -110,6 +119,7 @@ class Selection:
     ignore: tuple[str, ...]
     max_ratio: float
     kinds: tuple[str, ...] | None = None
+    normalise: str = "mean"
     goals: tuple[Goal, ...] = ()  # beside those of the budget's macs and params
 
     def __post_init__(self) -> None:
@@ -130,6 +140,10 @@ class Selection:
             raise InvalidArgumentError(f"kinds must be some of {KINDS}, got {sorted(unknown)}")
         if self.scope not in ("local", "global"):
             raise InvalidArgumentError(f"scope must be 'local' or 'global', got {self.scope!r}")
+        if self.normalise not in NORMALISATIONS:
+            raise InvalidArgumentError(
+                f"normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}"
+            )
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise InvalidArgumentError(f"round_to must be an int >= 1, got {self.round_to!r}")
         if not _is_number(self.max_ratio) or not 0 < self.max_ratio < 1:
@@ -224,13 +238,28 @@ def _global_counts(
     scores: Sequence[np.ndarray],
     selection: Selection,
     ratios: Mapping[int, float],
+    savings: Mapping[int, float] | None = None,
 ) -> dict[int, float]:
-    """One threshold over all groups; scores are made comparable by each group's mean."""
+    """One threshold over all groups, on scores made comparable by ``selection.normalise``.
+
+    Args:
+        active: Groups that take part.
+        scores: One score per unit of each group.
+        selection: What the user asked for.
+        ratios: Group index -> ratio; groups with another ratio than the default keep theirs.
+        savings: Group index -> what the removal of one unit saves: scores count per saving.
+    """
     named = {g.index for g in active if ratios[g.index] != selection.ratio}
     pool = [g for g in active if g.index not in named]
     wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active if g.index in named}
     if pool:
-        ranked = np.concatenate([_normalised(scores[g.index]) for g in pool])
+        ranked = np.concatenate(
+            [
+                _normalised(scores[g.index], selection.normalise)
+                / (1.0 if savings is None else max(savings[g.index], 1e-12))
+                for g in pool
+            ]
+        )
         owner = np.concatenate([np.full(g.units, k) for k, g in enumerate(pool)])
         order = np.argsort(ranked, kind="stable")
         goal = int(np.floor(selection.ratio * len(ranked) + 0.5))
@@ -248,9 +277,9 @@ def _global_counts(
     return wanted
 
 
-def _normalised(score: np.ndarray) -> np.ndarray:
-    mean = float(np.mean(np.abs(score)))
-    return score / mean if mean > 0 else score
+def _normalised(score: np.ndarray, how: str) -> np.ndarray:
+    unit = NORMALISATIONS[how](score)
+    return score / unit if unit > 0 else score
 
 
 def _meet_budget(
@@ -266,10 +295,12 @@ def _meet_budget(
     """
     goals = _goals(analysis, selection, parameter_names)
 
+    savings: dict[int, float] | None = None
+
     def counts(ratio: float) -> dict[int, float]:
         if selection.scope == "global":
             trial = replace(selection, ratio=ratio, ratios={}, threshold=None, budget=None)
-            return _global_counts(active, scores, trial, {g.index: ratio for g in active})
+            return _global_counts(active, scores, trial, {g.index: ratio for g in active}, savings)
         return {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active}
 
     def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
@@ -290,15 +321,21 @@ def _meet_budget(
             f"budget cannot be met: with at most {selection.max_ratio:.0%} of each group removed "
             f"the model keeps {kept}; raise max_ratio or ask for less"
         )
-    low, high, large = 0.0, selection.max_ratio, counts(0.0)
-    for _ in range(16):
-        middle = (low + high) / 2
-        wanted = counts(middle)
-        removed, fits = attempt(wanted)
-        if fits:
-            high, best, small = middle, removed, wanted
-        else:
-            low, large = middle, wanted
+    # Losses count per saving, and what a unit saves depends on how many others have gone.
+    per_saving = selection.scope == "global" and selection.normalise == "none"
+    for _ in range(_SAVING_ROUNDS if per_saving else 1):
+        if per_saving:
+            savings = _savings(analysis, active, {} if savings is None else best, goals)
+            small = counts(selection.max_ratio)
+        low, high, large = 0.0, selection.max_ratio, counts(0.0)
+        for _ in range(16):
+            middle = (low + high) / 2
+            wanted = counts(middle)
+            removed, fits = attempt(wanted)
+            if fits:
+                high, best, small = middle, removed, wanted
+            else:
+                low, large = middle, wanted
     # Many groups change their count at the same ratio: let as many as fit take the larger one.
     larger: set[int] = set()
     rest = [g.index for g in active if large[g.index] != small[g.index]]
@@ -333,6 +370,27 @@ def _goals(analysis: Analysis, selection: Selection, parameter_names: Sequence[s
             name, cost = costs[key]
             goals.append(Goal(name, cost, fraction * cost(whole), cost(whole)))
     return goals
+
+
+def _savings(
+    analysis: Analysis,
+    active: Sequence[CouplingGroup],
+    removed: Mapping[int, np.ndarray],
+    goals: Sequence[Goal],
+) -> dict[int, float]:
+    """What one unit of each group saves, as a share of the whole, next to what has gone already."""
+    savings: dict[int, float] = {}
+    for group in active:
+        few = np.ones(group.units, dtype=bool)
+        few[0] = False
+        ends = [
+            analysis.sizes(analysis.removed_labels({**removed, group.index: mask}))
+            for mask in (np.zeros_like(few), few)
+        ]
+        savings[group.index] = sum(
+            (goal.cost(ends[0]) - goal.cost(ends[1])) / max(goal.whole, 1e-30) for goal in goals
+        ) / max(1, group.units - 1)
+    return savings
 
 
 # -- which groups take part ----------------------------------------------------------------------

@@ -43,6 +43,7 @@ def plan(
     kinds: Sequence[str] | None = None,
     outputs: Callable[[Any], Any] | None = None,
     max_ratio: float = 0.9,
+    normalise: str | None = None,
     seed: int = 0,
 ) -> PruningPlan:
     """Decide which channels of ``model`` to remove. The model is left untouched.
@@ -75,6 +76,10 @@ def plan(
             of heads and their width the one with more to choose from.
         outputs: Picks, from what the model returns, what must keep its shape (``lambda out:
             out.logits``). Default: everything that is returned.
+        normalise: What global ranking divides a group's scores by: their ``"mean"``, ``"max"``,
+            ``"l2"`` norm, or ``"none"`` where scores of all groups are losses in one unit; these
+            are weighed against the MACs or parameters they save where there is a budget. Default:
+            ``"none"`` for criteria that say so (``criterion.comparable``), else ``"mean"``.
         max_ratio: Most that global ranking, a threshold or a budget may take from one group.
         seed: Seed of criteria that draw numbers.
 
@@ -99,6 +104,7 @@ def plan(
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         kinds=(kinds,) if isinstance(kinds, str) else None if kinds is None else tuple(kinds),
         max_ratio=max_ratio,
+        normalise=normalise or ("none" if getattr(criterion, "comparable", False) else "mean"),
     )
     analysis = analyse(model, example_inputs, outputs)
     _warn_of_branches(analysis)
@@ -115,6 +121,7 @@ def plan(
         "ignore": list(selection.ignore),
         "kinds": None if selection.kinds is None else list(selection.kinds),
         "max_ratio": max_ratio,
+        "normalise": selection.normalise,
         "seed": seed,
         "substrate": analysis.trace.substrate,
     }

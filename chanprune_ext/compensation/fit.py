@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from .moments import Moments
 from .report import LayerReport
 from .samples import Samples
 from .targets import DEAD_SCALE
+from .thinning import thinned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,9 +32,6 @@ RIDGE_GROWTH = 10.0
 MOST_RIDGE_GROWTHS = 4
 LEAST_GAIN = 1e-4  # relative; a step that gains less is not kept
 GAIN_TO_GO_ON = 3e-3  # a step that gains less is the last
-# Positions beyond both of these are thinned out.
-SAMPLES_PER_COLUMN = 128
-ENOUGH_SAMPLES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -226,17 +225,11 @@ class _Fit:
         return None
 
     def thinning(self, value: Tensor) -> tuple[int, ...]:
-        """Neighbouring positions see nearly the same: where there are plenty, some will do."""
+        """The step along each axis; notes how many samples that leaves."""
         samples = value.numel() // self.layers[0].weight.shape[0] * self.runs.fit_batches
-        surplus = samples / max(ENOUGH_SAMPLES, SAMPLES_PER_COLUMN * self.shape[2])
-        steps: list[int] = []
-        for axes_left in range(self.layers[0].geometry.axes, 0, -1):
-            step = max(1, int(surplus ** (1 / axes_left)))
-            surplus /= step
-            samples //= step
-            steps.append(step)
-        self.fit_samples = samples
-        return tuple(steps)
+        steps = thinned(samples, self.shape[2], self.layers[0].geometry.axes)
+        self.fit_samples = samples // math.prod(steps)
+        return steps
 
     def least_squares(self, fit: Evidence, judge: Evidence) -> tuple[Solver, Change | None]:
         """The fit, with the ridge raised as long as the held-back samples gain by it.

@@ -1,0 +1,7 @@
+"""Channels ranked by what is lost once the layers that read them are refitted without them."""
+
+from __future__ import annotations
+
+from .criterion import EliminationCriterion
+
+__all__ = ["EliminationCriterion"]

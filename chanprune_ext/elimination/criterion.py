@@ -1,0 +1,209 @@
+"""Scores by what the network loses once the layers that read a channel are refitted without it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..compensation.batches import read_batches, split_batches
+from ..criteria import l1
+from .backward import Problem, eliminate
+from .probes import Probe, convex_steps, loss_curve
+from .readers import Reader, find_readers, measure_readers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from ..analysis import CouplingGroup
+    from ..compensation.ledger import Ledger
+
+__all__ = ["EliminationCriterion"]
+
+_log = logging.getLogger(__name__)
+_BATCH = 64
+_PROBES = (0.25, 0.5, 0.75)  # shares of a component's units that a probe takes away
+
+
+class EliminationCriterion:
+    """Ranks channels by the loss of the network when the rest is refitted to make up for them.
+
+    Units are removed one after the other, always the one whose removal raises the squared error of
+    the layers that read it least, these layers being refitted in closed form at every step. The
+    order ranks the units of a group. What a group loses on the way is comparable between groups: a
+    few points of every curve are measured as the divergence of the network's outputs, on
+    held-back samples and with that group alone pruned and its readers refitted.
+
+    Layers that least squares does not reach (transposed convolutions, say) have no part in it;
+    a group that only such layers read is ranked by L1 norms, and takes the mean of the others'
+    losses.
+
+    Args:
+        batches: Calibration data, as for :func:`chanprune_ext.compensate`; labels are ignored.
+        ridge: Strength of the ridge, relative to the mean energy of a layer's inputs.
+        most_columns: Windows with more columns are looked at position by position: faster, with a
+            slightly worse order.
+        held_back: Share of the samples for the probes.
+        probe: Measure losses at the network's outputs; otherwise the loss of a group is the
+            relative squared error of what its readers take part in.
+    """
+
+    comparable = True
+    __name__ = "elimination"
+
+    def __init__(
+        self,
+        batches: Any,
+        *,
+        ridge: float = 1e-3,
+        most_columns: int = 2400,
+        held_back: float = 0.15,
+        probe: bool = True,
+    ) -> None:
+        self._batches = batches
+        self._ridge = ridge
+        self._most_columns = most_columns
+        self._held_back = held_back
+        self._probe = probe
+
+    def __call__(
+        self, model: nn.Module, groups: Sequence[CouplingGroup], _: int
+    ) -> list[np.ndarray]:
+        """The loss that each unit of each group adds, in the order of its group."""
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        items = read_batches(self._batches, model, device=device)
+        data = split_batches(items, held_back=self._held_back, batch_size=_BATCH)
+        readers = find_readers(model, items[0], _windows(groups), self._most_columns)
+        measure_readers(model, readers, data.fit)
+        probe = Probe(model, data.held_back or data.fit) if self._probe else None
+        scores: dict[int, np.ndarray] = {}
+        for component in _components(groups, readers):
+            scores.update(_component_scores(component, readers, self._ridge, probe))
+        return _completed(scores, l1(model, groups, 0))
+
+
+def _windows(groups: Sequence[CouplingGroup]) -> dict[str, bool]:
+    """Weights that read groups -> whether one group alone reads through them, and only them.
+
+    Whole windows tell more, but a residual stream has too many readers for them.
+    """
+    readers = [[m.entry for m in g.members if m.role == "in" and m.dim == 1] for g in groups]
+    counts: dict[str, int] = {}
+    for entries in readers:
+        for entry in dict.fromkeys(entries):
+            counts[entry] = counts.get(entry, 0) + 1
+    windows: dict[str, bool] = {}
+    for entries in readers:
+        for entry in entries:
+            windows[entry] = len(set(entries)) <= 2 and counts[entry] == 1
+    return windows
+
+
+def _read_through(group: CouplingGroup, readers: dict[str, Reader]) -> list[str]:
+    found = [m.entry for m in group.members if m.role == "in" and m.dim == 1]
+    return [entry for entry in dict.fromkeys(found) if entry in readers]
+
+
+def _components(
+    groups: Sequence[CouplingGroup], readers: dict[str, Reader]
+) -> list[list[CouplingGroup]]:
+    """Groups that share a reader, together; groups without any are left out."""
+    components: list[tuple[set[str], list[CouplingGroup]]] = []
+    for group in groups:
+        entries = set(_read_through(group, readers))
+        if not entries:
+            continue
+        touched = [c for c in components if c[0] & entries]
+        components = [c for c in components if not c[0] & entries]
+        merged = [g for _, members in touched for g in members] + [group]
+        components.append((entries.union(*(c[0] for c in touched)), merged))
+    return [sorted(members, key=lambda g: g.index) for _, members in components]
+
+
+def _component_scores(
+    groups: Sequence[CouplingGroup], readers: dict[str, Reader], ridge: float, probe: Probe | None
+) -> dict[int, np.ndarray]:
+    entries = list(dict.fromkeys(e for g in groups for e in _read_through(g, readers)))
+    problems = [p for entry in entries for p in _problems(readers[entry], groups, ridge)]
+    units = sum(g.units for g in groups)
+    stops = sorted({max(1, min(units - 1, round(share * units))) for share in _PROBES})
+    found = eliminate(problems, units, stops if probe is not None else ())
+    loss = np.cumsum(found.increase.numpy())
+    if probe is not None:
+        points = []
+        for stop, state in found.states.items():
+            change = _Refit([readers[e] for e in entries], state)
+            points.append((float(loss[stop - 1]), probe.loss(change)))
+        loss = loss_curve(loss, points)
+    score = np.empty(units)
+    score[found.order.numpy()] = convex_steps(loss)
+    ends = np.cumsum([g.units for g in groups])
+    return {g.index: score[end - g.units : end] for g, end in zip(groups, ends, strict=True)}
+
+
+def _problems(reader: Reader, groups: Sequence[CouplingGroup], ridge: float) -> Iterator[Problem]:
+    """The least-squares problems of a layer, one for each group of a grouped convolution."""
+    moments = reader.moments
+    mean = moments.column_sum / moments.samples
+    gram = moments.gram / moments.samples
+    energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    gram = gram - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    columns = _unit_columns(reader, groups)
+    scale = 1 / reader.energy if reader.energy > 0 else 0.0
+    if not reader.by_channel or reader.taps != 1:
+        pass
+    for matrix, unit, weights in zip(gram, energy, reader.weights(), strict=True):
+        eye = torch.eye(len(matrix), dtype=matrix.dtype)
+        strength = max(float(unit) * ridge, 1e-12)
+        factor = torch.linalg.cholesky(matrix + strength * eye)
+        inverse = torch.cholesky_inverse(factor)
+        # The ridge pulls towards the weights as they are: with all columns they are the solution.
+        yield Problem(inverse, weights.clone(), columns, scale)
+
+
+def _unit_columns(reader: Reader, groups: Sequence[CouplingGroup]) -> Tensor:
+    """Columns of a layer that each unit takes with it, ``[units, m]``, -1 fills up."""
+    taps = reader.taps
+    parts = []
+    for group in groups:
+        found = [
+            m.indices for m in group.members if m.entry == reader.layer.entry and m.dim == 1
+        ]
+        indices = np.concatenate(found, 1) if found else np.empty((group.units, 0), dtype=np.int64)
+        columns = indices[:, :, None] * taps + np.arange(taps)
+        parts.append(torch.from_numpy(columns.reshape(group.units, -1)))
+    width = max(part.shape[1] for part in parts)
+    return torch.cat(
+        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
+    )
+
+
+class _Refit:
+    """Gives layers the weights that an elimination has left."""
+
+    def __init__(self, readers: Sequence[Reader], state: Sequence[Tensor]) -> None:
+        self._readers = readers
+        self._state = state
+
+    def __call__(self, ledger: Ledger) -> None:
+        first = 0
+        for reader in self._readers:
+            groups = reader.moments.gram.shape[0]
+            weights = torch.stack(list(self._state[first : first + groups]))
+            first += groups
+            reader.refit(weights, ledger)
+
+
+def _completed(scores: dict[int, np.ndarray], norms: list[np.ndarray]) -> list[np.ndarray]:
+    """Scores of all groups; those without any get L1 norms, scaled to the others' mean."""
+    every = np.concatenate(list(scores.values())) if scores else np.ones(1)
+    mean = float(every.mean())
+    return [
+        scores[i] if i in scores else norm * (mean / norm.mean() if norm.mean() > 0 else 1.0)
+        for i, norm in enumerate(norms)
+    ]
