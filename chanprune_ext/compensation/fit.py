@@ -43,12 +43,14 @@ class FitOptions:
         one_sided_steps: Further solves where a ReLU follows.
         piece: Most elements of one unfolded piece of input.
         round_off: Relative error below which there is nothing to repair.
+        joint_rounds: How often the layer in front of a clamp is refitted for what comes behind.
     """
 
     ridge: float
     one_sided_steps: int
     piece: int
     round_off: float
+    joint_rounds: int = 0
 
 
 class _Error:
@@ -314,8 +316,6 @@ def fit_target(
     """
     together = all(layer.geometry.groups == 1 for layer in target.layers)
     bundles = [target.layers] if together else [[layer] for layer in target.layers]
-    reports = [
+    return [
         report for bundle in bundles for report in _Fit(bundle, target, runs, options, ledger).run()
     ]
-    runs.leave(target)
-    return reports

@@ -14,9 +14,10 @@ from .paused_runs import PausedRun
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from .joint import Pair
     from .targets import Layer, Target
 
-__all__ = ["Lockstep", "Observation"]
+__all__ = ["Lockstep", "Observation", "Segment"]
 
 
 @dataclass
@@ -41,6 +42,25 @@ class Observation:
         """Memory of all tensors."""
         tensors = [self.original, self.pruned, *self.inputs.values()]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass
+class Segment:
+    """What one batch shows between two layers and behind them.
+
+    Attributes:
+        x: Input of the first layer in the pruned network.
+        between: The first layer's target in the pruned network, before it is clamped.
+        original: The second layer's target in the original network, at the kept channels.
+        pruned: The same value in the pruned network.
+        held_back: Whether the batch only judges.
+    """
+
+    x: Tensor
+    between: Tensor
+    original: Tensor
+    pruned: Tensor
+    held_back: bool
 
 
 class Lockstep:
@@ -92,6 +112,7 @@ class Lockstep:
         self._resident: list[tuple[PausedRun, PausedRun]] | None = None
         self._at: int | None = None
         self._values: list[tuple[Tensor, Tensor]] = []
+        self._between: dict[int, list[Tensor]] = {}
 
     def __enter__(self) -> Lockstep:
         return self
@@ -121,7 +142,7 @@ class Lockstep:
             yield from self._seen or self._observe_anew(target)
             return
         if self._resident is None:
-            staying = [t for t in self._targets if t.call >= self._resident_from]
+            staying = [t for t in self._targets if t.call >= target.call]
             self._resident = [self._pair(batch, staying) for batch in range(len(self._batches))]
         if self._at != target.call:
             self._values = [
@@ -160,6 +181,82 @@ class Lockstep:
         inputs = {layer.call: run.captured_input(layer.call) for layer in target.layers}
         return Observation(original, pruned, inputs, held_back)
 
+    def segments(self, pair: Pair) -> list[Segment]:
+        """What the batches show of two layers in a row; empty where it can't be had.
+
+        Paused forwards show all of it, if :meth:`leave` was told to keep what lies between.
+        Otherwise as many batches as fit into the cache are run anew.
+        """
+        kept = self._between.get(pair.between.call)
+        if kept is None:
+            return self._segments_anew(pair)
+        assert self._resident is not None
+        found = []
+        for batch, seen in enumerate(self.observe(pair.target)):
+            x = self._resident[batch][1].captured_input(pair.first.call)
+            if x is None or seen.inputs[pair.second.call] is None:
+                return []
+            found.append(Segment(x, kept[batch], seen.original, seen.pruned, seen.held_back))
+        return found
+
+    def _segments_anew(self, pair: Pair) -> list[Segment]:
+        found: list[Segment] = []
+        left = self._cache // 2
+        # Held-back batches first: without them nothing can be judged.
+        for batch in sorted(range(len(self._batches)), key=lambda b: not self._batches[b][1]):
+            runs = self._pair(batch, [pair.between, pair.target])
+            try:
+                between = runs[1].advance(pair.between.call).clone()
+                original, pruned = self._advance(batch, runs, pair.target.call)
+                seen = self._observation(
+                    pair.target, runs[1], original, pruned, self._batches[batch][1]
+                )
+                x = runs[1].captured_input(pair.first.call)
+            finally:
+                for run in runs:
+                    run.close()
+            if x is None:
+                return []
+            left -= sum(t.numel() * t.element_size() for t in (x, between, original, pruned))
+            if left < 0 and found:
+                break
+            found.append(Segment(x, between, seen.original, seen.pruned, seen.held_back))
+        return found
+
+    def replace(self, pair: Pair, segments: Sequence[Segment]) -> None:
+        """Lets the forwards go on with what the first layer's new weights give.
+
+        Args:
+            pair: Two layers whose first was changed.
+            segments: As :meth:`segments` returned them, with the new values.
+        """
+        if pair.between.call not in self._between:
+            self._rewind()
+            return
+        assert self._resident is not None
+        low, high = pair.between.bounds or (None, None)
+        for segment, (_, run), (_, value) in zip(
+            segments, self._resident, self._values, strict=True
+        ):
+            read = run.captured_input(pair.second.call)
+            assert read is not None
+            with torch.inference_mode(value.is_inference()):
+                read.copy_(segment.between.clamp(low, high))
+                value.copy_(segment.pruned)
+            run.refresh(pair.second.call)
+        self._between[pair.between.call] = [segment.between for segment in segments]
+
+    def _rewind(self) -> None:
+        """Forgets all paused forwards: a layer they have passed has changed."""
+        for pair in self._resident or []:
+            for run in pair:
+                run.close()
+        self._resident = None
+        self._at = None
+        self._values = []
+        self._seen = []
+        self._between = {}
+
     def carry(self, target: Target, layer: Layer, change: Callable[[Tensor], Tensor]) -> None:
         """Lets paused forwards go on with what a layer's new weights would have given.
 
@@ -179,10 +276,22 @@ class Lockstep:
                 with torch.inference_mode(value.is_inference()):
                     value.add_(change(x).to(value.dtype))
 
-    def leave(self, target: Target) -> None:
-        """Lets go of what was kept for ``target``."""
+    def leave(self, target: Target, *, keep: bool = False, pair: Pair | None = None) -> None:
+        """Lets go of what was kept for ``target``.
+
+        Args:
+            target: Where the forwards are paused.
+            keep: Whether to keep the value and the inputs of its layers for the layer behind it.
+            pair: The pair that ends here; what was kept for it goes too.
+        """
+        if keep and self._at == target.call:
+            self._between[target.call] = [value.clone() for _, value in self._values]
+        done = [] if keep and self._at == target.call else target.layers
+        if pair is not None:
+            self._between.pop(pair.between.call, None)
+            done = [*done, pair.first]
         for _, run in self._resident or []:
-            for layer in target.layers:
+            for layer in done:
                 run.release(layer.call)
         self._values = []
         self._seen = []

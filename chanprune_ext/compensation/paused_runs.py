@@ -160,6 +160,11 @@ class PausedRun:
         x, version = self.captured[index]
         return x if version == _version(x) else None
 
+    def refresh(self, index: int) -> None:
+        """Takes a captured argument that was written to as what it is now."""
+        x, _ = self.captured[index]
+        self.captured[index] = (x, _version(x))
+
     def release(self, index: int) -> None:
         """Lets go of the captured argument of call ``index``."""
         self.captured.pop(index, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +18,14 @@ from .batch_norm import measured_batch_norms, reestimate
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
 from .checks import HasKept, check_networks, check_options, check_same_calls, kept_of
 from .fit import FitOptions, fit_target, skipped_report
+from .joint import Pair, refit_jointly
 from .ledger import Ledger
 from .lockstep import Lockstep
 from .memory import plan_memory
 from .outputs import DeviationMeter, forward, output_tensors
 from .report import CompensationReport, Deviation, LayerReport
 from .survey import survey_calls
-from .targets import Skipped, Target, find_targets
+from .targets import DEAD_SCALE, Skipped, Target, find_targets
 
 __all__ = ["compensate"]
 
@@ -43,6 +45,7 @@ def compensate(
     ridge: float = 1e-4,
     one_sided_steps: int = 3,
     refit_producers: bool = True,
+    joint_rounds: int = 1,
     refit_classifier: bool | None = None,
     held_back: float = 0.1,
     memory_limit: int | None = None,
@@ -123,7 +126,11 @@ def compensate(
             variants.try_batch_norm(required=method == "batch_norm")
             if method == "least_squares":
                 options = FitOptions(
-                    ridge, one_sided_steps, session.memory.piece, session.round_off
+                    ridge,
+                    one_sided_steps,
+                    session.memory.piece,
+                    session.round_off,
+                    joint_rounds if refit_producers else 0,
                 )
                 chosen, layers = session.choose(refit_producers, refit_classifier)
                 layers = session.fit(chosen, options, ledger, progress) + layers
@@ -238,10 +245,21 @@ class _Session:
             self.memory.cache,
             self._device,
         )
+        pairs = _pairs(targets) if options.joint_rounds else {}
+        first = {pair.between.call for pair in pairs.values()}
         with runs:
             for target in _with_progress(targets, progress):
-                for report in fit_target(target, runs, options, ledger):
-                    reports.append(report)
+                found = fit_target(target, runs, options, ledger)
+                pair = pairs.get(target.call)
+                for _ in range(options.joint_rounds if pair is not None else 0):
+                    assert pair is not None
+                    if not refit_jointly(pair, runs, options, ledger):
+                        break
+                    again = fit_target(target, runs, options, ledger)
+                    found = [_continued(a, b) for a, b in zip(found, again, strict=True)]
+                runs.leave(target, keep=target.call in first, pair=pair)
+                reports += found
+                for report in found:
                     _log.debug("%s", report)
         return reports
 
@@ -302,6 +320,29 @@ class _Variants:
             for tensor, value in self._batch_norm:
                 tensor.copy_(value)
         return best, reason
+
+
+def _pairs(targets: Sequence[Target]) -> dict[int, Pair]:
+    """Target call -> the layer that ends there and the one in front of it, each alone."""
+    known = {target.call: target for target in targets if len(target.layers) == 1}
+    pairs = {}
+    for target in known.values():
+        between = known.get(target.layers[0].reads or -1)
+        if between is None or between.bounds is None:
+            continue
+        first = between.layers[0]
+        if not bool((first.scale.abs() < DEAD_SCALE).any()):
+            pairs[target.call] = Pair(first, between, target.layers[0], target)
+    return pairs
+
+
+def _continued(before: LayerReport, after: LayerReport) -> LayerReport:
+    """One report of a layer that was fitted twice."""
+    if after.skipped is not None:
+        return before
+    return replace(
+        after, error_before=before.error_before, seconds=before.seconds + after.seconds
+    )
 
 
 def _unfitted(layer: Skipped) -> LayerReport:

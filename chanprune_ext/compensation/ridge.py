@@ -126,6 +126,11 @@ class Factor:
                 break
             self.ridge *= 10
 
+    @property
+    def matrix(self) -> Tensor:
+        """``A + lambda I``, ``[groups, n, n]``."""
+        return self._matrix
+
     def solve(self, right: Tensor) -> Tensor:
         """``(A + lambda I)^-1 right``, for ``right`` of ``[groups, n, k]``."""
         return torch.cholesky_solve(right, self._factor)

@@ -42,6 +42,7 @@ _BATCH_NORM = (
 )
 # Linear in a weight, but not of the form that is fitted.
 _UNFITTED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "addmm")
+_CLAMPS = ("relu", "relu6", "hardtanh")
 DEAD_SCALE = 1e-6
 
 
@@ -63,6 +64,8 @@ class Layer:
         mean_sign: Sign with which the layer's output reaches that batch norm.
         kept_rows: Kept output channels as indices into the original's; None: all of them.
         inputs_pruned: Whether input channels were removed.
+        reads: Call that makes the value whose clamped form this layer alone reads; None if there
+            is none.
     """
 
     call: int
@@ -77,6 +80,7 @@ class Layer:
     mean_sign: float
     kept_rows: Tensor | None
     inputs_pruned: bool
+    reads: int | None = None
 
     @property
     def holds_intercept(self) -> bool:
@@ -161,6 +165,7 @@ class _Finder:
         self.survey = survey
         self.kept = kept
         self.readers = trace.consumers()
+        self.makers = trace.producer()
         self.entry_reads: dict[str, int] = {}
         for call in trace.calls:
             for value in dict.fromkeys(call.inputs):
@@ -211,8 +216,19 @@ class _Finder:
             mean_sign=path.mean_sign,
             kept_rows=changed[0].to(weight.device) if 0 in changed else None,
             inputs_pruned=1 in changed,
+            reads=self.clamped(call),
         )
         return layer, path
+
+    def clamped(self, call: Call) -> int | None:
+        """The call whose output reaches ``call``, and nothing else, through a clamp."""
+        maker = self.makers.get(call.inputs[0])
+        if maker is None or self.readers[call.inputs[0]] != [call.index]:
+            return None
+        clamp = self.trace.calls[maker]
+        if clamp.name.rstrip("_") not in _CLAMPS or len(clamp.inputs) != 1:
+            return None
+        return self.makers.get(clamp.inputs[0])
 
     def follow(self, call: Call, geometry: LinearMap, facts: CallFacts) -> _Path:
         shape = facts.output_shape

@@ -1,0 +1,256 @@
+"""Refits a layer for what the next one makes of its output, through the clamp between them.
+
+On its own a layer is asked for the values that its kept channels had in the original network. Once
+channels are gone, other values may serve the next layer better. Where a ReLU lies between the two,
+the value behind the second layer is linear in the first one's weights as long as no unit crosses
+the bound, so the best change is a least-squares problem too (one Gauss-Newton step), solved by
+conjugate gradients, preconditioned by the first layer's input moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .linear_maps import unfolded
+from .moments import Moments
+from .ridge import Factor
+from .thinning import thinned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .fit import FitOptions
+    from .ledger import Ledger
+    from .lockstep import Lockstep, Segment
+    from .targets import Layer, Target
+
+__all__ = ["Pair", "refit_jointly"]
+
+_ITERATIONS = int(__import__('os').environ.get('IT','12'))  # of conjugate gradients: more fits the noise of the calibration data
+_STEPS = int(__import__('os').environ.get('ST','3'))  # Gauss-Newton steps on the same samples
+_SHARES = (1.0, 0.5, 0.25)  # of a step that are tried
+_RIDGE = 3e-3  # next to the preconditioner
+_LEAST_GAIN = 1e-3  # relative; less is not worth a refit of the next layer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer, the clamp behind it, and the layer that alone reads what comes through.
+
+    Attributes:
+        first: The layer that is refitted.
+        between: Its target, whose bounds are the clamp's.
+        second: The layer behind the clamp.
+        target: The value that is matched.
+    """
+
+    first: Layer
+    between: Target
+    second: Layer
+    target: Target
+
+
+class _Linearised:
+    """What a change of the first layer does to the target, to first order."""
+
+    def __init__(self, pair: Pair, dtype: torch.dtype) -> None:
+        self.pair = pair
+        self.shape = pair.first.weight.shape
+        weight = pair.second.weight.detach()
+        scale = pair.second.scale.view(-1, *[1] * (weight.ndim - 1))
+        self.weight = (weight.double() * scale).to(dtype)
+        self.bounds = pair.between.bounds or (-torch.inf, torch.inf)
+
+    def first(self, x: Tensor, change: Tensor) -> Tensor:
+        """What the change adds to the value between: ``change`` is ``[rows, columns + 1]``."""
+        weight = change[:, :-1].reshape(self.shape)
+        return self.pair.first.geometry.apply(x, weight, change[:, -1].contiguous())
+
+    def second(self, h: Tensor) -> Tensor:
+        """What a change behind the clamp adds to the target."""
+        return self.pair.second.geometry.apply(h, self.weight, None)
+
+    def open(self, between: Tensor) -> Tensor:
+        """Where the clamp lets changes through."""
+        return (between > self.bounds[0]) & (between < self.bounds[1])
+
+    def exactly(self, segment: Segment, change: Tensor) -> tuple[Tensor, Tensor]:
+        """The value between and the target with the change, clamp and all."""
+        between = segment.between + self.first(segment.x, change)
+        step = between.clamp(*self.bounds) - segment.between.clamp(*self.bounds)
+        return between, segment.pruned + self.second(step)
+
+
+def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledger) -> bool:
+    """Refits the first layer of a pair for the target behind the second.
+
+    Args:
+        pair: Two layers with a clamp between them.
+        runs: Both networks.
+        options: How layers are fitted.
+        ledger: Notes what is changed.
+
+    Returns:
+        Whether the layer was changed.
+    """
+    segments = runs.segments(pair)
+    if not segments or not any(not s.held_back for s in segments):
+        return False
+    dtype = segments[0].x.dtype
+    map_ = _Linearised(pair, dtype)
+    start = before = _error(pair, segments)
+    precondition = _Preconditioner(pair, segments, options.piece)
+    total = torch.zeros(len(pair.first.weight), precondition.columns + 1, dtype=dtype)
+    for _ in range(_STEPS):
+        step = _gauss_newton(map_, segments, precondition, options)
+        best: tuple[float, Tensor] | None = None
+        for share in _SHARES:
+            after = _error(pair, segments, map_, share * step)
+            if best is None or after < best[0]:
+                best = after, share * step
+            else:
+                break
+        assert best is not None
+        if not best[0] < before * (1 - _LEAST_GAIN):
+            break
+        before = best[0]
+        total += best[1]
+        for segment in segments:
+            segment.between, segment.pruned = map_.exactly(segment, best[1])
+    if not before < start * (1 - _LEAST_GAIN):
+        return False
+    _apply(pair.first, total, ledger)
+    runs.replace(pair, segments)
+    return True
+
+
+def _error(
+    pair: Pair,
+    segments: list[Segment],
+    map_: _Linearised | None = None,
+    change: Tensor | None = None,
+) -> float:
+    """Squared error behind the target's clamp, on held-back samples where there are some."""
+    judges = [s for s in segments if s.held_back] or segments
+    bounds = pair.target.bounds or (-torch.inf, torch.inf)
+    total = 0.0
+    for segment in judges:
+        value = segment.pruned
+        if map_ is not None and change is not None:
+            _, value = map_.exactly(segment, change)
+        total += float((segment.original.clamp(*bounds) - value.clamp(*bounds)).square().sum())
+    return total
+
+
+class _Preconditioner:
+    """The inverse of ``(E[x x^T] + l I)`` by row, over the gain of the second layer."""
+
+    def __init__(self, pair: Pair, segments: list[Segment], piece: int) -> None:
+        layer = pair.first
+        groups, rows, columns = layer.shape
+        self.columns = columns
+        self.groups, self.rows = groups, rows
+        fit = [s for s in segments if not s.held_back]
+        samples = sum(s.between.numel() for s in fit) // (groups * rows)
+        every = thinned(samples, columns, layer.geometry.axes)
+        moments = Moments(groups, 0, columns + 1, layer.weight.device)
+        turn = 0
+        for segment in fit:
+            for x, (y,) in unfolded(
+                [layer.geometry], [segment.x], [segment.between], size=piece, every=every, turn=turn
+            ):
+                ones = torch.ones_like(x[:, :1])
+                moments.add(torch.cat([x, ones], 1), y[:, :0])
+                turn += 1
+        gram = moments.gram / moments.samples
+        energy = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
+        self._factor = Factor(gram, energy, _RIDGE)
+        weight = pair.second.weight.detach().double()
+        gain = (weight * pair.second.scale.view(-1, *[1] * (weight.ndim - 1))).square()
+        if pair.second.geometry.groups == 1:
+            by_channel = gain.flatten(2).sum((0, 2))
+        else:
+            channels = pair.second.geometry.groups * weight.shape[1]
+            by_channel = gain.reshape(pair.second.geometry.groups, -1, weight.shape[1], gain[0, 0].numel())
+            by_channel = by_channel.sum((1, 3)).reshape(channels)
+        floor = 1e-3 * float(by_channel.mean()) + 1e-30
+        self.gain = by_channel.clamp(min=floor).unsqueeze(1)
+
+    def ridge(self, change: Tensor) -> Tensor:
+        """The penalty's gradient."""
+        wide = change.double().view(self.groups, self.rows, -1)
+        product = (wide @ self._factor.matrix).view(change.shape)
+        return (product * self.gain).to(change.dtype)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        wide = (gradient.double() / self.gain).view(self.groups, self.rows, -1)
+        return self._factor.solve(wide.mT).mT.reshape(gradient.shape).to(gradient.dtype)
+
+
+def _gauss_newton(
+    map_: _Linearised,
+    segments: list[Segment],
+    precondition: _Preconditioner,
+    options: FitOptions,
+) -> Tensor:
+    """The change that explains the residual best, to first order."""
+    from .fit import one_sided_residual
+
+    fit = [s for s in segments if not s.held_back]
+    positions = sum(s.between.numel() for s in fit) / len(precondition.gain)
+    residuals = [one_sided_residual(s.original, s.pruned, map_.pair.target.bounds) for s in fit]
+
+    def transposed(pieces: Iterator[Tensor], zero: Tensor) -> Tensor:
+        """``J^T`` of one tensor a segment."""
+        total = torch.zeros_like(zero)
+        for segment, piece in zip(fit, pieces, strict=True):
+            with torch.enable_grad():
+                change = zero.clone().requires_grad_()
+                made = map_.second(map_.first(segment.x, change) * map_.open(segment.between))
+                total += torch.autograd.grad(made, change, piece)[0]
+        return total / positions
+
+    def normal(direction: Tensor) -> Tensor:
+        """``J^T J direction`` and the ridge."""
+        total = torch.zeros_like(direction)
+        for segment in fit:
+            with torch.enable_grad():
+                change = direction.clone().requires_grad_()
+                made = map_.second(map_.first(segment.x, change) * map_.open(segment.between))
+                total += torch.autograd.grad(made, change, made.detach())[0]
+        return total / positions + _RIDGE * precondition.ridge(direction)
+
+    zero = torch.zeros(
+        len(map_.pair.first.weight), precondition.columns + 1, dtype=fit[0].x.dtype
+    )
+    change = zero.clone()
+    left = transposed(iter(residuals), zero)
+    ahead = precondition(left)
+    direction, power = ahead, float((left * ahead).sum())
+    for _ in range(_ITERATIONS):
+        if not power > 0:
+            break
+        image = normal(direction)
+        bend = float((direction * image).sum())
+        if not bend > 0:
+            break
+        change = change + (power / bend) * direction
+        left = left - (power / bend) * image
+        ahead = precondition(left)
+        power, last = float((left * ahead).sum()), power
+        direction = ahead + (power / last) * direction
+    if not map_.pair.first.holds_intercept:
+        change[:, -1] = 0
+    return change
+
+
+def _apply(layer: Layer, change: Tensor, ledger: Ledger) -> None:
+    ledger.remember(layer.weight, layer.bias, layer.mean)
+    inverse = 1 / layer.scale
+    delta = change[:, :-1].double() * inverse.unsqueeze(1)
+    constant = change[:, -1].double() * inverse if layer.holds_intercept else None
+    layer.change(delta.reshape(layer.weight.shape), constant)
