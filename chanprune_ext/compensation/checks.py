@@ -30,7 +30,12 @@ class HasKept(Protocol):
 
 
 def check_options(
-    method: str, ridge: float, one_sided_steps: int, held_back: float, memory_limit: int | None
+    method: str,
+    ridge: float,
+    one_sided_steps: int,
+    joint_rounds: int,
+    held_back: float,
+    memory_limit: int | None,
 ) -> None:
     """Refuses options out of range.
 
@@ -41,10 +46,9 @@ def check_options(
         raise InvalidArgumentError(f"method: expected one of {METHODS}, got {method!r}")
     if not 0 <= ridge < float("inf"):
         raise InvalidArgumentError(f"ridge: expected a finite number >= 0, got {ridge}")
-    if not isinstance(one_sided_steps, int) or one_sided_steps < 0:
-        raise InvalidArgumentError(
-            f"one_sided_steps: expected an integer >= 0, got {one_sided_steps!r}"
-        )
+    for name, value in (("one_sided_steps", one_sided_steps), ("joint_rounds", joint_rounds)):
+        if not isinstance(value, int) or value < 0:
+            raise InvalidArgumentError(f"{name}: expected an integer >= 0, got {value!r}")
     if not 0 <= held_back < 1:
         raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
     if memory_limit is not None and memory_limit <= 0:

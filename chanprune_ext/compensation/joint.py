@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pair", "refit_jointly"]
 
-_ITERATIONS = int(__import__('os').environ.get('IT','12'))  # of conjugate gradients: more fits the noise of the calibration data
-_STEPS = int(__import__('os').environ.get('ST','3'))  # Gauss-Newton steps on the same samples
+_ITERATIONS = int(__import__('os').environ.get('IT','6'))  # of conjugate gradients: more fits the noise of the calibration data
+_STEPS = int(__import__('os').environ.get('ST','2'))  # Gauss-Newton steps on the same samples
 _SHARES = (1.0, 0.5, 0.25)  # of a step that are tried
 _RIDGE = 3e-3  # next to the preconditioner
 _LEAST_GAIN = 1e-3  # relative; less is not worth a refit of the next layer
@@ -100,11 +100,10 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     segments = runs.segments(pair)
     if not segments or not any(not s.held_back for s in segments):
         return False
-    dtype = segments[0].x.dtype
-    map_ = _Linearised(pair, dtype)
+    map_ = _Linearised(pair, segments[0].x.dtype)
     start = before = _error(pair, segments)
     precondition = _Preconditioner(pair, segments, options.piece)
-    total = torch.zeros(len(pair.first.weight), precondition.columns + 1, dtype=dtype)
+    total = segments[0].x.new_zeros(len(pair.first.weight), precondition.columns + 1)
     for _ in range(_STEPS):
         step = _gauss_newton(map_, segments, precondition, options)
         best: tuple[float, Tensor] | None = None
@@ -171,12 +170,9 @@ class _Preconditioner:
         self._factor = Factor(gram, energy, _RIDGE)
         weight = pair.second.weight.detach().double()
         gain = (weight * pair.second.scale.view(-1, *[1] * (weight.ndim - 1))).square()
-        if pair.second.geometry.groups == 1:
-            by_channel = gain.flatten(2).sum((0, 2))
-        else:
-            channels = pair.second.geometry.groups * weight.shape[1]
-            by_channel = gain.reshape(pair.second.geometry.groups, -1, weight.shape[1], gain[0, 0].numel())
-            by_channel = by_channel.sum((1, 3)).reshape(channels)
+        # One value an input channel: [groups, rows of a group, channels of a group, taps].
+        parts = gain.view(pair.second.geometry.groups, -1, weight.shape[1], weight[0, 0].numel())
+        by_channel = parts.sum((1, 3)).flatten()
         floor = 1e-3 * float(by_channel.mean()) + 1e-30
         self.gain = by_channel.clamp(min=floor).unsqueeze(1)
 
@@ -224,9 +220,7 @@ def _gauss_newton(
                 total += torch.autograd.grad(made, change, made.detach())[0]
         return total / positions + _RIDGE * precondition.ridge(direction)
 
-    zero = torch.zeros(
-        len(map_.pair.first.weight), precondition.columns + 1, dtype=fit[0].x.dtype
-    )
+    zero = fit[0].x.new_zeros(len(map_.pair.first.weight), precondition.columns + 1)
     change = zero.clone()
     left = transposed(iter(residuals), zero)
     ahead = precondition(left)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .batches import sample_count
 from .outputs import forward_failed
 from .paused_runs import PausedRun
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from .targets import Layer, Target
 
 __all__ = ["Lockstep", "Observation", "Segment"]
+
+# Feature maps too large to keep of all samples have positions enough in so many.
+_LEAST_SAMPLES = 128
 
 
 @dataclass
@@ -67,8 +71,9 @@ class Lockstep:
     """Pairs of forwards, one pair a batch.
 
     Pairs either *stay*, paused from target to target with their activations in memory, or, for
-    targets before ``resident_from``, are run anew up to the target and dropped again: once if what
-    is seen there fits into ``cache``, otherwise each time it is looked at.
+    targets before ``resident_from``, are run anew up to the target and dropped again. There as
+    many batches are looked at as fit into ``cache``, at least 128 samples; these are run at every
+    look if they do not fit.
 
     Both networks must be in eval mode. Use as a context manager.
 
@@ -155,8 +160,11 @@ class Lockstep:
             )
 
     def _observe_anew(self, target: Target) -> Iterator[Observation]:
+        """Runs pairs up to ``target``, as many as can be kept, but not too few of them."""
         kept: list[Observation] | None = []
-        for batch, (_, held_back) in enumerate(self._batches):
+        size = samples = 0
+        for batch in self._evenly():
+            inputs, held_back = self._batches[batch]
             pair = self._pair(batch, [target])
             try:
                 original, pruned = self._advance(batch, pair, target.call)
@@ -164,11 +172,17 @@ class Lockstep:
             finally:
                 for run in pair:
                     run.close()
+            size += seen.bytes
+            if kept is not None and size > self._cache:
+                if samples >= _LEAST_SAMPLES:
+                    break
+                kept = None
             if kept is not None:
                 kept.append(seen)
-                if sum(observation.bytes for observation in kept) > self._cache:
-                    kept = None
+            samples += sample_count(inputs)
             yield seen
+            if kept is None and samples >= _LEAST_SAMPLES:
+                break
         self._seen = kept or []
 
     def _observation(
@@ -202,8 +216,7 @@ class Lockstep:
     def _segments_anew(self, pair: Pair) -> list[Segment]:
         found: list[Segment] = []
         left = self._cache // 2
-        # Held-back batches first: without them nothing can be judged.
-        for batch in sorted(range(len(self._batches)), key=lambda b: not self._batches[b][1]):
+        for batch in self._evenly():
             runs = self._pair(batch, [pair.between, pair.target])
             try:
                 between = runs[1].advance(pair.between.call).clone()
@@ -218,10 +231,18 @@ class Lockstep:
             if x is None:
                 return []
             left -= sum(t.numel() * t.element_size() for t in (x, between, original, pruned))
-            if left < 0 and found:
+            if left < 0 and seen.held_back in {segment.held_back for segment in found}:
                 break
             found.append(Segment(x, between, seen.original, seen.pruned, seen.held_back))
         return found
+
+    def _evenly(self) -> list[int]:
+        """Batches in an order in which any first part has its share of held-back ones."""
+        places = []
+        for held_back in (True, False):
+            those = [b for b, (_, judges) in enumerate(self._batches) if judges == held_back]
+            places += [((i + 0.5 * (not held_back)) / len(those), b) for i, b in enumerate(those)]
+        return [batch for _, batch in sorted(places)]
 
     def replace(self, pair: Pair, segments: Sequence[Segment]) -> None:
         """Lets the forwards go on with what the first layer's new weights give.
