@@ -7,6 +7,7 @@ from chanprune_ext.allocation import Budget
 from chanprune_ext.analysis import register_rule
 from chanprune_ext.checkpoint import load, save
 from chanprune_ext.compensation import compensate
+from chanprune_ext.elimination import elimination
 from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.export import export
 from chanprune_ext.plan import PruningPlan, plan_of
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compensate",
+    "elimination",
     "export",
     "load",
     "plan",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .fit import one_sided_residual
 from .linear_maps import unfolded
 from .moments import Moments
 from .ridge import Factor
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pair", "refit_jointly"]
 
-_ITERATIONS = int(__import__('os').environ.get('IT','6'))  # of conjugate gradients: more fits the noise of the calibration data
-_STEPS = int(__import__('os').environ.get('ST','2'))  # Gauss-Newton steps on the same samples
+_ITERATIONS = 6  # of conjugate gradients: more fits the noise of the calibration data
+_STEPS = 2  # Gauss-Newton steps on the same samples
 _SHARES = (1.0, 0.5, 0.25)  # of a step that are tried
 _RIDGE = 3e-3  # next to the preconditioner
 _LEAST_GAIN = 1e-3  # relative; less is not worth a refit of the next layer
@@ -105,7 +106,7 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     precondition = _Preconditioner(pair, segments, options.piece)
     total = segments[0].x.new_zeros(len(pair.first.weight), precondition.columns + 1)
     for _ in range(_STEPS):
-        step = _gauss_newton(map_, segments, precondition, options)
+        step = _gauss_newton(map_, segments, precondition)
         best: tuple[float, Tensor] | None = None
         for share in _SHARES:
             after = _error(pair, segments, map_, share * step)
@@ -191,11 +192,8 @@ def _gauss_newton(
     map_: _Linearised,
     segments: list[Segment],
     precondition: _Preconditioner,
-    options: FitOptions,
 ) -> Tensor:
     """The change that explains the residual best, to first order."""
-    from .fit import one_sided_residual
-
     fit = [s for s in segments if not s.held_back]
     positions = sum(s.between.numel() for s in fit) / len(precondition.gain)
     residuals = [one_sided_residual(s.original, s.pruned, map_.pair.target.bounds) for s in fit]

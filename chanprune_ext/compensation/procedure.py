@@ -347,9 +347,7 @@ def _continued(before: LayerReport, after: LayerReport) -> LayerReport:
     """One report of a layer that was fitted twice."""
     if after.skipped is not None:
         return before
-    return replace(
-        after, error_before=before.error_before, seconds=before.seconds + after.seconds
-    )
+    return replace(after, error_before=before.error_before, seconds=before.seconds + after.seconds)
 
 
 def _unfitted(layer: Skipped) -> LayerReport:

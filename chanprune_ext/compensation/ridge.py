@@ -127,6 +127,11 @@ class Factor:
             self.ridge *= 10
 
     @property
+    def lower(self) -> Tensor:
+        """The factor itself, ``[groups, n, n]``."""
+        return self._factor
+
+    @property
     def matrix(self) -> Tensor:
         """``A + lambda I``, ``[groups, n, n]``."""
         return self._matrix

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .criterion import EliminationCriterion
+from .criterion import elimination
 
-__all__ = ["EliminationCriterion"]
+__all__ = ["elimination"]

@@ -44,7 +44,7 @@ class Problem:
         if bool(absent.any()):
             part[absent] = 0
             gap = absent.unsqueeze(1) | absent.unsqueeze(2)
-            block = torch.where(gap, torch.eye(block.shape[-1], dtype=block.dtype), block)
+            block = torch.where(gap, torch.eye(block.shape[-1]).to(block), block)
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(block), part, upper=False)
         return half.square().sum((1, 2)) * self.scale
 
@@ -80,9 +80,7 @@ class Elimination:
     states: dict[int, list[Tensor]]
 
 
-def eliminate(
-    problems: Sequence[Problem], units: int, stops: Collection[int] = ()
-) -> Elimination:
+def eliminate(problems: Sequence[Problem], units: int, stops: Collection[int] = ()) -> Elimination:
     """Removes one unit after the other, always those that cost least.
 
     With ``P = (G + l I)^-1`` and ``W = C P``, removing the columns ``c`` raises the squared error
@@ -96,7 +94,7 @@ def eliminate(
         stops: Numbers of removed units at which to note the weights; where several units go at a
             time, the weights are those of the next number met.
     """
-    left = torch.arange(units)
+    left = torch.arange(units, device=problems[0].columns.device)
     order: list[Tensor] = []
     increase: list[Tensor] = []
     states: dict[int, list[Tensor]] = {}
@@ -109,7 +107,7 @@ def eliminate(
         increase.append(cheapest.clamp(min=0))
         for problem in problems:
             problem.remove(left[positions])
-        keep = torch.ones(len(left), dtype=torch.bool)
+        keep = torch.ones_like(left, dtype=torch.bool)
         keep[positions] = False
         left = left[keep]
         while pending and units - len(left) >= pending[0]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +9,9 @@ import torch
 from torch import nn
 
 from ..compensation.batches import read_batches, split_batches
+from ..compensation.ridge import Factor
 from ..criteria import l1
+from ..errors import InvalidArgumentError
 from .backward import Problem, eliminate
 from .probes import Probe, convex_steps, loss_curve
 from .readers import Reader, find_readers, measure_readers
@@ -22,69 +23,74 @@ if TYPE_CHECKING:
 
     from ..analysis import CouplingGroup
     from ..compensation.ledger import Ledger
+    from ..criteria import Criterion
 
-__all__ = ["EliminationCriterion"]
+__all__ = ["elimination"]
 
-_log = logging.getLogger(__name__)
 _BATCH = 64
 _PROBES = (0.25, 0.5, 0.75)  # shares of a component's units that a probe takes away
 
 
-class EliminationCriterion:
-    """Ranks channels by the loss of the network when the rest is refitted to make up for them.
+def elimination(
+    batches: Any,
+    *,
+    ridge: float = 1e-3,
+    most_columns: int = 2400,
+    probe: bool = False,
+    held_back: float = 0.15,
+) -> Criterion:
+    """A criterion: what the network loses by a channel once the rest is refitted to make up for it.
 
     Units are removed one after the other, always the one whose removal raises the squared error of
-    the layers that read it least, these layers being refitted in closed form at every step. The
-    order ranks the units of a group. What a group loses on the way is comparable between groups: a
-    few points of every curve are measured as the divergence of the network's outputs, on
-    held-back samples and with that group alone pruned and its readers refitted.
+    the layers that read it least, these layers being refitted in closed form at every step. What a
+    step adds to the error, relative to the energy of the value that the layer is a part of (a
+    residual sum, say), is the unit's score. Scores are losses in one unit, so groups can be
+    compared: with ``scope="global"`` and a budget, they are weighed against what a unit saves.
 
-    Layers that least squares does not reach (transposed convolutions, say) have no part in it;
-    a group that only such layers read is ranked by L1 norms, and takes the mean of the others'
-    losses.
+    Plans made so are meant for :func:`chanprune_ext.compensate` afterwards, which does the refits.
+    Layers that least squares does not reach (transposed convolutions, say) have no part in it; a
+    group that only such layers read is ranked by L1 norms, scaled to the mean of the other scores.
 
     Args:
         batches: Calibration data, as for :func:`chanprune_ext.compensate`; labels are ignored.
         ridge: Strength of the ridge, relative to the mean energy of a layer's inputs.
-        most_columns: Windows with more columns are looked at position by position: faster, with a
-            slightly worse order.
-        held_back: Share of the samples for the probes.
-        probe: Measure losses at the network's outputs; otherwise the loss of a group is the
-            relative squared error of what its readers take part in.
+        most_columns: Layers with more inputs than this (channels times taps) are looked at tap by
+            tap: faster, with a slightly worse order.
+        probe: Measure the loss at the network's outputs for a few points of every curve, with that
+            group alone pruned and its readers refitted, instead of taking the relative error for
+            the loss. Costs forward passes.
+        held_back: Share of the samples that the probes are measured on.
+
+    Returns:
+        A function for the ``criterion`` argument of :func:`chanprune_ext.plan`.
+
+    Raises:
+        InvalidArgumentError: An option is out of range, or, when used, the data are empty or not
+            finite.
     """
+    if not 0 < ridge < np.inf:
+        raise InvalidArgumentError(f"ridge: expected a finite number > 0, got {ridge}")
+    if most_columns < 1:
+        raise InvalidArgumentError(f"most_columns: expected at least 1, got {most_columns}")
+    if not 0 <= held_back < 1:
+        raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
 
-    comparable = True
-    __name__ = "elimination"
-
-    def __init__(
-        self,
-        batches: Any,
-        *,
-        ridge: float = 1e-3,
-        most_columns: int = 2400,
-        held_back: float = 0.15,
-        probe: bool = True,
-    ) -> None:
-        self._batches = batches
-        self._ridge = ridge
-        self._most_columns = most_columns
-        self._held_back = held_back
-        self._probe = probe
-
-    def __call__(
-        self, model: nn.Module, groups: Sequence[CouplingGroup], _: int
-    ) -> list[np.ndarray]:
-        """The loss that each unit of each group adds, in the order of its group."""
+    def criterion(model: nn.Module, groups: Sequence[CouplingGroup], seed: int) -> list[np.ndarray]:
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
-        items = read_batches(self._batches, model, device=device)
-        data = split_batches(items, held_back=self._held_back, batch_size=_BATCH)
-        readers = find_readers(model, items[0], _windows(groups), self._most_columns)
+        items = read_batches(batches, model, device=device)
+        share = held_back if probe else 0.0
+        data = split_batches(items, held_back=share, batch_size=_BATCH)
+        readers = find_readers(model, items[0], _windows(groups), most_columns)
         measure_readers(model, readers, data.fit)
-        probe = Probe(model, data.held_back or data.fit) if self._probe else None
+        probes = Probe(model, data.held_back or data.fit) if probe else None
         scores: dict[int, np.ndarray] = {}
         for component in _components(groups, readers):
-            scores.update(_component_scores(component, readers, self._ridge, probe))
-        return _completed(scores, l1(model, groups, 0))
+            scores.update(_component_scores(component, readers, ridge, probes))
+        return _completed(scores, l1(model, groups, seed))
+
+    criterion.__name__ = "elimination"
+    criterion.comparable = True  # type: ignore[attr-defined]
+    return criterion
 
 
 def _windows(groups: Sequence[CouplingGroup]) -> dict[str, bool]:
@@ -153,15 +159,10 @@ def _problems(reader: Reader, groups: Sequence[CouplingGroup], ridge: float) -> 
     gram = moments.gram / moments.samples
     energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     gram = gram - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    columns = _unit_columns(reader, groups)
+    columns = _unit_columns(reader, groups).to(gram.device)
     scale = 1 / reader.energy if reader.energy > 0 else 0.0
-    if not reader.by_channel or reader.taps != 1:
-        pass
     for matrix, unit, weights in zip(gram, energy, reader.weights(), strict=True):
-        eye = torch.eye(len(matrix), dtype=matrix.dtype)
-        strength = max(float(unit) * ridge, 1e-12)
-        factor = torch.linalg.cholesky(matrix + strength * eye)
-        inverse = torch.cholesky_inverse(factor)
+        inverse = torch.cholesky_inverse(Factor(matrix[None], unit[None], ridge).lower[0])
         # The ridge pulls towards the weights as they are: with all columns they are the solution.
         yield Problem(inverse, weights.clone(), columns, scale)
 
@@ -171,9 +172,7 @@ def _unit_columns(reader: Reader, groups: Sequence[CouplingGroup]) -> Tensor:
     taps = reader.taps
     parts = []
     for group in groups:
-        found = [
-            m.indices for m in group.members if m.entry == reader.layer.entry and m.dim == 1
-        ]
+        found = [m.indices for m in group.members if m.entry == reader.layer.entry and m.dim == 1]
         indices = np.concatenate(found, 1) if found else np.empty((group.units, 0), dtype=np.int64)
         columns = indices[:, :, None] * taps + np.arange(taps)
         parts.append(torch.from_numpy(columns.reshape(group.units, -1)))

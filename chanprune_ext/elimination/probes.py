@@ -47,7 +47,7 @@ class Probe:
             finally:
                 ledger.restore()
         found = meter.deviation()
-        return found.relative_l2**2 if found.kl is None or __import__("os").environ.get("L2") else found.kl
+        return found.relative_l2**2 if found.kl is None else found.kl
 
 
 def loss_curve(error: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:

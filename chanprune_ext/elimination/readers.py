@@ -1,5 +1,4 @@
-"""The layers that read the channels of coupling groups, and the second moments of what they read.
-"""
+"""The layers that read coupling groups, and the second moments of what they read."""
 
 from __future__ import annotations
 
@@ -102,7 +101,8 @@ class Reader:
             samples = value.numel() // value.shape[axis] * batches
             self._every = thinned(samples, columns, geometry.axes)
         if self.by_channel:
-            pixels = x[(..., *(slice(self._turn % n, None, n) for n in self._every))]
+            steps = tuple(slice(self._turn % n, None, n) for n in self._every)
+            pixels = x[(slice(None),) * (x.ndim - len(steps)) + steps]
             axis = geometry.channel_axis(pixels.ndim)
             flat = pixels.transpose(0, axis).reshape(geometry.groups, columns, -1)
             self.moments.add(flat, flat[:, :0])

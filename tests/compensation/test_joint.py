@@ -16,8 +16,8 @@ from small_networks import (
     images,
     no_forward_is_left,
     rows,
-    state,
     same,
+    state,
 )
 from torch import nn
 

@@ -39,7 +39,10 @@ def columns_left(columns: Tensor, gone: list[int]) -> list[int]:
 
 
 @given(
-    units=st.integers(2, 6), width=st.integers(1, 3), rows=st.integers(1, 4), seed=st.integers(0, 99)
+    units=st.integers(2, 6),
+    width=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_step_is_the_cheapest_and_costs_what_it_says(units, width, rows, seed):
@@ -55,7 +58,9 @@ def test_every_step_is_the_cheapest_and_costs_what_it_says(units, width, rows, s
             if unit not in gone
         }
         assert int(found.order[step]) == min(losses, key=lambda u: losses[u])
-        assert float(found.increase[step]) == pytest.approx(min(losses.values()), rel=1e-7, abs=1e-9)
+        assert float(found.increase[step]) == pytest.approx(
+            min(losses.values()), rel=1e-7, abs=1e-9
+        )
         before += float(found.increase[step])
         if step + 1 < units:
             left = columns_left(columns, found.order[: step + 1].tolist())
