@@ -290,7 +290,12 @@ def _as_is(batch: Any) -> Any:
 
 
 def calibration_batches(
-    dataset: ImageDataset, n: int = 512, batch_size: int = 64, seed: int = 0
+    dataset: ImageDataset,
+    n: int = 512,
+    batch_size: int = 64,
+    seed: int = 0,
+    *,
+    mixed: bool = False,
 ) -> list[Tensor]:
     """Images without labels and without augmentation, for compensation.
 
@@ -299,9 +304,12 @@ def calibration_batches(
         n (int): how many different images, drawn at random. Default: 512.
         batch_size (int): images a batch. Default: 64.
         seed (int): seed of the draw. Default: 0.
+        mixed (bool): as many more images, each a blend of two of the others (weights between a
+            quarter and three quarters). A network is surer of images it was trained on than of any
+            others; blends make up for it. Default: False.
 
     Returns:
-        list[Tensor[B, C, H, W]]: float32 batches, the last one possibly smaller.
+        list[Tensor[B, C, H, W]]: float32 batches, the last one possibly smaller; blends last.
 
     Raises:
         InvalidArgumentError: ``n`` or ``batch_size`` is not positive, or ``n`` exceeds the dataset.
@@ -319,6 +327,11 @@ def calibration_batches(
             batches.append(plain.batch(part.tolist())[0])
         else:
             batches.append(torch.stack([plain[int(i)][0] for i in part]))
+    if mixed:
+        whole, generator = torch.cat(batches), _generator(seed, 0, 4)
+        share = 0.25 + 0.5 * torch.rand(n, *[1] * (whole.ndim - 1), generator=generator)
+        others = whole[torch.randperm(n, generator=generator)]
+        batches += list(torch.split(share * whole + (1 - share) * others, batch_size))
     return batches
 
 

@@ -1,13 +1,15 @@
-"""``chanprune reproduce``: measures a published result again."""
+"""``chanprune reproduce``: measures published results again."""
 
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from chanprune_ext.cli.options import DATA_HELP, Seed
-from chanprune_ext.cli.run_printing import run_and_print
+from chanprune_ext.cli.options import DATA_HELP, ClassFile, Seed
+from chanprune_ext.cli.run_printing import command_line, run_and_print, say
+from chanprune_ext.cli.tables import trial_table
 
 __all__ = ["reproduce"]
 
@@ -16,27 +18,69 @@ class Result(str, Enum):
     """Results that can be measured again."""
 
     CIFAR10_RESNET56 = "cifar10-resnet56"
+    IMAGENET_MOBILENETV2 = "imagenet-mobilenetv2"
 
 
 def reproduce(
     result: Annotated[Result, typer.Argument(help="Which result.", show_default=False)],
     weights: Annotated[Path, typer.Option(help="Trained weights.", show_default=False)],
     data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)],
+    test_data: Annotated[
+        str | None, typer.Option(help="Test images, if --data holds none.", show_default=False)
+    ] = None,
+    class_file: ClassFile = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results [default: runs/<result>]")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of distillation.")] = 10,
-    calibration_images: Annotated[int, typer.Option(min=1, help="Unlabelled images.")] = 512,
+    calibration_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Unlabelled images [default: 512; MobileNetV2: 1000]"),
+    ] = None,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Draws of them that every way of pruning is tried with.")
+    ] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only the ways with this in their name; repeatable.")
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Epochs of distillation (ResNet-56); 0: no training.")
+    ] = 10,
     seed: Seed = 0,
 ) -> None:
-    """Prunes, compensates and distils a published network, and prints every step's accuracy."""
+    """Prunes a published network in several ways, without and with training, beside the article."""
     from chanprune_ext.demo import cifar10_resnet56_job
+    from chanprune_ext.published import cifar10_resnet56_set, imagenet_mobilenetv2_set
+    from chanprune_ext.trials import run_trials, save_trials
 
-    job = cifar10_resnet56_job(
-        weights,
-        data,
-        recover_epochs=epochs,
-        calibration_images=calibration_images,
-        seed=seed,
-    )
-    run_and_print(job, out or Path("runs") / result.value)
+    folder = out or Path("runs") / result.value
+    small = result is Result.CIFAR10_RESNET56
+    count = calibration_images or (512 if small else 1000)
+    if draws:
+        found = (
+            cifar10_resnet56_set(weights, data, count)
+            if small
+            else imagenet_mobilenetv2_set(weights, data, test_data, class_file, count)
+        )
+        trials = [t for t in found.trials if not only or any(o in t.name for o in only)]
+        baseline, results = run_trials(
+            found.model,
+            found.test,
+            trials,
+            found.calibration,
+            seeds=range(seed, seed + draws),
+            say=say,
+        )
+        n = len(found.test)
+        Console().print(trial_table(baseline, n, results, found.title))
+        Console().print(
+            f"n = {n:,}; original with one standard error, the others with the standard "
+            f"deviation over {draws} draws",
+            style="dim",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trials(folder / "trials.json", found.title, command_line(), baseline, n, results)
+    if small and epochs:
+        job = cifar10_resnet56_job(
+            weights, data, recover_epochs=epochs, calibration_images=count, seed=seed
+        )
+        run_and_print(job, folder)

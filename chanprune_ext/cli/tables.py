@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from chanprune_ext.file_checks import Check
     from chanprune_ext.report import Stage
+    from chanprune_ext.trials import TrialResult
 
-__all__ = ["check_table", "facts_table", "stage_table"]
+__all__ = ["check_table", "facts_table", "stage_table", "trial_table"]
 
 
 def stage_table(stages: Sequence[Stage], title: str) -> Table:
@@ -45,6 +46,29 @@ def stage_table(stages: Sequence[Stage], title: str) -> Table:
             f"{format_count(stage.macs)} {stage.macs / first.macs:.2f}x",
             latency,
             size,
+        )
+    return table
+
+
+def trial_table(baseline: float, n: int, results: Sequence[TrialResult], title: str) -> Table:
+    """One row a way of pruning: mean over the draws and their spread, beside the original."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("no training, no labels", no_wrap=True)
+    for heading in ("top-1", "drop", "agree", "MACs", "params"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("published")
+    error = (baseline * (1 - baseline) / n) ** 0.5
+    table.add_row("original", format_accuracy(baseline, error), "", "", "x1", "x1", "")
+    for result in results:
+        spread = result.spread if len(result.draws) > 1 else None
+        table.add_row(
+            result.name,
+            format_accuracy(result.top1, spread),
+            f"{100 * (baseline - result.top1):.2f}",
+            f"{100 * result.agreement:.1f} %",
+            f"x{result.macs_share:.2f}",
+            f"x{result.params_share:.2f}",
+            result.published,
         )
     return table
 

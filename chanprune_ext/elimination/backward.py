@@ -45,7 +45,7 @@ class Problem:
             part[absent] = 0
             gap = absent.unsqueeze(1) | absent.unsqueeze(2)
             block = torch.where(gap, torch.eye(block.shape[-1]).to(block), block)
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(block), part, upper=False)
+        half = torch.linalg.solve_triangular(_lower(block), part, upper=False)
         return half.square().sum((1, 2)) * self.scale
 
     def remove(self, units: Tensor) -> None:
@@ -54,7 +54,7 @@ class Problem:
         gone = gone[gone >= 0]
         if not len(gone):
             return
-        factor = torch.linalg.cholesky(self.inverse[gone][:, gone])
+        factor = _lower(self.inverse[gone][:, gone])
         cross = torch.linalg.solve_triangular(factor, self.inverse[gone], upper=False)
         part = torch.linalg.solve_triangular(factor, self.weights[:, gone].mT, upper=False)
         self.weights.addmm_(part.mT, cross, alpha=-1)
@@ -63,6 +63,18 @@ class Problem:
         self.weights[:, gone] = 0
         self.inverse[gone] = 0
         self.inverse[:, gone] = 0
+
+
+def _lower(blocks: Tensor) -> Tensor:
+    """Cholesky factors; where round-off has eaten a block's last digits, of a block nearby."""
+    factors, failed = torch.linalg.cholesky_ex(blocks)
+    strength = 1e-12
+    while bool(failed.any()) and strength < 1:
+        diagonal = blocks.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
+        eye = torch.eye(blocks.shape[-1]).to(blocks)
+        factors, failed = torch.linalg.cholesky_ex(blocks + strength * diagonal * eye)
+        strength *= 100
+    return factors
 
 
 @dataclass(frozen=True)

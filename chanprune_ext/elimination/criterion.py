@@ -174,7 +174,12 @@ def _unit_columns(reader: Reader, groups: Sequence[CouplingGroup]) -> Tensor:
     for group in groups:
         found = [m.indices for m in group.members if m.entry == reader.layer.entry and m.dim == 1]
         indices = np.concatenate(found, 1) if found else np.empty((group.units, 0), dtype=np.int64)
+        indices = np.sort(indices, 1)
+        # One index may stand for the same channel of several groups of a convolution.
+        again = np.zeros_like(indices, dtype=bool)
+        again[:, 1:] = indices[:, 1:] == indices[:, :-1]
         columns = indices[:, :, None] * taps + np.arange(taps)
+        columns[again] = -1
         parts.append(torch.from_numpy(columns.reshape(group.units, -1)))
     width = max(part.shape[1] for part in parts)
     return torch.cat(

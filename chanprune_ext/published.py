@@ -1,0 +1,155 @@
+"""Published results measured again without training: networks, data, ways of pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chanprune_ext.allocation import Budget
+from chanprune_ext.checkpoint import load_weights
+from chanprune_ext.data import calibration_batches, open_dataset
+from chanprune_ext.elimination import elimination
+from chanprune_ext.models import resnet56
+from chanprune_ext.trials import Trial
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from chanprune_ext.data import ImageDataset
+
+__all__ = ["TrialSet", "cifar10_resnet56_set", "imagenet_mobilenetv2_set"]
+
+# The expansions of MobileNetV2's blocks: the first block has none.
+_EXPANSIONS = tuple(f"features.{block}.conv.0.0" for block in range(2, 18))
+
+
+@dataclass(frozen=True)
+class TrialSet:
+    """What :func:`chanprune_ext.trials.run_trials` needs.
+
+    Attributes:
+        title: Heading of the table.
+        model: The trained network.
+        test: Labelled images to report on.
+        trials: Ways of pruning it.
+        calibration: Seed -> unlabelled batches.
+    """
+
+    title: str
+    model: nn.Module
+    test: ImageDataset
+    trials: tuple[Trial, ...]
+    calibration: Callable[[int], list[Tensor]]
+
+
+def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int) -> TrialSet:
+    """ResNet-56 on CIFAR-10.
+
+    Args:
+        weights: State dict of a ResNet-56 trained on CIFAR-10.
+        data: CIFAR-10 as :func:`chanprune_ext.data.open_dataset` takes it, raw pixels.
+        images: Unlabelled training images; as many blends of two of them are added.
+    """
+    model = resnet56()
+    load_weights(model, weights)
+    train = open_dataset(data, "train")
+    halves: dict[str, Any] = {"ratio": 0.0, "ratios": {"layer*.conv1": 0.5}}
+    return TrialSet(
+        title="ResNet-56 on CIFAR-10",
+        model=model.eval(),
+        test=open_dataset(data, "test"),
+        trials=(
+            Trial(
+                "blocks halved, plain L1",
+                lambda _: {**halves, "criterion": "l1"},
+                after=None,
+                published="article: drop 3.87; measured elsewhere: 65",
+            ),
+            Trial(
+                "blocks halved",
+                lambda batches: {**halves, "criterion": elimination(batches)},
+                published="article: drop 3.87; He et al. 2017: 2.0",
+            ),
+            Trial(
+                "MACs x0.50",
+                lambda batches: _within(batches, Budget(macs=0.5)),
+                published="article: drop 3.87; He et al. 2017: 2.0",
+            ),
+            Trial("MACs x0.40", lambda batches: _within(batches, Budget(macs=0.4))),
+            Trial(
+                "every group halved",
+                lambda batches: {"ratio": 0.5, "criterion": elimination(batches)},
+            ),
+        ),
+        calibration=lambda seed: calibration_batches(train, images, seed=seed, mixed=True),
+    )
+
+
+def imagenet_mobilenetv2_set(
+    weights: str | os.PathLike[str],
+    data: str,
+    test_data: str | None,
+    class_file: str | os.PathLike[str] | None,
+    images: int,
+) -> TrialSet:
+    """MobileNetV2 on ImageNet, normalised to [-1, 1].
+
+    Args:
+        weights: State dict in torchvision's layout.
+        data: Folder or archive with training images.
+        test_data: Folder or archive with validation images. Default: the split of ``data``.
+        class_file: Class folder names in label order.
+        images: Unlabelled training images.
+    """
+    from torchvision.models import mobilenet_v2
+
+    model = mobilenet_v2()
+    load_weights(model, weights)
+    pixels: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "class_file": class_file}
+    train = open_dataset(data, "train", **pixels)
+
+    def hidden(ratio: float) -> dict[str, Any]:
+        return {"ratio": 0.0, "ratios": dict.fromkeys(_EXPANSIONS, ratio)}
+
+    return TrialSet(
+        title="MobileNetV2 on ImageNet",
+        model=model.eval(),
+        test=open_dataset(test_data or data, "val", resize=227, **pixels),
+        trials=(
+            Trial(
+                "hidden -30 %, plain L1",
+                lambda _: {**hidden(0.3), "criterion": "l1"},
+                after=None,
+                published="article: drop 3.6",
+            ),
+            Trial(
+                "hidden -10 %",
+                lambda batches: {**hidden(0.1), "criterion": elimination(batches)},
+                published="LBYL, no data: drop 18.5",
+            ),
+            Trial(
+                "hidden -30 %",
+                lambda batches: {**hidden(0.3), "criterion": elimination(batches)},
+                published="article: drop 3.6",
+            ),
+            Trial(
+                "params x0.65",
+                lambda batches: _within(batches, Budget(params=0.65)),
+                published="article: drop 3.6",
+            ),
+        ),
+        calibration=lambda seed: calibration_batches(train, images, seed=seed),
+    )
+
+
+def _within(batches: list[Tensor], budget: Budget) -> dict[str, Any]:
+    """Inner channels chosen by elimination, over all layers, within a budget."""
+    return {
+        "budget": budget,
+        "criterion": elimination(batches),
+        "scope": "global",
+        "kinds": ("hidden",),
+    }

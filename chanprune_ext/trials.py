@@ -1,0 +1,215 @@
+"""Ways of pruning one trained classifier without any label, measured side by side.
+
+Every trial is repeated with several draws of the calibration images; nothing is chosen by the test
+images. A trial's network is compared with the original on the same images, which is much tighter
+than the two accuracies: the share of images on which both agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chanprune_ext.atomic_files import write_text
+from chanprune_ext.compensation import compensate
+from chanprune_ext.data import make_loader
+from chanprune_ext.module_modes import evaluating
+from chanprune_ext.pruning import plan
+from chanprune_ext.report import environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from chanprune_ext.data import ImageDataset
+
+__all__ = ["Draw", "Trial", "TrialResult", "run_trials", "save_trials"]
+
+Calibration = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way of pruning.
+
+    Attributes:
+        name: What tables call it.
+        plan_options: Options of :func:`chanprune_ext.plan`, made from the calibration batches.
+        after: Changes the pruned network: ``after(pruned, original, batches)``. Default:
+            :func:`chanprune_ext.compensate`.
+        published: What is known from elsewhere, in words.
+    """
+
+    name: str
+    plan_options: Callable[[Calibration], Mapping[str, Any]]
+    after: Callable[[nn.Module, nn.Module, Calibration], object] | None = compensate
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a trial gave with one draw of the calibration images.
+
+    Attributes:
+        seed: Seed of the draw.
+        top1: Accuracy on the test images, a fraction.
+        agreement: Share of test images on which pruned and original network agree.
+        kl: Mean ``KL(original || pruned)`` of the softmax outputs on the test images, in nats.
+        difference_error: Standard error of the accuracy's difference from the original's, paired.
+        seconds: CPU time for choosing channels and refitting.
+    """
+
+    seed: int
+    top1: float
+    agreement: float
+    kl: float
+    difference_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial over all draws.
+
+    Attributes:
+        name: What tables call it.
+        published: What is known from elsewhere, in words.
+        params: Parameters left.
+        macs: Multiply-accumulates left.
+        params_share: Of the original's.
+        macs_share: Of the original's.
+        draws: One a seed.
+    """
+
+    name: str
+    published: str
+    params: int
+    macs: int
+    params_share: float
+    macs_share: float
+    draws: tuple[Draw, ...] = field(default_factory=tuple)
+
+    @property
+    def top1(self) -> float:
+        """Mean accuracy over the draws."""
+        return statistics.fmean(draw.top1 for draw in self.draws)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the accuracy over the draws; 0 for one."""
+        return statistics.stdev(d.top1 for d in self.draws) if len(self.draws) > 1 else 0.0
+
+    @property
+    def agreement(self) -> float:
+        """Mean agreement over the draws."""
+        return statistics.fmean(draw.agreement for draw in self.draws)
+
+
+def run_trials(
+    model: nn.Module,
+    test: ImageDataset,
+    trials: Sequence[Trial],
+    calibration: Callable[[int], Calibration],
+    *,
+    seeds: Sequence[int],
+    say: Callable[[str], None],
+) -> tuple[float, list[TrialResult]]:
+    """Runs every trial with every draw of calibration images.
+
+    Args:
+        model: The trained classifier; left as it is.
+        test: Labelled images to report on.
+        trials: What to try.
+        calibration: Seed -> unlabelled batches, none of them from ``test``.
+        seeds: Seeds of the draws.
+        say: Receives one line as each trial begins.
+
+    Returns:
+        The original's accuracy, and one result a trial.
+    """
+    expected, labels = _predictions(model, test)
+    right = expected.argmax(1) == labels
+    results = []
+    example = torch.zeros(1, *test.shape)
+    for trial in trials:
+        draws = []
+        made = None
+        for seed in seeds:
+            say(f"{trial.name}, seed {seed}")
+            batches = calibration(seed)
+            start = time.process_time()
+            made = plan(model, example, **trial.plan_options(batches))
+            pruned = made.apply(model)
+            if trial.after is not None:
+                trial.after(pruned, model, batches)
+            seconds = time.process_time() - start
+            draws.append(_draw(seed, *_predictions(pruned, test), expected, right, seconds))
+            say(f"  top-1 {draws[-1].top1:.2%}, agreement {draws[-1].agreement:.2%}")
+        assert made is not None
+        results.append(
+            TrialResult(
+                trial.name,
+                trial.published,
+                made.params_after,
+                made.macs_after,
+                made.params_after / made.params_before,
+                made.macs_after / made.macs_before,
+                tuple(draws),
+            )
+        )
+    return float(right.float().mean()), results
+
+
+def _draw(
+    seed: int, logits: Tensor, labels: Tensor, expected: Tensor, right: Tensor, seconds: float
+) -> Draw:
+    mine = logits.argmax(1) == labels
+    difference = mine.double() - right.double()
+    log_before = F.log_softmax(expected.double(), 1)
+    log_after = F.log_softmax(logits.double(), 1)
+    return Draw(
+        seed=seed,
+        top1=float(mine.float().mean()),
+        agreement=float((logits.argmax(1) == expected.argmax(1)).float().mean()),
+        kl=float((log_before.exp() * (log_before - log_after)).sum(1).mean()),
+        difference_error=float(difference.std()) / math.sqrt(len(difference)),
+        seconds=round(seconds, 1),
+    )
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, data: ImageDataset) -> tuple[Tensor, Tensor]:
+    with evaluating(model):
+        found = [(model(x), y) for x, y in make_loader(data, 64)]
+    return torch.cat([logits for logits, _ in found]), torch.cat([labels for _, labels in found])
+
+
+def save_trials(
+    path: Path, title: str, command: str, baseline: float, n: int, results: Sequence[TrialResult]
+) -> None:
+    """Writes all figures as JSON, whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    document = {
+        "title": title,
+        "command": command,
+        "versions": dict(environment()),
+        "test_images": n,
+        "baseline": baseline,
+        "baseline_error": math.sqrt(baseline * (1 - baseline) / n),
+        "trials": [
+            {**asdict(r), "top1": r.top1, "spread": r.spread, "agreement": r.agreement}
+            for r in results
+        ],
+    }
+    write_text(path, json.dumps(document, indent=1))
