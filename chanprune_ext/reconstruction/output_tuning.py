@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["OUTPUT", "End", "tune_output"]
 
 OUTPUT = "output"
+_GENTLER = (
+    0.1  # of the learning rate: an image is one sample here, and hundreds of pixels in a block
+)
 
 
 class _Placeholder(nn.Module):
@@ -188,7 +191,8 @@ def tune_output(
                 total, weight = total + float(error), weight + float(energy)
         return total / weight if weight > 0 else total
 
-    tuned = tune(weights, len(fit.feed), loss_of, judged, options.schedule, options.generator)
+    gentle = replace(options.schedule, lr=_GENTLER * options.schedule.lr)
+    tuned = tune(weights, len(fit.feed), loss_of, judged, gentle, options.generator)
     after = tuned.error_after
     if tuned.epoch:
         settled(
