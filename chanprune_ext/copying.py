@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import copyreg
+import functools
+import types
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
-
-__all__ = ["copied"]
+__all__ = ["copied", "copies_plainly"]
 
 
 def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -> nn.Module:
@@ -31,24 +36,115 @@ def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -
         InvalidArgumentError: Something the model holds cannot be copied.
     """
     memo: dict[int, Any] = dict(replacements or {})
-    for module in model.modules():
-        for tensor in tensors_in(list(module.__dict__.values())):
-            if not tensor.is_leaf:
-                memo.setdefault(id(tensor), tensor.detach().clone())
+    modules = [module for _, module in modules_of(model)]
+    for module in modules:
+        for value in module.__dict__.values():
+            if type(value) in _ATOMS or (type(value) in _HOLDERS and not value):
+                continue
+            for tensor in tensors_in(value):
+                if not tensor.is_leaf:
+                    memo.setdefault(id(tensor), tensor.detach().clone())
     given = frozenset(memo)
     try:
-        result = copy.deepcopy(model, memo)
+        _copy_plain(modules, memo)
+        result: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise InvalidArgumentError(
             f"the model cannot be copied ({type(error).__name__}: {error}); prune it with "
             f"inplace=True, or remove what cannot be copied from it first"
         ) from error
-    for parameter in model.parameters():
-        if id(parameter) not in given:
+    parameters = [p for module in modules for p in module._parameters.values()]  # noqa: SLF001
+    for parameter in dict.fromkeys(parameters):
+        if parameter is not None and id(parameter) not in given:
             carry_over(parameter, memo[id(parameter)], memo)
             if parameter.grad is not None:
                 memo[id(parameter)].grad = parameter.grad.clone()
     return result
+
+
+# What every module has for itself: mostly empty dicts of hooks.
+_OWN = frozenset(nn.Module().__dict__)
+_HOLDERS = frozenset({dict, OrderedDict, set})
+# What copy.deepcopy gives back as it is.
+_ATOMS = frozenset(
+    {
+        *(int, float, bool, str, complex, bytes, type(None), type),
+        *(types.FunctionType, types.BuiltinFunctionType),
+    }
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def copies_plainly(kind: type[nn.Module]) -> bool:
+    """Whether a copy of such a module is a new one with a copy of its ``__dict__``."""
+    return (
+        not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__"))
+        and not hasattr(kind, "__getnewargs_ex__")
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__getstate__ is nn.Module.__getstate__
+        and _only_completes(kind.__setstate__)
+        and kind.__new__ is object.__new__
+        and kind not in copyreg.dispatch_table
+        and not copyreg._slotnames(kind)  # type: ignore[attr-defined]  # noqa: SLF001
+    )
+
+
+def _only_completes(setstate: Any) -> bool:
+    """Whether this adds what older files lack, as torch's layers do; the recurrent ones do more."""
+    where = str(getattr(setstate, "__module__", ""))
+    return where.startswith("torch.nn.modules.") and not where.endswith(".rnn")
+
+
+def _copy_plain(modules: list[nn.Module], memo: dict[int, Any]) -> None:
+    """Copy the modules that have no ways of their own, into ``memo``.
+
+    That is what ``copy.deepcopy`` does with them, which takes thousands of calls for the empty
+    dicts of hooks that every module has.
+    """
+    plain = [m for m in modules if copies_plainly(type(m)) and "__deepcopy__" not in m.__dict__]
+    for module in plain:
+        memo[id(module)] = object.__new__(type(module))
+    for module in plain:
+        target = memo[id(module)].__dict__
+        for name, value in module.__getstate__().items():
+            kind = type(value)
+            if kind in _ATOMS or (kind is tuple and all(type(v) in _ATOMS for v in value)):
+                target[name] = value
+            elif name in _OWN and kind in _HOLDERS and not value:
+                target[name] = kind()
+            else:
+                target[name] = _copied_value(value, memo)
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if kind is dict or kind is OrderedDict:
+        result = memo[id(value)] = kind()
+        for key, item in value.items():
+            new_key = key if type(key) in _ATOMS else copy.deepcopy(key, memo)
+            result[new_key] = _copied_value(item, memo)
+        return result
+    if kind is Tensor and _is_counter(value):
+        result = memo[id(value)] = value.clone()
+        return result
+    return copy.deepcopy(value, memo)
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    """Whether this is nothing but one number, such as the count of batches of a batch norm."""
+    return (
+        tensor.dim() == 0
+        and not tensor.requires_grad
+        and not tensor.__dict__
+        and not tensor.is_meta
+        and tensor.untyped_storage().nbytes() == tensor.element_size()
+    )
 
 
 def carry_over(old: Tensor, new: Tensor, memo: dict[int, Any]) -> None:

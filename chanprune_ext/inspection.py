@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from chanprune_ext.analysis import analyse
-from chanprune_ext.analysis.couplings import couplings_of
+from chanprune_ext.analysis.couplings import aliases_of, couplings_of
 from chanprune_ext.explanation import explain
 from chanprune_ext.plan import structure_of
 from chanprune_ext.pruning import group_summaries
@@ -84,7 +84,7 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
         AnalysisError: The model's forward raised.
     """
     analysis = analyse(model, example_inputs)
-    couplings = couplings_of(analysis, model)
+    couplings = couplings_of(analysis, aliases_of(model))
     trace = analysis.trace
     return Inspection(
         groups=group_summaries(analysis, {}),

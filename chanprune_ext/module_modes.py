@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from chanprune_ext.module_tree import modules_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -16,15 +18,17 @@ __all__ = ["evaluating", "without_cache"]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every module into evaluation mode, and on exit each back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+    modes = [(module, module.training) for _, module in modules_of(model)]
+    for module, mode in modes:
         # Not `model.eval()`: a model may override it, to keep parts training, say.
-        module.training = False
+        if mode:
+            module.training = False
     try:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager

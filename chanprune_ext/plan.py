@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from chanprune_ext.analysis.scales import Rescaling
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.atomic_files import write_text
 from chanprune_ext.errors import CheckpointError, PlanMismatchError
+from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     import os
@@ -75,7 +77,7 @@ class PruningPlan:
         options: The selection arguments the plan was made with.
         fingerprint: Structure of the model the plan belongs to.
         inputs: Shapes and dtypes of the example inputs, nested as they were given.
-        couplings: What couples the channels of each group, for :meth:`explain`.
+        deferred_couplings: Makes :attr:`couplings`.
         example_inputs: The inputs themselves; not saved.
         outputs: What picks the outputs that keep their shape; not saved.
     """
@@ -94,13 +96,31 @@ class PruningPlan:
     options: Mapping[str, Any]
     fingerprint: Mapping[str, Any]
     inputs: Any
-    couplings: Couplings = field(default_factory=Couplings, repr=False)
+    deferred_couplings: Callable[[], Couplings] = field(default=Couplings, repr=False)
     example_inputs: Any = field(default=None, repr=False)
     outputs: Callable[[Any], Any] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickled model carries its plan, but no batch of inputs."""
-        return {**vars(self), "example_inputs": None, "outputs": None}
+        couplings = self.couplings
+        return {
+            **vars(self),
+            "couplings": couplings,
+            "deferred_couplings": Couplings,
+            "example_inputs": None,
+            "outputs": None,
+        }
+
+    @functools.cached_property
+    def couplings(self) -> Couplings:
+        """What couples the channels of each group, for :meth:`explain`.
+
+        Put together when it is asked for, or the plan is saved: pruning itself does not need it.
+        """
+        couplings = self.deferred_couplings()
+        # What it was made of, the whole trace, is not needed any more.
+        object.__setattr__(self, "deferred_couplings", Couplings)
+        return couplings
 
     @property
     def pruned(self) -> dict[str, dict[int, Tensor]]:
@@ -247,7 +267,7 @@ class PruningPlan:
                 options=data["options"],
                 fingerprint=data["fingerprint"],
                 inputs=data["inputs"],
-                couplings=_read_couplings(data),
+                deferred_couplings=functools.partial(_given, _read_couplings(data)),
             )
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             if isinstance(error, CheckpointError):
@@ -319,6 +339,10 @@ def _reached(reached: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _given(couplings: Couplings) -> Couplings:
+    return couplings
+
+
 def _read_couplings(data: Mapping[str, Any]) -> Couplings:
     """The couplings of a saved plan; none where an older version saved it."""
     if "couplings" not in data:
@@ -374,7 +398,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     """What must agree between two models for a plan to mean the same in both."""
     return {
         "class": type(model).__name__,
-        "modules": {name: type(m).__name__ for name, m in model.named_modules() if name},
+        "modules": {name: type(m).__name__ for name, m in modules_of(model) if name},
         "tensors": {name: list(t.shape) for name, t in tensors_of(model).items()},
     }
 

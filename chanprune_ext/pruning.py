@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,17 +14,20 @@ from torch import Tensor, nn
 
 from chanprune_ext.allocation import Budget, Goal, Selection
 from chanprune_ext.analysis import Analysis, analyse
-from chanprune_ext.analysis.couplings import couplings_of
+from chanprune_ext.analysis.couplings import aliases_of, couplings_of
 from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.garbage import collector_paused
 from chanprune_ext.measured_budget import plan_within
+from chanprune_ext.module_tree import structure_remembered
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
 from chanprune_ext.removal import verified_removal
+from chanprune_ext.surgery import apply_plan
 from chanprune_ext.verification import input_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 __all__ = ["plan", "prune"]
@@ -106,7 +111,8 @@ def plan(
         max_ratio=max_ratio,
         normalise=normalise or ("none" if getattr(criterion, "comparable", False) else "mean"),
     )
-    analysis = analyse(model, example_inputs, outputs)
+    with _at_work(model):
+        analysis = analyse(model, example_inputs, outputs)
     _warn_of_branches(analysis)
     scores = score_groups(model, analysis.groups, criterion, seed)
     names = [name for name, _ in model.named_parameters()]
@@ -126,9 +132,12 @@ def plan(
         "substrate": analysis.trace.substrate,
     }
 
+    aliases = aliases_of(model)
+
     def plan_for(goals: tuple[Goal, ...]) -> PruningPlan:
         wanted = replace(selection, goals=goals)
-        removal = verified_removal(analysis, model, example_inputs, scores, wanted, names)
+        with _at_work(model):
+            removal = verified_removal(analysis, model, example_inputs, scores, wanted, names)
         return PruningPlan(
             kept={
                 entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
@@ -147,7 +156,7 @@ def plan(
             options=options,
             fingerprint=structure_of(model),
             inputs=input_shapes(example_inputs),
-            couplings=couplings_of(analysis, model),
+            deferred_couplings=functools.partial(couplings_of, analysis, aliases),
             outputs=outputs,
             example_inputs=substitute(example_inputs, Tensor.detach),
         )
@@ -202,7 +211,20 @@ def prune(
         >>> pruned = chanprune_ext.prune(resnet50(), torch.randn(1, 3, 224, 224), ratio=0.5)
     """
     made = plan(model, example_inputs, ratio, **options)
-    return made.apply(model, inplace=inplace, optimizer=optimizer, verify=verify)
+    with _at_work(model):
+        return apply_plan(
+            made, model, inplace=inplace, optimizer=optimizer, verify=verify, replayed=True
+        )
+
+
+@contextlib.contextmanager
+def _at_work(model: nn.Module) -> Iterator[None]:
+    """While a model is looked at from all sides, and nobody else is to change it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(collector_paused())
+        if isinstance(model, nn.Module):  # else the analysis says so
+            stack.enter_context(structure_remembered(model))
+        yield
 
 
 def _warn_of_branches(analysis: Analysis) -> None:

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import steady_calls
 from chanprune_ext.analysis.replay import set_attributes
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.copying import carry_over, copied
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import slice_channels
 from chanprune_ext.plan import attach_plans, plans_of
-from chanprune_ext.verification import verify_outputs, verify_runs, zeroed_outputs
+from chanprune_ext.verification import (
+    is_as_replayed,
+    verify_outputs,
+    verify_runs,
+    zeroed_outputs,
+)
+from chanprune_ext.widths import restore_widths, set_widths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,6 +47,7 @@ def apply_plan(
     optimizer: Optimizer | None = None,
     verify: str | None = "replay",
     example_inputs: Any = None,
+    replayed: bool = False,
 ) -> nn.Module:
     """Prune a model by a plan.
 
@@ -56,6 +62,10 @@ def apply_plan(
         verify: ``"replay"`` runs the result on meta tensors, ``"numeric"`` also compares it in
             float64 with the original whose removed channels are zeroed, None does neither.
         example_inputs: Inputs for ``"numeric"`` where the plan was loaded from a file.
+        replayed: The plan has just been made for this very object. It need not be checked against
+            it, and where the result is, tensor by tensor and attribute by attribute, what the
+            plan's own replay ran, it is not run a second time
+            (:func:`chanprune_ext.verification.is_as_replayed`).
 
     Returns:
         The pruned model; ``model`` itself if ``inplace``.
@@ -67,9 +77,11 @@ def apply_plan(
     """
     if verify not in ("replay", "numeric", None):
         raise InvalidArgumentError(f"verify must be 'replay', 'numeric' or None, got {verify!r}")
-    plan.check(model)
+    if not replayed:
+        plan.check(model)
     if inplace and optimizer is None and verify != "numeric":
-        return _apply_streaming(plan, model, verify)
+        # What runs there before the first cut are the very stand-ins of the replay.
+        return _apply_streaming(plan, model, None if replayed else verify)
     tensors = tensors_of(model)
     changing = _changing(plan, tensors)
     sliced = _sliced_tensors(plan, tensors, changing)
@@ -83,9 +95,9 @@ def apply_plan(
         else:
             pruned = copied(model, _replacements(tensors, sliced, gradients))
         _set_attributes(plan, pruned, undo)
-        _set_widths(pruned, undo)
+        undo.callback(restore_widths, set_widths(pruned))
         _remember(plan, pruned, undo)
-        if verify is not None:
+        if verify is not None and not (replayed and is_as_replayed(plan, model, pruned)):
             verify_runs(plan, pruned)
         if expected is not None:
             verify_outputs(plan, pruned, expected, example_inputs)
@@ -114,7 +126,7 @@ def _apply_streaming(plan: PruningPlan, model: nn.Module, verify: str | None) ->
         gradients = _sliced_gradients(plan, tensors, [name])
         _put_data(tensors[name], _sliced_tensors(plan, tensors, [name])[name], gradients.get(name))
     with contextlib.ExitStack() as undo:
-        _set_widths(model, undo)
+        undo.callback(restore_widths, set_widths(model))
         _remember(plan, model, undo)
         undo.pop_all()
     return model
@@ -229,44 +241,10 @@ def _set_attributes(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitSt
             undo.callback(setattr, module, name, old)
 
 
-def _set_widths(model: nn.Module, undo: contextlib.ExitStack) -> None:
-    """The widths that torch's own layers tell."""
-    with steady_calls(model):  # in training mode, spectral norm would move on when looked at
-        for module in model.modules():
-            for name, width in _widths(module).items():
-                old = getattr(module, name, None)
-                if old != width:
-                    undo.callback(setattr, module, name, old)
-                    setattr(module, name, width)
-
-
 def _remember(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitStack) -> None:
     plans = plans_of(model)
     undo.callback(attach_plans, model, plans)
     attach_plans(model, (*plans, plan))
-
-
-def _widths(module: nn.Module) -> dict[str, Any]:
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        first, second = weight.shape[:2] if weight is not None else (0, 0)
-        if module.transposed:
-            return {"in_channels": first, "out_channels": second * module.groups}
-        return {"out_channels": first, "in_channels": second * module.groups}
-    if isinstance(module, nn.Linear) and weight is not None:
-        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        vector = weight if weight is not None else module.running_mean
-        return {} if vector is None else {"num_features": vector.shape[0]}
-    if isinstance(module, nn.GroupNorm) and weight is not None:
-        return {"num_channels": weight.shape[0]}
-    if isinstance(module, nn.LayerNorm) and weight is not None:
-        return {"normalized_shape": tuple(weight.shape)}
-    if isinstance(module, nn.PReLU) and weight is not None:
-        return {"num_parameters": weight.shape[0]}
-    if isinstance(module, nn.Embedding) and weight is not None:
-        return {"embedding_dim": weight.shape[1]}
-    return {}
 
 
 def _sliced_state(

@@ -14,17 +14,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 from chanprune_ext.analysis.calls import steady_calls, tensors_in
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.stand_ins import call_substituted, substitute, tensors_of
-from chanprune_ext.copying import copied
+from chanprune_ext.copying import copied, copies_plainly
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
+from chanprune_ext.module_tree import modules_of
 from chanprune_ext.plan_inputs import inputs_from
+from chanprune_ext.widths import WIDTH_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from chanprune_ext.plan import PruningPlan
 
 __all__ = [
     "input_shapes",
+    "is_as_replayed",
     "max_relative_error",
     "verify_outputs",
     "verify_runs",
@@ -117,17 +120,75 @@ def verify_runs(
     """
     if plan.options.get("substrate") != "meta":
         return
-    with steady_calls(pruned), torch.device("meta"), MetaCalls():
+    meta = torch.device("meta")
+    with steady_calls(pruned), MetaCalls(meta):
         tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
         for name, dims in (kept or {}).items():
             shape = list(tensors[name].shape)
             for dim, index in dims.items():
                 shape[dim] = len(index)
-            tensors[name] = torch.empty(shape, dtype=tensors[name].dtype)
+            tensors[name] = torch.empty(shape, dtype=tensors[name].dtype, device=meta)
         try:
             call_substituted(pruned, tensors, inputs_from(plan.inputs, "meta"))
         except Exception as error:
             raise VerificationError(f"the pruned model does not run: {error}") from error
+
+
+def is_as_replayed(plan: PruningPlan, model: nn.Module, pruned: nn.Module) -> bool:
+    """Whether running ``pruned`` would repeat what the replay of its plan has run.
+
+    The replay ran the forward of ``model`` on stand-ins of the kept shapes, with the attributes of
+    the plan and the widths of torch's layers set, and compared every call, number and shape with
+    the trace. What a forward does follows from the code of the modules, their attributes and their
+    tensors. If the result has the same modules, of classes that are copied by copying what they
+    hold, with the same attributes, and tensors of just these shapes, nothing is left that a second
+    run could do otherwise.
+
+    Args:
+        plan: A plan that was made for ``model``.
+        model: The model before it was pruned.
+        pruned: The result; may be ``model`` itself.
+    """
+    expected = dict(plan.fingerprint["tensors"])
+    for entry, dims in plan.kept.items():
+        shape = list(expected[entry])
+        for dim, kept in dims.items():
+            shape[dim] = len(kept)
+        expected[entry] = shape
+    tensors = tensors_of(pruned)
+    if {name: list(t.shape) for name, t in tensors.items()} != expected:
+        return False
+    if pruned is model:
+        return True
+    originals = tensors_of(model)
+    if any(t.dtype != originals[name].dtype for name, t in tensors.items()):
+        return False
+    before, after = modules_of(model), modules_of(pruned)
+    changed = {(attribute.module, attribute.name) for attribute in plan.attributes}
+    return len(before) == len(after) and all(
+        path == new_path and _same_module(path, old, new, changed)
+        for (path, old), (new_path, new) in zip(before, after, strict=True)
+    )
+
+
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
+
+
+def _same_module(
+    path: str, old: nn.Module, new: nn.Module, changed: Container[tuple[str, str]]
+) -> bool:
+    """Whether a module is a plain copy, apart from widths and attributes that a plan changes."""
+    if type(old) is not type(new) or not copies_plainly(type(old)):
+        return False
+    if len(new.__dict__) < len(old.__dict__):
+        return False
+    values = new.__dict__
+    for name, value in old.__dict__.items():
+        if type(value) not in _SIMPLE or (name in values and values[name] == value):
+            continue
+        if name not in WIDTH_NAMES and (path, name) not in changed:
+            return False
+    return True
 
 
 def zeroed_outputs(plan: PruningPlan, model: nn.Module, inputs: Any = None) -> Any:

@@ -118,7 +118,7 @@ def test_what_is_printed() -> None:
             f"      inner (weight dim 1) -- convolution in 'inner' ({place(Net, 'self.inner(')}) "
             "-- stem"
         ),
-        f"      fc (weight dim 1) -- addmm in 'fc' ({place(Net, 'self.fc(')}) -- stem",
+        f"      fc (weight dim 1) -- linear in 'fc' ({place(Net, 'self.fc(')}) -- stem",
         (
             "  reads group 'inner': 6 -> 3 channels, made by inner; outer -- convolution in "
             f"'outer' ({place(Net, 'self.outer(')}) -- inner"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import TOYS
 
 import chanprune_ext as cpx
-from chanprune_ext import surgery
+from chanprune_ext import surgery, widths
 from chanprune_ext.copying import copied
 from chanprune_ext.errors import InvalidArgumentError, PlanMismatchError, VerificationError
 
@@ -454,7 +454,8 @@ def test_an_error_in_the_middle_changes_nothing(
     plan = plan_for(model, inputs)
     before = run(model, inputs)
     momentum = {id(p): s["momentum_buffer"].clone() for p, s in optimizer.state.items()}
-    original = getattr(surgery, step)
+    owner = widths if step == "_widths" else surgery
+    original = getattr(owner, step)
     calls = 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -467,7 +468,7 @@ def test_an_error_in_the_middle_changes_nothing(
             raise RuntimeError("out of memory")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(surgery, step, failing)
+    monkeypatch.setattr(owner, step, failing)
     with unchanged(model), pytest.raises(RuntimeError, match="out of memory"):
         plan.apply(model, inplace=inplace, optimizer=optimizer)
     assert relative_error(run(model, inputs), before) == 0

@@ -40,12 +40,14 @@ def catalogue(suite: str) -> list[Case]:
     return list(importlib.import_module(f"benchmarks.coverage.{suite}_suite").cases())
 
 
-def _versions(suite: str) -> dict[str, str]:
+def versions(suite: str, *, peer: bool = False) -> dict[str, str]:
+    """Versions of what the results depend on."""
     from importlib.metadata import version
 
     import chanprune_ext
 
     names = ["torch", "torchvision", *({suite} & {"timm", "transformers"})]
+    names += ["torch-pruning"] if peer else []
     return {
         "chanprune_ext": chanprune_ext.__version__,
         "python": platform.python_version(),
@@ -90,12 +92,16 @@ def _done(report: dict[str, Any], options: argparse.Namespace) -> bool:
     return report.get("verdict") == "exact" and (not options.peer or "peer" in report)
 
 
-def _warm_up() -> None:
+def warm_up(*, peer: bool = False) -> None:
     """Load once, before any fork, what the first use of a library loads."""
     import chanprune_ext
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
     chanprune_ext.prune(net, torch.randn(2, 3, 8, 8), 0.5)
+    if peer:
+        from benchmarks.coverage.peer import PeerJob
+
+        PeerJob(net, torch.randn(2, 3, 8, 8), None, 0.5).run()
 
 
 def _short(report: dict[str, Any]) -> str:
@@ -124,7 +130,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"no model of suite {options.suite} is called {options.only}", file=sys.stderr)
         return 2
-    _warm_up()
+    warm_up()
     started = time.time()
     found: dict[str, dict[str, Any]] = {case.name: {"family": case.family} for case in chosen}
     if options.resume and options.json and options.json.exists():
@@ -162,7 +168,7 @@ def _write(options: argparse.Namespace, found: dict[str, dict[str, Any]], second
     content = {
         "suite": options.suite,
         "ratio": options.ratio,
-        "versions": _versions(options.suite),
+        "versions": versions(options.suite),
         "peer": options.peer,
         "wall_s": round(seconds),
         "models": {name: report for name, report in found.items() if "verdict" in report},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from benchmarks.coverage.case import Case
     from chanprune_ext.analysis import Analysis
 
-__all__ = ["check_peer"]
+__all__ = ["PeerJob", "check_peer"]
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -66,7 +67,7 @@ def _check(case: Case, step: Steps, *, ratio: float) -> None:
     before = sum(p.numel() for p in pruned.parameters())
     step("prune")
     with _tracked(torch_pruning, pruned) as kept:
-        _, seconds = cpu_seconds(lambda: _pruned(torch_pruning, pruned, given, analysis, ratio))
+        _, seconds = cpu_seconds(PeerJob(pruned, given.inputs, analysis, ratio).run)
     step.send({"prune_s": seconds})
     after = sum(p.numel() for p in pruned.parameters())
     effective = after <= EFFECTIVE * before
@@ -112,34 +113,53 @@ def _tracked(library: Any, model: nn.Module) -> Iterator[Callable[[], dict[str, 
         base._prune_parameter_and_grad = slice_parameter  # noqa: SLF001
 
 
-def _pruned(
-    library: Any, model: nn.Module, given: Subject, analysis: Analysis | None, ratio: float
-) -> None:
-    """Prune in place; heads are given by hand and attributes of attention are put right after."""
-    heads, attentions = _attention_heads(model)
-    pruner = library.pruner.BasePruner(
-        model,
-        given.inputs,
-        importance=library.importance.MagnitudeImportance(p=1),
-        pruning_ratio=ratio,
-        ignored_layers=_output_layers(model, analysis),
-        num_heads=heads,
-        output_transform=lambda out: [t for t in tensors_in(out) if t.requires_grad],
-    )
-    pruner.step()
-    patches = getattr(model, "conv_proj", None)
-    if isinstance(patches, nn.Conv2d) and hasattr(model, "hidden_dim"):
-        # Torchvision's vision transformer.
-        model.hidden_dim = patches.out_channels  # type: ignore[assignment]
-    for module, first, count in attentions:
-        width = first.weight.shape[0] if not hasattr(first, "nf") else first.weight.shape[1]
-        parts = 3 if _name_in(module, first) in ("qkv", "query_key_value", "c_attn") else 1
-        for name in _HEAD_SIZES:
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, width // parts // count)
-        for name in _WIDTHS:
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, width // parts)
+@dataclass(eq=False)
+class PeerJob:
+    """One model for the peer to prune in place, and what its documentation has a user find out.
+
+    Args:
+        model: The model, pruned in place by :meth:`run`.
+        inputs: Example inputs.
+        analysis: Names the layers that make the model's outputs; None if there is none.
+        ratio: Fraction of the channels to remove.
+    """
+
+    model: nn.Module
+    inputs: Any
+    analysis: Analysis | None
+    ratio: float
+
+    def __post_init__(self) -> None:
+        self.heads, self.attentions = _attention_heads(self.model)
+        self.outputs = _output_layers(self.model, self.analysis)
+
+    def run(self) -> None:
+        """Prune; attributes of attention are put right after."""
+        import torch_pruning
+
+        pruner = torch_pruning.pruner.BasePruner(
+            self.model,
+            self.inputs,
+            importance=torch_pruning.importance.MagnitudeImportance(p=1),
+            pruning_ratio=self.ratio,
+            ignored_layers=self.outputs,
+            num_heads=self.heads,
+            output_transform=lambda out: [t for t in tensors_in(out) if t.requires_grad],
+        )
+        pruner.step()
+        patches = getattr(self.model, "conv_proj", None)
+        if isinstance(patches, nn.Conv2d) and hasattr(self.model, "hidden_dim"):
+            # Torchvision's vision transformer.
+            self.model.hidden_dim = patches.out_channels  # type: ignore[assignment]
+        for module, first, count in self.attentions:
+            width = first.weight.shape[0] if not hasattr(first, "nf") else first.weight.shape[1]
+            parts = 3 if _name_in(module, first) in ("qkv", "query_key_value", "c_attn") else 1
+            for name in _HEAD_SIZES:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, width // parts // count)
+            for name in _WIDTHS:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, width // parts)
 
 
 def _name_in(module: nn.Module, child: nn.Module) -> str:

@@ -13,6 +13,7 @@ from chanprune_ext.analysis.groups import Analysis, build_analysis
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.analysis.trace import trace_model
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +44,7 @@ def analyse(
             "model is a scripted module, whose forward cannot be followed; prune the eager model "
             "and script the result"
         )
-    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+    if any(type(module).__name__ == "OptimizedModule" for _, module in modules_of(model)):
         raise InvalidArgumentError(
             "model is compiled, or parts of it are; prune the plain model (torch.compile keeps it "
             "as '_orig_mod') and compile the result"
@@ -73,7 +74,7 @@ def analyse(
 
 def _refuse_packed(model: nn.Module) -> None:
     """Weights that are not plain tensors cannot be sliced."""
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         kind = type(module)
         if "quantized" in kind.__module__.split("."):
             raise InvalidArgumentError(

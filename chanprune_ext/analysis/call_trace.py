@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from chanprune_ext.analysis.calls import (
     CallMode,
     results_of,
     run_model,
-    source_line,
+    source_place,
     steady_calls,
     tensors_in,
 )
@@ -119,13 +118,12 @@ class _Recorder(CallMode):
         inputs = tuple(self.values.read(t) for t in tensors_in((args, kwargs)))
         results = results_of(name, args, output)
         outputs = tuple(self.values.write(t) for t in results)
-        file, line = source_line()
         self.calls.append(
             Call(
                 index=index,
                 name=name,
                 module=self.path.current,
-                source=f"{Path(file).name}:{line}",
+                source=source_place(),
                 inputs=inputs,
                 outputs=outputs,
                 parameters={

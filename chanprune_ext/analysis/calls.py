@@ -8,6 +8,7 @@ network and in its pruned copy, whether it was made by a module or by a bare ``x
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from chanprune_ext.module_modes import evaluating
 
@@ -30,7 +32,9 @@ __all__ = [
     "is_query",
     "results_of",
     "run_model",
+    "schema_name",
     "source_line",
+    "source_place",
     "steady_calls",
     "tensors_in",
 ]
@@ -116,22 +120,45 @@ def is_query(name: str) -> bool:
     return name in _QUERIES
 
 
+@functools.lru_cache(maxsize=4096)
+def schema_name(op: Any) -> str:
+    """Name of an ATen operation, without overload: ``"aten::add"``."""
+    return str(op._schema.name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(func: Any) -> tuple[str, bool, bool]:
+    """Name of a function, whether it only asks about a tensor, and whether it makes one."""
+    name = call_name(func)
+    return name, is_query(name), func in _device_constructors()
+
+
 # What most arguments are: looked up before anything slower is asked.
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, slice})
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Tensors inside nested tuples, lists and dicts, in order."""
+    if type(value) is Tensor:
+        return [value]
     found: list[Tensor] = []
     _collect_tensors(value, found)
     return found
 
 
 def _collect_tensors(value: Any, found: list[Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif type(value) in _PLAIN:
+    kind = type(value)
+    if kind in _PLAIN:
         return
+    if kind is tuple or kind is list:
+        for item in value:
+            # The usual members by their type: every call made is looked through several times.
+            if type(item) is Tensor:
+                found.append(item)
+            elif type(item) not in _PLAIN:
+                _collect_tensors(item, found)
+    elif isinstance(value, Tensor):
+        found.append(value)
     elif isinstance(value, (tuple, list)):
         for item in value:
             _collect_tensors(item, found)
@@ -148,11 +175,22 @@ def results_of(name: str, args: tuple[Any, ...], output: Any) -> list[Tensor]:
     return tensors_in(args[:1] if name == "__setitem__" else output)
 
 
+@functools.lru_cache(maxsize=1024)
+def _file_name(path: str) -> str:
+    return os.path.basename(path)  # noqa: PTH119 - any text a code object gives as its file
+
+
+def source_place() -> str:
+    """``file.py:line`` of :func:`source_line`."""
+    file, line = source_line()
+    return f"{_file_name(file)}:{line}"
+
+
 def source_line() -> tuple[str, int]:
     """File and line of the nearest frame outside torch and outside this package's machinery."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_user_code(frame):
+        if _is_user_file(frame.f_code.co_filename):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return "?", 0
@@ -163,14 +201,14 @@ def raising_line(error: BaseException) -> str:
     place = ""
     step = error.__traceback__
     while step is not None:
-        if _is_user_code(step.tb_frame):
+        if _is_user_file(step.tb_frame.f_code.co_filename):
             place = f"{Path(step.tb_frame.f_code.co_filename).name}:{step.tb_lineno}"
         step = step.tb_next
     return place
 
 
-def _is_user_code(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
+@functools.lru_cache(maxsize=1024)
+def _is_user_file(name: str) -> bool:
     return name in _MODEL_FILES or not (
         name.startswith((_TORCH_DIRECTORY, _PACKAGE_DIRECTORY, "<"))
         or name.endswith(("contextlib.py", "functools.py"))
@@ -178,11 +216,18 @@ def _is_user_code(frame: FrameType) -> bool:
 
 
 class CallMode(TorchFunctionMode):
-    """Numbers the torch-level calls made under it. Subclasses override the hooks."""
+    """Numbers the torch-level calls made under it. Subclasses override the hooks.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where calls make tensors that name no device. (``with torch.device(...)`` would do
+            the same as a second mode below this one, which every question about a tensor's shape
+            would have to pass.)
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
         self.next_index = 0
+        self.device = device
 
     def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a question about a tensor."""
@@ -221,9 +266,11 @@ class CallMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = call_name(func)
-        handle = self.query if is_query(name) else self.call
-        return handle(name, func, args, kwargs or {})
+        name, asks, makes = _described(func)
+        kwargs = kwargs or {}
+        if makes and self.device is not None and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": self.device}
+        return (self.query if asks else self.call)(name, func, args, kwargs)
 
 
 def _never(*_: Any) -> bool:

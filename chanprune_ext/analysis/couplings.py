@@ -14,6 +14,7 @@ import numpy as np
 
 from chanprune_ext.analysis.coupling_graph import CoupledDim, CouplingGraph
 from chanprune_ext.analysis.tracer import Event
+from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.groups import Analysis
     from chanprune_ext.analysis.trace import Trace
 
-__all__ = ["CoupledDim", "Couplings", "StuckDim", "couplings_of"]
+__all__ = ["CoupledDim", "Couplings", "StuckDim", "aliases_of", "couplings_of"]
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,20 @@ class Couplings:
         return cls(members, edges, joining, stuck, units, rivals, dict(data["aliases"]))
 
 
-def couplings_of(analysis: Analysis, model: nn.Module) -> Couplings:
+def couplings_of(analysis: Analysis, aliases: Mapping[str, str]) -> Couplings:
     """Turn what a trace remembers into a graph of parameter dimensions.
 
     Args:
-        analysis: The groups of ``model``.
-        model: Where shared parameters have their further names.
+        analysis: The groups of a model.
+        aliases: Further names of its shared parameters, from :func:`aliases_of`.
     """
     trace = analysis.trace
     # (rows, labels): the groups that each label belongs to, -1 for none; several where a label is
     # the OR of others.
-    leaves = trace.store.resolve(np.arange(trace.store.size)[None])
     group_of_root = np.full(trace.store.size, -1, dtype=np.int32)
     for group in analysis.groups:
         group_of_root[group.roots] = group.index
-    groups = group_of_root[leaves]
+    groups = group_of_root[analysis.leaves]
     graph = CouplingGraph(analysis, groups)
     for event, a, b in trace.joins:
         graph.join(event, a, b)
@@ -140,7 +140,7 @@ def couplings_of(analysis: Analysis, model: nn.Module) -> Couplings:
         tuple(_stuck(trace, groups)),
         tuple(group.units for group in analysis.groups),
         tuple(sorted(analysis.conflicts)),
-        _aliases(model),
+        aliases,
     )
 
 
@@ -167,16 +167,25 @@ def _stuck(trace: Trace, groups: np.ndarray) -> list[StuckDim]:
     return found
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def aliases_of(model: nn.Module) -> dict[str, str]:
     """Further names of shared parameters and buffers -> the first one."""
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    for tensors in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
-        for name, tensor in tensors:
-            known = first.setdefault(id(tensor), name)
-            if known != name:
-                aliases[name] = known
+    for kind in ("_parameters", "_buffers"):
+        for path, module in _every_path(model):
+            for name, tensor in module.__dict__[kind].items():
+                if tensor is None:
+                    continue
+                full = f"{path}.{name}" if path else name
+                known = first.setdefault(id(tensor), full)
+                if known != full:
+                    aliases[full] = known
     return aliases
+
+
+def _every_path(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its paths, parents first."""
+    modules = modules_of(model)
+    ways = sum(child is not None for _, m in modules for child in m._modules.values())  # noqa: SLF001
+    # A tree has one way less than modules.
+    return modules if ways < len(modules) else list(model.named_modules(remove_duplicate=False))

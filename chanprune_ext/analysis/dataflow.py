@@ -8,6 +8,7 @@ from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from chanprune_ext.analysis.module_path import ModulePath
@@ -84,8 +85,8 @@ class Dataflow:
 class DataflowMode(MetaCalls):
     """Records the dataflow of a forward and does nothing else."""
 
-    def __init__(self, path: ModulePath) -> None:
-        super().__init__()
+    def __init__(self, path: ModulePath, device: torch.device | None = None) -> None:
+        super().__init__(device)
         self.path = path
         self.flow = Dataflow()
 

@@ -7,6 +7,9 @@ applies to.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +19,7 @@ from chanprune_ext.analysis.provenance import Attribute, Const, leaves
 from chanprune_ext.analysis.tracer import ADDED, HEAD_DIM, HEADS, NORMALISED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from chanprune_ext.analysis.trace import Trace
     from chanprune_ext.analysis.tracer import Slots
@@ -132,6 +135,11 @@ class Analysis:
     conflicts: frozenset[tuple[int, int]]
     frozen: tuple[Frozen, ...]
 
+    @functools.cached_property
+    def leaves(self) -> np.ndarray:
+        """Int64 (rows, labels): the classes that each label is the OR of, 0 for none."""
+        return self.trace.store.resolve(np.arange(self.trace.store.size)[None])
+
     def removed_labels(self, removed_units: Mapping[int, np.ndarray]) -> np.ndarray:
         """Bool (labels,): which label classes go, given bool (units,) per group index."""
         removed = np.zeros(self.trace.store.size, dtype=bool)
@@ -165,24 +173,26 @@ class Sizes:
 
     def __init__(self, analysis: Analysis, removed: np.ndarray) -> None:
         self._analysis = analysis
-        self._removed = removed
+        # Bool (labels,): whether a label goes, as a class that goes or as the OR of such.
+        self._gone = removed[analysis.leaves].any(axis=0) if removed.any() else None
         self._counts: dict[int, int] = {}
 
     def of(self, slots: Slots) -> int:
         """How many indices of a dimension survive."""
-        if not len(slots):
+        if self._gone is None or not len(slots):
             return int(slots.shape[1])
         # Slot arrays live as long as the trace: their identity is a safe key.
         count = self._counts.get(id(slots))
         if count is None:
-            count = int(self._analysis.kept_mask(slots, self._removed).sum())
+            gone = self._gone[slots[0]] if len(slots) == 1 else self._gone[slots].any(axis=0)
+            count = len(gone) - int(np.count_nonzero(gone))
             self._counts[id(slots)] = count
         return count
 
     def macs(self) -> int:
         """Multiply-accumulates of one forward on the example inputs."""
         return sum(
-            cost.constant * int(np.prod([self.of(s) for s in cost.dims], dtype=np.int64))
+            cost.constant * math.prod([self.of(s) for s in cost.dims])
             for cost in self._analysis.trace.costs
         )
 
@@ -194,7 +204,7 @@ class Sizes:
             shape = trace.shapes[name]
             dims = trace.parameters.get(name)
             sizes = shape if dims is None else [self.of(s) for s in dims]
-            total += int(np.prod(sizes, dtype=np.int64))
+            total += math.prod(sizes)
         return total
 
 
@@ -212,35 +222,15 @@ def build_analysis(trace: Trace) -> Analysis:
     order = np.argsort(roots, kind="stable")
     roots, signatures = roots[order], signatures[order]
     _, group_of_root = np.unique(signatures, return_inverse=True)
+    members, rank = _members(trace, live, roots, group_of_root)
 
-    # (root position, index) pairs of every dimension; first appearance orders the units.
-    pairs = []
-    first_seen = np.full(len(roots), np.iinfo(np.int64).max)
-    offset = 0
-    for _, slots in live:
-        found = store.occurrences(slots)
-        position = np.searchsorted(roots, found[:, 0])
-        pairs.append((position, found[:, 1]))
-        np.minimum.at(first_seen, position, offset + found[:, 1])
-        offset += slots.shape[1]
-    rank = np.argsort(np.argsort(first_seen, kind="stable"), kind="stable")
-
-    members: dict[int, list[Member]] = {}
-    for ((entry, dim), _), (position, index) in zip(live, pairs, strict=True):
-        group = group_of_root[position]
-        arrangement = np.lexsort((index, rank[position], group))
-        group, position, index = group[arrangement], position[arrangement], index[arrangement]
-        starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
-        for start, end in zip(starts, np.r_[starts[1:], len(group)], strict=True):
-            units = len(np.unique(position[start:end]))
-            members.setdefault(int(group[start]), []).append(
-                Member(
-                    entry,
-                    dim,
-                    trace.roles.get((entry, dim), "with"),
-                    index[start:end].reshape(units, -1),
-                )
-            )
+    # Roots of each group, by rank.
+    arrangement = np.lexsort((rank, group_of_root))
+    arranged = group_of_root[arrangement]
+    starts = np.flatnonzero(np.r_[True, arranged[1:] != arranged[:-1]])
+    roots_of = dict(enumerate(np.split(roots[arrangement], starts[1:])))
+    flags = store.flags(roots)[arrangement]
+    flags_of = np.bitwise_or.reduceat(flags, starts).tolist()
 
     position_in_order = {entry: i for i, entry in enumerate(trace.order)}
     late = len(position_in_order)
@@ -249,8 +239,6 @@ def build_analysis(trace: Trace) -> Analysis:
         if not any(m.role == "out" for m in found_members):
             continue
         found_members.sort(key=lambda m: position_in_order.get(m.entry, late))
-        in_group = np.flatnonzero(group_of_root == group_id)
-        group_roots = roots[in_group[np.argsort(rank[in_group], kind="stable")]]
         first = next(m for m in found_members if m.role == "out")
         keyed.append(
             (
@@ -258,7 +246,6 @@ def build_analysis(trace: Trace) -> Analysis:
                 int(first.indices[0, 0]),
                 group_id,
                 found_members,
-                group_roots,
             )
         )
     keyed.sort(key=lambda item: item[:3])
@@ -266,17 +253,72 @@ def build_analysis(trace: Trace) -> Analysis:
         CouplingGroup(
             index,
             tuple(found_members),
-            group_roots,
-            bool((store.flags(group_roots) & NORMALISED).any()),
-            _kind(trace, group_roots, found_members),
+            roots_of[group_id],
+            bool(flags_of[group_id] & NORMALISED),
+            _kind(trace, flags_of[group_id], found_members),
         )
-        for index, (_, _, _, found_members, group_roots) in enumerate(keyed)
+        for index, (_, _, group_id, found_members) in enumerate(keyed)
     )
     return Analysis(trace, groups, dict(live), _conflicts(groups, dict(live), store.size), frozen)
 
 
-def _kind(trace: Trace, roots: np.ndarray, members: Iterable[Member]) -> str:
-    flags = int(np.bitwise_or.reduce(trace.store.flags(roots)))
+def _members(
+    trace: Trace,
+    live: Sequence[tuple[tuple[str, int], Slots]],
+    roots: np.ndarray,
+    group_of_root: np.ndarray,
+) -> tuple[dict[int, list[Member]], np.ndarray]:
+    """What each group touches, dimension by dimension, and the order of the units.
+
+    All dimensions are sorted in one go: a network has thousands of them, most of them short.
+
+    Returns:
+        Group number -> members, and the rank of each root: units are ordered by first appearance.
+    """
+    # Live roots column by column, with the dimension and the index they stand for.
+    label = np.concatenate([slots[0] if len(slots) == 1 else slots.T.ravel() for _, slots in live])
+    depths = np.array([len(slots) for _, slots in live])
+    widths = np.array([slots.shape[1] for _, slots in live])
+    sizes = depths * widths
+    dim = np.repeat(np.arange(len(live)), sizes)
+    index = np.arange(len(label)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    if (depths > 1).any():
+        index //= np.repeat(depths, sizes)
+    if not label.all():
+        used = np.flatnonzero(label)
+        label, dim, index = label[used], dim[used], index[used]
+    position = np.searchsorted(roots, label)
+    first = np.full(len(roots), len(label), dtype=np.int64)
+    # Of several assignments to one place the last one stays.
+    first[position[::-1]] = np.arange(len(label))[::-1]
+    column = (np.cumsum(widths) - widths)[dim[first]] + index[first]
+    rank = np.empty(len(roots), dtype=np.int64)
+    rank[np.argsort(column, kind="stable")] = np.arange(len(roots))
+
+    group = group_of_root[position]
+    segment = dim * (int(group_of_root.max()) + 1) + group
+    key = segment * len(roots) + rank[position]
+    if (key[1:] < key[:-1]).any():
+        arrangement = np.argsort(key, kind="stable")
+        key, segment, index = key[arrangement], segment[arrangement], index[arrangement]
+        dim, group = dim[arrangement], group[arrangement]
+    starts = np.flatnonzero(np.r_[True, segment[1:] != segment[:-1]])
+    units = np.add.reduceat(np.r_[True, key[1:] != key[:-1]], starts, dtype=np.int64)
+    members: dict[int, list[Member]] = {}
+    for number, owner, piece, n in zip(
+        dim[starts].tolist(),
+        group[starts].tolist(),
+        np.split(index, starts[1:]),
+        units.tolist(),
+        strict=True,
+    ):
+        entry, d = live[number][0]
+        role = trace.roles.get((entry, d), "with")
+        members.setdefault(owner, []).append(Member(entry, d, role, piece.reshape(n, -1)))
+    return members, rank
+
+
+def _kind(trace: Trace, flags: int, members: Iterable[Member]) -> str:
     for bit, kind in ((HEADS, "heads"), (HEAD_DIM, "head_dim"), (ADDED, "residual")):
         if flags & bit:
             return kind
@@ -315,17 +357,19 @@ def _conflicts(
     group_of = np.full(labels, -1, dtype=np.int64)
     for group in groups:
         group_of[group.roots] = group.index
-    pairs: set[tuple[int, int]] = set()
+    group_of[0] = -1
+    pairs: set[int] = set()
     for resolved in slots.values():
         if len(resolved) < 2:
             continue
-        owners = np.where(resolved > 0, group_of[resolved], -1)
-        for a in range(len(owners)):
-            for b in range(a + 1, len(owners)):
-                both = np.stack([owners[a], owners[b]], axis=1)
-                both = both[(both >= 0).all(axis=1) & (both[:, 0] != both[:, 1])]
-                pairs.update((int(min(p)), int(max(p))) for p in np.unique(both, axis=0))
-    return frozenset(pairs)
+        owners = group_of[resolved]
+        for a, b in itertools.combinations(owners, 2):
+            keys = np.minimum(a, b) * len(groups) + np.maximum(a, b)
+            keys[(a < 0) | (b < 0) | (a == b)] = -1
+            # The same pair mostly fills long runs.
+            pairs.update(keys[np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])].tolist())
+    pairs.discard(-1)
+    return frozenset(divmod(pair, len(groups)) for pair in pairs)
 
 
 def _frozen_outputs(trace: Trace, live: Mapping[tuple[str, int], Slots]) -> tuple[Frozen, ...]:

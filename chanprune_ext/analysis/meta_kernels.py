@@ -1,20 +1,26 @@
-"""Outputs of operations whose stand-in torch computes slowly.
+"""Common operations on meta tensors, run without asking torch.
 
 On the meta device torch runs many common operations through Python reference code, up to a
-millisecond each, which is most of the time of a forward without values. Where all an operation
-needs is an empty tensor of a known shape, it is made here; in every other case torch is asked.
+millisecond each, and a trace sends each of them through two more layers of Python: together most of
+the time of a forward without values. Where a call is one of the everyday kind, all it needs is an
+empty tensor of a known shape, made here; :func:`lowered` says at the same time which ATen operation
+torch would have run, with which arguments. In every other case torch is asked.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chanprune_ext.analysis.calls import CallMode
+from chanprune_ext.analysis.calls import CallMode, schema_name
 
-__all__ = ["MetaCalls", "run_call", "run_operation"]
+__all__ = ["Lowered", "MetaCalls", "lowered", "run_call", "run_operation"]
+
+_META = torch.device("meta")
+_ATEN = torch.ops.aten
 
 # One tensor in, one of the same shape, dtype and strides out. As operations and as calls.
 _UNARY = frozenset(
@@ -25,27 +31,195 @@ _UNARY = frozenset(
 )
 
 
+class Lowered(NamedTuple):
+    """A torch-level call as the one ATen operation it comes down to.
+
+    Attributes:
+        op: The operation's overload.
+        args: Its arguments.
+        output: What it returns.
+        result: What the call returns.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    output: Any
+    result: Tensor
+
+
+Lowering = Callable[[tuple[Any, ...], dict[str, Any]], "Lowered | None"]
+_LOWERINGS: dict[str, Lowering] = {}
+
+
+def _on(*names: str) -> Callable[[Lowering], Lowering]:
+    def register(lowering: Lowering) -> Lowering:
+        _LOWERINGS.update(dict.fromkeys(names, lowering))
+        return lowering
+
+    return register
+
+
+def lowered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Run a torch-level call on meta tensors; None where torch has to be asked.
+
+    Args:
+        name: The call's low-level name.
+        args: Its positional arguments, all sizes plain.
+        kwargs: Its keyword arguments.
+    """
+    lowering = _LOWERINGS.get(name)
+    return None if lowering is None else lowering(args, kwargs)
+
+
 def _is_plain(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and x.dim() > 0
+
+
+def _is_dense(x: Any) -> bool:
+    """Whether what is computed of ``x`` element by element is laid out row by row."""
+    return _is_plain(x) and x.is_contiguous()
+
+
+def _empty(shape: Any, like: Tensor) -> Tensor:
+    with torch._C._DisableTorchDispatch():  # noqa: SLF001 - making it is no step of the forward
+        return torch.empty(shape, dtype=like.dtype, device=_META)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return _empty(x.shape, x)
+    with torch._C._DisableTorchDispatch():  # noqa: SLF001
+        return torch.empty_like(x)
 
 
 def _unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x = args[0] if args else None
     if not isinstance(x, Tensor) or not _is_plain(x):
         return None
-    if any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values())):
+    if len(args) > 1 and any(isinstance(a, Tensor) for a in args[1:]):
         return None
-    return x if name.endswith("_") or kwargs.get("inplace") else torch.empty_like(x)
+    if kwargs and any(isinstance(a, Tensor) for a in kwargs.values()):
+        return None
+    return x if name.endswith("_") or kwargs.get("inplace") else _empty_like(x)
+
+
+def _register_unary(name: str, *, numbers: bool = False) -> None:
+    """Lower calls of a function of one tensor (and numbers, by position), in place or not."""
+    for ending in ("", "_"):
+        packet = getattr(_ATEN, name + ending, None)
+        if packet is None or "default" not in packet.overloads():
+            continue
+
+        def lowering(
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            op: Any = packet.default,
+            name: str = name + ending,
+        ) -> Lowered | None:
+            if kwargs or (len(args) != 1 and not numbers):
+                return None
+            output = _unary(name, args, kwargs)
+            return None if output is None else Lowered(op, args, output, output)
+
+        _LOWERINGS[name + ending] = lowering
+
+
+for _name in ("gelu", "silu", "relu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "mish"):
+    _register_unary(_name)
+_register_unary("hardtanh", numbers=True)
+
+
+def _register_sum(name: str, *, in_place: bool) -> None:
+    """Lower a call of two tensors of which one is broadcast, if any, to the shape of the other."""
+    op = getattr(_ATEN, name).Tensor
+
+    def lowering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+        if kwargs or len(args) != 2 or not (_is_dense(args[0]) and _is_dense(args[1])):
+            return None
+        a, b = args
+        if a.dtype != b.dtype:
+            return None
+        shape = a.shape
+        if shape != b.shape:
+            shape = _broadcast(shape, b.shape)
+            if shape is None or (in_place and shape != a.shape):
+                return None
+        output = a if in_place else _empty(shape, a)
+        return Lowered(op, args, output, output)
+
+    _LOWERINGS[name] = lowering
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
+    """Of two shapes the one that the other can be broadcast to; None where neither is."""
+    if len(a) != len(b):
+        return None
+    for big, small in ((a, b), (b, a)):
+        if all(m in (n, 1) for n, m in zip(big, small, strict=True)):
+            return big
+    return None
+
+
+for _name in ("add", "sub", "mul", "div"):
+    _register_sum(_name, in_place=False)
+    _register_sum(f"{_name}_", in_place=True)
+
+
+def _numbers(value: Any, rank: int) -> list[int] | None:
+    """A window's size along each of ``rank`` dims."""
+    if type(value) is int:
+        return [value] * rank
+    if type(value) in (tuple, list) and len(value) == rank and all(type(v) is int for v in value):
+        return list(value)
+    return None
+
+
+@_on("conv1d", "conv2d", "conv3d")
+def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(input, weight, bias, stride, padding, dilation, groups)``."""
+    if kwargs or len(args) != 7 or not (_is_dense(args[0]) and _is_dense(args[1])):
+        return None
+    x, weight, bias, *windows, groups = args
+    shape, kernel, rank = x.shape, weight.shape, weight.dim() - 2
+    if rank < 1 or len(shape) != rank + 2 or x.dtype != weight.dtype or type(groups) is not int:
+        return None
+    if groups < 1 or shape[1] != kernel[1] * groups or not kernel[1] or kernel[0] % groups:
+        return None
+    if bias is not None and (bias.shape != kernel[:1] or bias.dtype != x.dtype):
+        return None
+    stride, padding, dilation = (_numbers(w, rank) for w in windows)
+    if stride is None or padding is None or dilation is None:
+        return None
+    space = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 if s > 0 else 0
+        for n, k, s, p, d in zip(shape[2:], kernel[2:], stride, padding, dilation, strict=True)
+    ]
+    if min(space) < 1 or min(padding) < 0 or min(dilation) < 1 or not shape[0] or not kernel[0]:
+        return None
+    output = _empty((shape[0], kernel[0], *space), x)
+    given = (x, weight, bias, stride, padding, dilation, False, [0] * rank, groups)
+    return Lowered(_ATEN.convolution.default, given, output, output)
 
 
 def _batch_norm(args: tuple[Any, ...]) -> Tensor | None:
     """Of ``(input, weight, bias, running mean and variance, ...)``."""
     if len(args) < 6 or not _is_plain(args[0]) or args[0].dim() < 2:
         return None
-    vectors = [v for v in args[1:5] if isinstance(v, Tensor)]
-    if any(v.shape != args[0].shape[1:2] for v in vectors):
+    channels = args[0].shape[1:2]
+    if any(isinstance(v, Tensor) and v.shape != channels for v in args[1:5]):
         return None
-    return torch.empty_like(args[0])
+    return _empty_like(args[0])
+
+
+@_on("batch_norm")
+def _lowered_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(input, weight, bias, running mean and variance, training, momentum, eps, cudnn)``."""
+    if kwargs or len(args) != 9:
+        return None
+    output = _batch_norm(args)
+    if output is None:
+        return None
+    return Lowered(_ATEN.native_batch_norm.default, args[:8], (output,), output)
 
 
 def _layer_norm(args: tuple[Any, ...]) -> Tensor | None:
@@ -53,14 +227,28 @@ def _layer_norm(args: tuple[Any, ...]) -> Tensor | None:
     if len(args) < 4 or not _is_plain(args[0]):
         return None
     x, shape = args[0], tuple(args[1])
-    vectors = [v for v in args[2:4] if isinstance(v, Tensor)]
-    if tuple(x.shape[-len(shape) :]) != shape or any(tuple(v.shape) != shape for v in vectors):
+    if any(isinstance(v, Tensor) and tuple(v.shape) != shape for v in args[2:4]):
         return None
-    return x.new_empty(x.shape)  # contiguous, whatever the input is
+    if tuple(x.shape[-len(shape) :]) != shape:
+        return None
+    return _empty(x.shape, x)  # contiguous, whatever the input is
 
 
-def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Of ``(input, weight, bias)``."""
+@_on("layer_norm")
+def _lowered_layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(input, normalized_shape, weight, bias, eps, cudnn)``."""
+    if kwargs or len(args) != 6:
+        return None
+    output = _layer_norm(args)
+    if output is None:
+        return None
+    given = (args[0], list(args[1]), *args[2:5])
+    return Lowered(_ATEN.native_layer_norm.default, given, (output,), output)
+
+
+@_on("linear")
+def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(input, weight, bias)``. Torch takes it to pieces; it is one operation all the same."""
     if kwargs or len(args) < 2 or not _is_plain(args[0]) or not isinstance(args[1], Tensor):
         return None
     x, weight, bias = (*args, None)[:3]
@@ -68,7 +256,48 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    output = _empty((*x.shape[:-1], weight.shape[0]), x)
+    return Lowered(_ATEN.linear.default, (x, weight, bias), output, output)
+
+
+@_on("adaptive_avg_pool2d")
+def _global_average(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(input, 1)``: what torch makes a mean of."""
+    if kwargs or len(args) != 2 or not _is_dense(args[0]) or _numbers(args[1], 2) != [1, 1]:
+        return None
+    x = args[0]
+    if x.dim() != 4 or not x.numel():
+        return None
+    output = _empty((*x.shape[:2], 1, 1), x)
+    return Lowered(_ATEN.mean.dim, (x, [-1, -2], True), output, output)
+
+
+@_on("cat", "concat")
+def _cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(tensors, dim)``."""
+    if not args or len(args) > 2 or (kwargs and (len(args) > 1 or list(kwargs) != ["dim"])):
+        return None
+    tensors = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if type(dim) is not int or type(tensors) not in (tuple, list) or not tensors:
+        return None
+    if not all(_is_dense(t) for t in tensors):
+        return None
+    first = tensors[0]
+    rank = first.dim()
+    if not -rank <= dim < rank:
+        return None
+    at = dim % rank
+    shape = list(first.shape)
+    for tensor in tensors[1:]:
+        other = list(tensor.shape)
+        if len(other) != rank or tensor.dtype != first.dtype:
+            return None
+        if other[:at] != shape[:at] or other[at + 1 :] != shape[at + 1 :]:
+            return None
+        shape[at] += other[at]
+    output = _empty(shape, first)
+    return Lowered(_ATEN.cat.default, (list(tensors), dim), output, output)
 
 
 def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -78,26 +307,21 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     added, left, right = args
     if left.shape[1] != right.shape[0] or added.shape != right.shape[1:]:
         return None
-    return left.new_empty((left.shape[0], right.shape[1]))
+    return _empty((left.shape[0], right.shape[1]), left)
 
 
 def run_call(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a torch-level call on stand-ins."""
-    output = None
-    if name.rstrip("_") in _UNARY:
-        output = _unary(name, args, kwargs)
-    elif name == "linear":
-        output = _linear(args, kwargs)
-    elif name == "batch_norm" and not kwargs:
-        output = _batch_norm(args)
-    elif name == "layer_norm" and not kwargs:
-        output = _layer_norm(args)
+    found = lowered(name, args, kwargs)
+    if found is not None:
+        return found.result
+    output = _unary(name, args, kwargs) if name.rstrip("_") in _UNARY else None
     return func(*args, **kwargs) if output is None else output
 
 
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an ATen operation on stand-ins."""
-    name = func._schema.name.removeprefix("aten::")
+    name = schema_name(func).removeprefix("aten::")
     output: Any = None
     if name.rstrip("_") in _UNARY:
         output = _unary(name, args, kwargs)

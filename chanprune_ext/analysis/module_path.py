@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from chanprune_ext.module_tree import modules_of
+
 __all__ = ["ModulePath"]
 
 
@@ -16,7 +18,7 @@ class ModulePath:
     """The dotted path of the module that is running, kept by global forward hooks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._names = {id(module): name for name, module in modules_of(model)}
         self._stack: list[str] = []
         self._handles: list[Any] = []
         self._failed: str | None = None

@@ -12,6 +12,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from chanprune_ext.module_tree import modules_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -35,6 +37,8 @@ __all__ = [
 _WINDOW_NAMES = frozenset(
     {"kernel_size", "stride", "padding", "dilation", "output_padding", "start_dim", "end_dim"}
 )
+
+_TRACEABLE = frozenset({int, tuple, list})
 
 
 @dataclass(frozen=True)
@@ -194,9 +198,9 @@ def traced_attributes(
     replaced: list[tuple[nn.Module, str, Any, Any]] = []
     _NOTICES.append(compared)
     try:
-        for path, module in model.named_modules():
+        for path, module in modules_of(model):
             for name, value in list(module.__dict__.items()):
-                if name.startswith("__") or name in _WINDOW_NAMES:
+                if type(value) not in _TRACEABLE or name.startswith("__") or name in _WINDOW_NAMES:
                     continue
                 # Torch's own modules call an axis so, others a width.
                 if name == "dim" and type(module).__module__.startswith("torch."):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import results_of, source_line, steady_calls
+from chanprune_ext.analysis.calls import results_of, source_place, steady_calls
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
@@ -17,16 +17,16 @@ from chanprune_ext.analysis.sizes import numbers_in
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
+    substrate_device,
     substrate_mode,
     tensors_of,
 )
 from chanprune_ext.analysis.tracer import Event
 from chanprune_ext.errors import VerificationError
+from chanprune_ext.widths import set_widths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    import numpy as np
+    from collections.abc import Callable, Iterator, Mapping
 
     from chanprune_ext.analysis.groups import Analysis, Sizes
     from chanprune_ext.analysis.provenance import Attribute
@@ -77,7 +77,7 @@ class _ReplayMode(MetaCalls):
     """Compares every call with the traced one, and its shapes with the predicted ones."""
 
     def __init__(self, analysis: Analysis, sizes: Sizes, path: ModulePath) -> None:
-        super().__init__()
+        super().__init__(substrate_device(analysis.trace.substrate))
         self.calls = list(analysis.trace.calls)
         self.real = analysis.trace.substrate == "real"
         self.store = analysis.trace.store
@@ -116,7 +116,7 @@ class _ReplayMode(MetaCalls):
             self.factors[index] = factor
         results = results_of(name, args, output)
         shapes = [tuple(t.shape) for t in results]
-        predicted = [tuple(self.sizes.of(s) for s in dims) for dims in expected.outputs]
+        predicted = [tuple([self.sizes.of(s) for s in dims]) for dims in expected.outputs]
         if shapes != predicted:
             if not self.follow_values(shapes, expected):
                 raise self.diverged(
@@ -155,10 +155,9 @@ class _ReplayMode(MetaCalls):
         """The error for the call that is running, with the dimensions it made in the trace."""
         index = min(self.next_index, len(self.calls)) - 1
         slots = tuple(s for dims in self.calls[index].outputs for s in dims) if index >= 0 else ()
-        file, line = source_line()
         name = self.calls[index].name if index >= 0 else ""
         return DivergenceError(
-            message, Event(name, self.path.current, f"{Path(file).name}:{line}", message), slots
+            message, Event(name, self.path.current, source_place(), message), slots
         )
 
 
@@ -172,6 +171,9 @@ def replay(
 ) -> tuple[Rescaling, ...]:
     """Prove on stand-ins that a removal leaves a network that runs as predicted.
 
+    The model runs with what surgery will leave of it: tensors of the kept shapes, the attributes
+    that the removal asks for, and the widths that torch's own layers tell.
+
     Returns:
         What must be multiplied for constants computed from a width to mean what they meant.
 
@@ -184,14 +186,14 @@ def replay(
         substrate_mode(analysis.trace.substrate) as stand_in,
     ):
         tensors = {
-            name: _narrowed(stand_in(t), masks.get(name, {}))
+            name: _narrowed(t, masks[name], stand_in) if name in masks else stand_in(t)
             for name, t in tensors_of(model).items()
         }
         inputs = substitute(example_inputs, stand_in)
         mode = _ReplayMode(analysis, sizes, path)
         try:
             with patched_attributes(model, attributes), mode:
-                call_substituted(model, tensors, inputs)
+                call_substituted(model, tensors, inputs, prepare=set_widths)
         except VerificationError:
             raise
         except Exception as error:
@@ -224,13 +226,16 @@ def _folded(
     )
 
 
-def _narrowed(tensor: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
+def _narrowed(
+    tensor: Tensor, masks: Mapping[int, np.ndarray], stand_in: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A stand-in of what a tensor keeps."""
+    whole = stand_in(tensor)
+    if whole.is_meta:
+        shape = list(whole.shape)
+        for dim, mask in masks.items():
+            shape[dim] = int(np.count_nonzero(mask))
+        return torch.empty(shape, dtype=whole.dtype, device="meta")
     for dim, mask in masks.items():
-        if tensor.is_meta:
-            shape = list(tensor.shape)
-            shape[dim] = int(mask.sum())
-            tensor = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        else:
-            index = torch.from_numpy(mask.nonzero()[0]).to(tensor.device)
-            tensor = tensor.index_select(dim, index)
-    return tensor
+        whole = whole.index_select(dim, torch.from_numpy(mask.nonzero()[0]).to(whole.device))
+    return whole

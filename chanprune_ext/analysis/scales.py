@@ -28,6 +28,7 @@ from chanprune_ext.analysis.meta_kernels import run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
+    substrate_device,
     substrate_mode,
     tensors_of,
 )
@@ -94,7 +95,7 @@ def fold_scales(
     with steady_calls(model), substrate_mode(substrate) as stand_in:
         tensors = {name: stand_in(t) for name, t in tensors_of(model).items()}
         inputs = substitute(example_inputs, stand_in)
-        mode = _RowMode(tensors, factors)
+        mode = _RowMode(tensors, factors, substrate_device(substrate))
         with mode:
             output = call_substituted(model, tensors, inputs)
     for tensor in tensors_in(output):
@@ -159,8 +160,13 @@ class _RowMode(CallMode):
     scales.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], factors: Mapping[int, float]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        factors: Mapping[int, float],
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(device)
         self.entries = {id(t): name for name, t in tensors.items() if t.is_floating_point()}
         self.factors = factors
         self.rows = _Rows()
@@ -177,7 +183,7 @@ class _RowMode(CallMode):
         follow = _FOLLOW.get(name)
         made: Any = None
         # Row numbers are real numbers, whatever the model runs on.
-        with torch.device("cpu"), _disable_current_modes():
+        with _disable_current_modes():
             if index in self.factors:
                 ids = self.of(given[0])
                 if ids is None:

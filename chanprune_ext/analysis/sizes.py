@@ -6,6 +6,7 @@ an attribute becomes an equation, a bare number freezes what a plan would change
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,12 @@ ARITHMETIC = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=4096)
+def computes(name: str) -> bool:
+    """Whether a call of this name computes with a number it is given."""
+    return name.strip("_") in ARITHMETIC
+
+
 def record_equations(
     tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
@@ -41,7 +48,7 @@ def record_equations(
     handler = _HANDLERS.get(name)
     if handler is not None:
         handler(tracer, args, kwargs, output)
-    if name.strip("_") in ARITHMETIC:
+    if computes(name):
         values = args[{"full": 1, "new_full": 2}.get(name, 0) :]
         _keep_values(tracer, [*values, *(v for k, v in kwargs.items() if k != "size")])
 
@@ -50,11 +57,19 @@ def numbers_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     """Numbers that a call computes with, as opposed to sizes."""
     if name == "scaled_dot_product_attention":
         return (_attention_scale(args, kwargs),)
-    kinds = (float, int) if name.strip("_") in ARITHMETIC else float
+    with_ints = computes(name)
+    given = (*args, *kwargs.values()) if kwargs else args
     return tuple(
-        float(a)
-        for a in (*args, *kwargs.values())
-        if isinstance(a, kinds) and not isinstance(a, bool)
+        [
+            float(a)
+            for a in given
+            if type(a) is float
+            or (
+                type(a) is not Tensor
+                and isinstance(a, (float, int) if with_ints else float)
+                and not isinstance(a, bool)
+            )
+        ]
     )
 
 

@@ -5,31 +5,38 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.module_tree import modules_of, remembered
 
-__all__ = ["call_substituted", "substitute", "substrate_mode", "tensors_of"]
+__all__ = ["call_substituted", "substitute", "substrate_device", "substrate_mode", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, under its first name."""
+    """Every parameter and buffer once, under its first name; not to be changed."""
+    known = remembered(model)
+    if known is not None and known.tensors is not None:
+        return known.tensors
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model):
         # As named_parameters() and named_buffers() do, which go through all modules once each.
         dot = "." if prefix else ""
-        for found, kind in ((parameters, "_parameters"), (buffers, "_buffers")):
-            for name, tensor in vars(module)[kind].items():
-                if isinstance(tensor, Tensor) and id(tensor) not in seen:
+        for entries, kind in ((parameters, "_parameters"), (buffers, "_buffers")):
+            for name, tensor in module.__dict__[kind].items():
+                if tensor is not None and id(tensor) not in seen and isinstance(tensor, Tensor):
                     seen.add(id(tensor))
-                    found[f"{prefix}{dot}{name}"] = tensor
-    return parameters | buffers
+                    entries[f"{prefix}{dot}{name}"] = tensor
+    found = parameters | buffers
+    if known is not None:
+        known.tensors = found
+    return found
 
 
 def substitute(value: Any, change: Any) -> Any:
@@ -50,8 +57,7 @@ def substitute(value: Any, change: Any) -> Any:
 def substrate_mode(substrate: str) -> Iterator[Any]:
     """A function tensor -> stand-in for ``"meta"``, ``"fake"`` or ``"real"``."""
     if substrate == "meta":
-        with torch.device("meta"):
-            yield lambda t: t.detach().to("meta")
+        yield _on_meta
     elif substrate == "fake":
         from torch._subclasses import FakeTensorMode
 
@@ -62,11 +68,23 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
         yield lambda t: t.detach().clone()
 
 
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.layout is torch.strided and tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return tensor.detach().to("meta")
+
+
+def substrate_device(substrate: str) -> torch.device | None:
+    """Where a forward on such stand-ins makes its tensors; None for where it says itself."""
+    return torch.device("meta") if substrate == "meta" else None
+
+
 def call_substituted(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     inputs: Any,
     caches: set[tuple[str, str]] | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Any:
     """Run ``model`` with other tensors in place of its parameters and buffers.
 
@@ -74,29 +92,20 @@ def call_substituted(
     ``torch.func.functional_call`` would not put the original back), and in plain attributes. What
     the forward stores on its modules (a counter, an entry of a cache, a hook or its result) is
     forgotten; ``caches`` receives the module and the name of each dict, list or set of tensors that
-    it has written to.
+    it has written to. ``prepare`` is called with the model before it runs; what that changes is
+    forgotten too.
     """
     originals = tensors_of(model)
     stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
-
-    def change(tensor: Any) -> Any:
-        return stand_ins.get(id(tensor), tensor)
-
-    before = [(path, module, dict(module.__dict__)) for path, module in model.named_modules()]
+    before = [(path, module, module.__dict__.copy()) for path, module in modules_of(model)]
+    # Containers as they are now: what is in them, and those with nothing in them.
     contents: list[tuple[str, str, Any, Any]] = []
+    empty: list[Any] = []
     try:
         for path, module, attributes in before:
-            for name, value in attributes.items():
-                kind = type(value)
-                if kind in _SCALARS:
-                    continue
-                if name in ("_parameters", "_buffers"):
-                    if value:
-                        module.__dict__[name] = {k: change(t) for k, t in value.items()}
-                elif _holds_tensors(value):
-                    module.__dict__[name] = substitute(value, change)
-                elif kind in _CONTAINERS:
-                    contents.append((path, name, value, value.copy()))
+            _put_in(path, module, attributes, stand_ins, contents, empty)
+        if prepare is not None:
+            prepare(model)
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -104,6 +113,10 @@ def call_substituted(
         for _, module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        if any(empty):
+            filled = {id(container) for container in empty if container}
+            for path, _, attributes in before:
+                contents += [(path, n, v, ()) for n, v in attributes.items() if id(v) in filled]
         for path, name, value, content in contents:
             now, then = (list(c.values() if isinstance(c, dict) else c) for c in (value, content))
             if len(now) == len(then) and all(map(operator.is_, now, then)):
@@ -114,6 +127,36 @@ def call_substituted(
             value.extend(content) if isinstance(value, list) else value.update(content)
 
 
+def _put_in(
+    path: str,
+    module: nn.Module,
+    attributes: Mapping[str, Any],
+    stand_ins: Mapping[int, Tensor],
+    contents: list[tuple[str, str, Any, Any]],
+    empty: list[Any],
+) -> None:
+    """Put stand-ins in place of the tensors of one module, and note what its containers hold."""
+
+    def change(tensor: Any) -> Any:
+        return stand_ins.get(id(tensor), tensor)
+
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind in _SCALARS:
+            continue
+        if name in _TENSOR_DICTS:
+            if value:
+                module.__dict__[name] = {k: change(t) for k, t in value.items()}
+        elif kind in _CONTAINERS and not (kind is list and _holds_tensors(value)):
+            if value:
+                contents.append((path, name, value, value.copy()))
+            else:
+                empty.append(value)
+        elif _holds_tensors(value):
+            module.__dict__[name] = substitute(value, change)
+
+
+_TENSOR_DICTS = frozenset({"_parameters", "_buffers"})
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 

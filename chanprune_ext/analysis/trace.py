@@ -8,6 +8,7 @@ real tensors where shapes depend on values.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,7 +27,7 @@ from chanprune_ext.analysis.calls import (
 )
 from chanprune_ext.analysis.dataflow import Dataflow, DataflowMode
 from chanprune_ext.analysis.labels import LabelStore
-from chanprune_ext.analysis.meta_kernels import run_operation
+from chanprune_ext.analysis.meta_kernels import lowered, run_operation
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.provenance import (
     Dim,
@@ -40,11 +41,13 @@ from chanprune_ext.analysis.sizes import numbers_in, record_equations
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
+    substrate_device,
     substrate_mode,
     tensors_of,
 )
 from chanprune_ext.analysis.tracer import Cost, Event, Join, Slots, Tracer
 from chanprune_ext.errors import AnalysisError
+from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -128,8 +131,8 @@ class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _ProvenanceMode(CallMode):
     """Hands out traced sizes, and turns size arguments into equations."""
 
-    def __init__(self, tracer: Tracer, flow: Dataflow | None) -> None:
-        super().__init__()
+    def __init__(self, tracer: Tracer, flow: Dataflow | None, device: torch.device | None) -> None:
+        super().__init__(device)
         self.tracer = tracer
         self.flow = flow
         self.calls: list[TracedCall] = []
@@ -161,9 +164,10 @@ class _ProvenanceMode(CallMode):
         outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
         tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
         tracer.enter_call()
-        inputs = tuple(tracer.dims(t) for t in tensors_in((args, kwargs)))
+        given = tensors_in((args, kwargs) if kwargs else args)
+        inputs = tuple([tracer.dims(t) for t in given])
         try:
-            output = func(*plain(args), **plain(kwargs))
+            output = self._run(name, func, plain(args), plain(kwargs))
         except Exception:
             # The module hooks unwind before anybody can ask them: keep the innermost place.
             tracer.failed_at = tracer.failed_at or f"in '{tracer.path.current}' ({name})"
@@ -181,11 +185,19 @@ class _ProvenanceMode(CallMode):
                 *tracer.place(),
                 numbers_in(name, args, kwargs),
                 inputs,
-                tuple(tracer.dims(t) for t in results),
+                tuple([tracer.dims(t) for t in results]),
             )
         )
         tracer.call_name, tracer.call_args, tracer.call_kwargs = outer
         return output
+
+    def _run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call: by itself where it is an everyday one, else through torch's dispatcher."""
+        found = lowered(name, args, kwargs)
+        if found is None:
+            return func(*args, **kwargs)
+        apply_rule(self.tracer, found.op, found.args, {}, found.output)
+        return found.result
 
 
 def _traced_size(n: int, slots: Slots) -> int:
@@ -194,7 +206,7 @@ def _traced_size(n: int, slots: Slots) -> int:
 
 def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs) -> Trace:
     with steady_calls(model), ModulePath(model) as path, substrate_mode(substrate) as stand_in:
-        tracer = Tracer(LabelStore(), path)
+        tracer = Tracer(LabelStore(), path, substrate_device(substrate))
         parameters: dict[str, tuple[Slots, ...]] = {}
         stand_ins: dict[str, Tensor] = {}
         for name, tensor in tensors_of(model).items():
@@ -205,7 +217,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
             # Zeroing a network is zeroing its parameters: buffers keep their values.
             tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
         inputs = substitute(example_inputs, stand_in)
-        asks = any(map(_asks_for_training, {type(m) for m in model.modules()}))
+        asks = any(map(_asks_for_training, {type(m) for _, m in modules_of(model)}))
         flow = Dataflow() if asks else None
         calls = _watch(tracer, model, stand_ins, inputs, outputs, flow)
         costs = list(tracer.costs)
@@ -245,7 +257,7 @@ def _watch(
     flow: Dataflow | None = None,
 ) -> list[TracedCall]:
     """One forward under all three layers; its outputs must keep their shape."""
-    mode = _ProvenanceMode(tracer, flow)
+    mode = _ProvenanceMode(tracer, flow, tracer.device)
     try:
         with traced_attributes(model, tracer.compared), _RuleMode(tracer), mode:
             output = call_substituted(model, stand_ins, inputs, tracer.caches)
@@ -274,9 +286,9 @@ def _trains_alike(
     """
     if flow is None:
         return True
-    for module in model.modules():
+    for _, module in modules_of(model):
         module.training = True
-    mode = DataflowMode(tracer.path)
+    mode = DataflowMode(tracer.path, tracer.device)
     try:
         with mode:
             call_substituted(model, stand_ins, inputs)
@@ -299,7 +311,7 @@ def _watch_training(
     are refused by torch: a second try doubles the batch. A model that cannot run in training mode
     on these inputs is only an error where it has parts that eval mode does not show.
     """
-    for module in model.modules():
+    for _, module in modules_of(model):
         module.training = True
     for times in (1, 2):
         batch = inputs
@@ -320,6 +332,7 @@ def _watch_training(
     ) from (failure.__cause__ or failure)
 
 
+@functools.lru_cache(maxsize=4096)
 def _asks_for_training(kind: type[nn.Module]) -> bool:
     """Whether a module's own code (not torch's) mentions its training flag."""
     return any(

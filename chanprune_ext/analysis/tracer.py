@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chanprune_ext.analysis.calls import source_line
+from chanprune_ext.analysis.calls import source_place
 from chanprune_ext.analysis.provenance import (
     Attribute,
     Dim,
@@ -23,6 +22,7 @@ from chanprune_ext.analysis.provenance import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import torch
     from torch import Tensor
 
     from chanprune_ext.analysis.labels import LabelStore
@@ -78,8 +78,9 @@ class Cost:
 @dataclass(eq=False)
 class _State:
     dims: tuple[Slots, ...]
+    shape: tuple[int, ...]
+    zeros: tuple[bool, ...]
     origin: Origin | None = None
-    zeros: tuple[bool, ...] = ()
 
 
 def anonymous(n: int) -> Slots:
@@ -98,6 +99,7 @@ class Tracer:
 
     store: LabelStore
     path: ModulePath
+    device: torch.device | None = None  # where calls that name none make their tensors
     events: list[Event] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     differences: list[Equation] = field(default_factory=list)
@@ -127,7 +129,7 @@ class Tracer:
         """The slots of every dimension of ``tensor``."""
         state = self._states.get(id(tensor))
         if state is not None:
-            if tuple(slots.shape[1] for slots in state.dims) == tuple(tensor.shape):
+            if state.shape == tensor.shape:
                 return state.dims
             # Reshaped in place by an operation no rule followed: its channels must all stay.
             for slots in state.dims:
@@ -142,7 +144,7 @@ class Tracer:
     def labelled(self, tensor: Tensor) -> bool:
         """Whether any dimension of ``tensor`` carries labels."""
         state = self._states.get(id(tensor))
-        return state is not None and any(len(slots) for slots in state.dims)
+        return state is not None and any(map(len, state.dims))
 
     def set(
         self,
@@ -151,11 +153,12 @@ class Tracer:
         origin: Origin | None = None,
     ) -> None:
         """Give ``tensor`` its slots."""
-        sizes = tuple(slots.shape[1] for slots in dims)
-        if sizes != tuple(tensor.shape):
+        sizes = tuple([slots.shape[1] for slots in dims])
+        if sizes != tensor.shape:
             raise AssertionError(f"{self.op_name}: slots {sizes} for shape {tuple(tensor.shape)}")
         self._alive.append(tensor)
-        self._states[id(tensor)] = _State(tuple(dims), origin)
+        zeros = tuple([not len(slots) for slots in dims])
+        self._states[id(tensor)] = _State(tuple(dims), sizes, zeros, origin)
 
     def origin(self, tensor: Tensor) -> Origin | None:
         """The parameter that ``tensor`` stands for, if it is computed from parameters alone."""
@@ -170,17 +173,18 @@ class Tracer:
         state = self._states.get(id(tensor))
         if state is None:
             return (True,) * tensor.dim()
-        known = len(state.zeros) == tensor.dim() and not (
-            self._overwritten and _storage(tensor) in self._overwritten
-        )
-        return tuple(
-            not len(slots) or (known and state.zeros[d])
-            for d, slots in enumerate(self.dims(tensor))
-        )
+        if state.shape != tensor.shape:
+            return tuple([not len(slots) for slots in self.dims(tensor)])
+        if self._overwritten and _storage(tensor) in self._overwritten:
+            return tuple([not len(slots) for slots in state.dims])
+        return state.zeros
 
     def set_zeros(self, tensor: Tensor, zeros: Sequence[bool], *, changed: bool = False) -> None:
         """Record :meth:`zeros`; with ``changed`` the tensor was changed in place, and its views."""
-        self._states[id(tensor)].zeros = tuple(zeros)
+        state = self._states[id(tensor)]
+        if len(zeros) == len(state.dims):
+            pairs = zip(zeros, state.dims, strict=True)
+            state.zeros = tuple([bool(zero) or not len(slots) for zero, slots in pairs])
         if changed and not all(self.zeros(tensor)):
             self._overwritten.add(_storage(tensor))
 
@@ -217,8 +221,7 @@ class Tracer:
     def place(self) -> tuple[str, str]:
         """Module path and ``file.py:line`` of what is running now."""
         if self._where is None:
-            file, line = source_line()
-            self._where = (self.path.current, f"{Path(file).name}:{line}")
+            self._where = (self.path.current, source_place())
         return self._where
 
     def enter_call(self) -> None:
@@ -233,7 +236,9 @@ class Tracer:
 
     def unify(self, a: Slots, b: Slots) -> None:
         """Index i of ``a`` is removed if and only if index i of ``b`` is."""
-        if a is b or (not len(a) and not len(b)) or (a.shape == b.shape and np.array_equal(a, b)):
+        if a is b or (not len(a) and not len(b)):
+            return
+        if a.shape == b.shape and a.tobytes() == b.tobytes():
             return
         reason = self.reason("channels meet others that cannot be removed")
         self.store.unify(a, b, reason)

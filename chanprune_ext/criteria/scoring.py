@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.errors import InvalidArgumentError
@@ -81,16 +81,29 @@ def score_groups(
 
 
 def _check_values(model: nn.Module) -> None:
-    for name, tensor in tensors_of(model).items():
+    tensors = {n: t for n, t in tensors_of(model).items() if t.is_meta or _holds_numbers(t)}
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise InvalidArgumentError(
                 f"'{name}' is on the meta device and has no values to score; load the weights, or "
                 f"use criterion='random'"
             )
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # One vectorised pass without a temporary, which NaN and Inf come through.
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
-            raise InvalidArgumentError(
-                f"'{name}' contains NaN or Inf; channels of such a model cannot be ranked"
+    # One vectorised pass over each without a temporary, which NaN and Inf come through.
+    with torch.no_grad():
+        extremes = [bound for t in tensors.values() for bound in torch.aminmax(t)]
+        kinds = {(t.dtype, t.device) for t in tensors.values()}
+        if all(
+            bool(
+                torch.isfinite(torch.stack([e for e in extremes if (e.dtype, e.device) == k])).all()
             )
+            for k in kinds
+        ):
+            return
+    name = next(n for n, t in tensors.items() if not bool(torch.isfinite(t).all()))
+    raise InvalidArgumentError(
+        f"'{name}' contains NaN or Inf; channels of such a model cannot be ranked"
+    )
+
+
+def _holds_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from chanprune_ext.analysis.calls import schema_name
 from chanprune_ext.analysis.rules.pointwise import broadcast_dims
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
@@ -105,6 +106,9 @@ def linear(
     out_slots, in_slots = tracer.dims(weight)
     tracer.note_role(weight, 0, "out")
     tracer.note_role(weight, 1, "in")
+    if x.dim() == 2:
+        tracer.note_role(x, 0, "out")
+        tracer.note_role(x, 1, "in")
     contract(tracer, (x, x.dim() - 1), (weight, 1))
     tracer.set(output, [*rest, out_slots])
     if bias is not None:
@@ -117,7 +121,7 @@ def bmm(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     """(B, M, K) x (B, K, N) -> (B, M, N), on top of a matrix for ``baddbmm``."""
-    *added, left, right = args[:2] if func._schema.name == "aten::bmm" else args[:3]
+    *added, left, right = args[:2] if schema_name(func) == "aten::bmm" else args[:3]
     batch, m, k = tracer.dims(left)
     n = tracer.dims(right)[2]
     tracer.unify(batch, tracer.dims(right)[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.calls import schema_name, tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.tracer import ADDED
 
@@ -62,8 +62,8 @@ _UNTAGGED = (
 def pointwise(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    inputs = tensors_in((args, kwargs))
-    if func._schema.name in _SUMS and _join_paths(tracer, inputs):
+    inputs = tensors_in((args, kwargs) if kwargs else args)
+    if schema_name(func) in _SUMS and _join_paths(tracer, inputs):
         for slots in tracer.dims(inputs[0]):
             tracer.flag(slots, ADDED)
     for out in tensors_in(output):

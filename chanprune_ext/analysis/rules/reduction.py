@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.calls import schema_name, tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.zeros import sum_is_exact
 
@@ -70,7 +70,7 @@ def statistic(
     for d in over:
         slots = tracer.dims(x)[d]
         if (
-            func._schema.name in ("aten::max", "aten::min", "aten::median")
+            schema_name(func) in ("aten::max", "aten::min", "aten::median")
             and len(tensors_in(output)) > 1
         ):
             tracer.freeze(slots, "an index into these channels is computed")

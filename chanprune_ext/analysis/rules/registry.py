@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.calls import schema_name, tensors_in
 from chanprune_ext.analysis.rules.zeros import follow_zeros, remembered_zeros, restore_zeros
 
 if TYPE_CHECKING:
@@ -52,11 +53,12 @@ def register_rule(name: str) -> Callable[[Rule], Rule]:
     return rule(name)
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_pointwise(func: Any) -> bool:
     """Whether torch tags the operation, or the one it is the in-place form of, as element-wise."""
     if torch.Tag.pointwise in func.tags:
         return True
-    namespace, _, name = func._schema.name.partition("::")
+    namespace, _, name = schema_name(func).partition("::")
     if not name.endswith("_"):
         return False
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
@@ -69,11 +71,11 @@ def apply_rule(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Give the outputs of one operation their slots; freeze what no rule understands."""
-    name = func._schema.name
+    name = schema_name(func)
     if name.startswith("prim::"):
         return  # a fake tensor is asked for its device or layout
     tracer.op_name = name
-    inputs = tensors_in((args, kwargs))
+    inputs = tensors_in((args, kwargs) if kwargs else args)
     tracer.use(inputs)
     if name not in _CREATORS and not any(tracer.labelled(t) for t in inputs):
         return
@@ -87,7 +89,7 @@ def apply_rule(
         remembered = remembered_zeros(tracer, func, inputs)
         function(tracer, func, args, kwargs, output)
         restore_zeros(tracer, remembered)
-        follow_zeros(tracer, func, args, kwargs, output)
+        follow_zeros(tracer, func, inputs, args, kwargs, output)
     except (AssertionError, IndexError, ValueError, TypeError, KeyError, RuntimeError) as error:
         give_up(tracer, f"the rule failed ({error}) for {name}", inputs, output)
 

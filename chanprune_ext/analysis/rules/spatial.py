@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.calls import schema_name, tensors_in
 from chanprune_ext.analysis.rules.registry import rule
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def windows(
 ) -> None:
     """The last one, two or three dims are positions; the name says how many."""
     x = args[0]
-    match = re.search(r"(\d)d", func._schema.name)
+    match = re.search(r"(\d)d", schema_name(func))
     spatial = int(match.group(1)) if match else 0
     dims = list(tracer.dims(x))
     for d in range(x.dim() - spatial, x.dim()):

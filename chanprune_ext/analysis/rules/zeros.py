@@ -9,12 +9,13 @@ not zero.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.calls import schema_name, tensors_in
 from chanprune_ext.analysis.rules.blocks import blocks
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ _FOLLOW: dict[str, Follow] = {}
 
 
 def follow_zeros(
-    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    tracer: Tracer,
+    func: Any,
+    inputs: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> None:
     """Set the zeros of every output of an operation whose rule has set its slots."""
-    name = func._schema.name.removeprefix("aten::")
+    name = schema_name(func).removeprefix("aten::")
     follow = _FOLLOW.get(name) or _FOLLOW.get(name.removesuffix("_"))
-    inputs = tensors_in((args, kwargs))
     for out in tensors_in(output):
         if not tracer.labelled(out):
             continue
@@ -48,7 +53,7 @@ def follow_zeros(
 
 def remembered_zeros(tracer: Tracer, func: Any, inputs: list[Tensor]) -> Remembered:
     """Slots and zeros of the inputs of an in-place operation, whose rule writes over them."""
-    if not func._schema.name.endswith("_"):
+    if not schema_name(func).endswith("_"):
         return []
     return [
         (tensor, dims, tracer.zeros(tensor))
@@ -114,6 +119,11 @@ def _kept(
     tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
 ) -> list[bool]:
     """Zero where the input is: dimension by dimension where it passes whole, else all of them."""
+    if len(inputs) == 1:
+        before, after = tracer.dims(inputs[0]), tracer.dims(out)
+        whole = len(before) == len(after) and all(map(operator.is_, before, after))
+        if whole and len(set(map(id, before))) == len(before):
+            return list(tracer.zeros(inputs[0]))
     everywhere = all(all(tracer.zeros(t)) for t in inputs)
     result = []
     for slots in tracer.dims(out):
