@@ -74,9 +74,14 @@ _ATOMS = frozenset(
 )
 
 
+def copies_plainly(module: nn.Module) -> bool:
+    """Whether a copy of a module is a new one with a copy of its ``__dict__``."""
+    kind: Any = type(module)  # hashable, whatever the type checker makes of Module.__hash__
+    return _copies_plainly(kind) and "__deepcopy__" not in module.__dict__
+
+
 @functools.lru_cache(maxsize=4096)
-def copies_plainly(kind: type[nn.Module]) -> bool:
-    """Whether a copy of such a module is a new one with a copy of its ``__dict__``."""
+def _copies_plainly(kind: Any) -> bool:
     return (
         not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__"))
         and not hasattr(kind, "__getnewargs_ex__")
@@ -102,12 +107,12 @@ def _copy_plain(modules: list[nn.Module], memo: dict[int, Any]) -> None:
     That is what ``copy.deepcopy`` does with them, which takes thousands of calls for the empty
     dicts of hooks that every module has.
     """
-    plain = [m for m in modules if copies_plainly(type(m)) and "__deepcopy__" not in m.__dict__]
+    plain = [m for m in modules if copies_plainly(m)]
     for module in plain:
         memo[id(module)] = object.__new__(type(module))
     for module in plain:
         target = memo[id(module)].__dict__
-        for name, value in module.__getstate__().items():
+        for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]
             kind = type(value)
             if kind in _ATOMS or (kind is tuple and all(type(v) in _ATOMS for v in value)):
                 target[name] = value

@@ -178,7 +178,7 @@ def _same_module(
     path: str, old: nn.Module, new: nn.Module, changed: Container[tuple[str, str]]
 ) -> bool:
     """Whether a module is a plain copy, apart from widths and attributes that a plan changes."""
-    if type(old) is not type(new) or not copies_plainly(type(old)):
+    if type(old) is not type(new) or not copies_plainly(old):
         return False
     if len(new.__dict__) < len(old.__dict__):
         return False

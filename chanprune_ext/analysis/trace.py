@@ -217,7 +217,8 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
             # Zeroing a network is zeroing its parameters: buffers keep their values.
             tracer.set_zeros(stand_ins[name], [isinstance(tensor, nn.Parameter)] * len(dims))
         inputs = substitute(example_inputs, stand_in)
-        asks = any(map(_asks_for_training, {type(m) for _, m in modules_of(model)}))
+        kinds: set[Any] = {type(module) for _, module in modules_of(model)}
+        asks = any(map(_asks_for_training, kinds))
         flow = Dataflow() if asks else None
         calls = _watch(tracer, model, stand_ins, inputs, outputs, flow)
         costs = list(tracer.costs)
@@ -333,7 +334,7 @@ def _watch_training(
 
 
 @functools.lru_cache(maxsize=4096)
-def _asks_for_training(kind: type[nn.Module]) -> bool:
+def _asks_for_training(kind: type) -> bool:
     """Whether a module's own code (not torch's) mentions its training flag."""
     return any(
         "training" in code.co_names
