@@ -9,6 +9,8 @@
 #                  docs/results/coverage-*.json and docs/coverage.md (SUITES='timm toys' chooses,
 #                  PEER=1 runs Torch-Pruning on the same models)
 #   make docs      build the documentation into site/
+#   make prune-speed  time pruning beside Torch-Pruning on the torchvision networks both do; writes
+#                  docs/results/prune-speed-torchvision.json and docs/coverage.md
 #   make clean     remove what was built and all results (keeps the environment)
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=dir the environment's folder, and
@@ -22,7 +24,7 @@ INSTALLED := $(VENV)/.chanprune-installed
 NATIVE_SOURCES := $(shell find csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 
-.PHONY: help install demo test test-all lint sanitize bench coverage docs clean
+.PHONY: help install demo test test-all lint sanitize bench coverage prune-speed docs clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -87,6 +89,12 @@ coverage: $(INSTALLED)
 docs: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[docs]' --no-build-isolation
 	$(BIN)/python -m mkdocs build --strict
+
+prune-speed: $(INSTALLED)
+	$(PIP_INSTALL) -e '.[coverage]' --no-build-isolation
+	$(BIN)/python -m benchmarks.prune_speed --exact docs/results/coverage-torchvision.json \
+	  --json docs/results/prune-speed-torchvision.json
+	$(BIN)/python -m benchmarks.coverage.render docs/results docs/coverage.md
 
 clean:
 	rm -rf site build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

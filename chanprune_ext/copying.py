@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -9,6 +10,7 @@ import types
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import tensors_in
@@ -18,7 +20,7 @@ from chanprune_ext.module_tree import modules_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["copied", "copies_plainly"]
+__all__ = ["copied", "copies_plainly", "keeps_to_itself"]
 
 
 def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -> nn.Module:
@@ -78,6 +80,55 @@ def copies_plainly(module: nn.Module) -> bool:
     """Whether a copy of a module is a new one with a copy of its ``__dict__``."""
     kind: Any = type(module)  # hashable, whatever the type checker makes of Module.__hash__
     return _copies_plainly(kind) and "__deepcopy__" not in module.__dict__
+
+
+def keeps_to_itself(module: nn.Module) -> bool:
+    """Whether nothing a copied module runs can be part of the model it was copied from.
+
+    A function keeps what it has caught (``self.act = lambda x: self.conv(x)``), also in a copy.
+    """
+    kind: Any = type(module)
+    return _code_keeps_to_itself(kind) and all(
+        (name in _OWN and not value) or _holds_nothing_else(value)
+        for name, value in module.__dict__.items()
+        if type(value) not in _SIMPLE
+    )
+
+
+_SIMPLE = frozenset({int, float, bool, str, type(None)})
+
+
+def _holds_nothing_else(value: Any) -> bool:
+    kind = type(value)
+    if kind is types.FunctionType:
+        return value.__closure__ is None
+    if kind in _ATOMS or isinstance(value, (Tensor, nn.Module, torch.dtype, torch.device, type)):
+        return True
+    if kind in (tuple, list, set):
+        return all(map(_holds_nothing_else, value))
+    if kind in (dict, OrderedDict):
+        return all(map(_holds_nothing_else, value.values()))
+    if kind is functools.partial:
+        return all(map(_holds_nothing_else, (value.func, *value.args, *value.keywords.values())))
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _code_keeps_to_itself(kind: Any) -> bool:
+    """Whether no method of a class reads a module of others: a global, or a caught one."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] == "torch":
+            continue
+        for member in vars(base).values():
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if not isinstance(function, types.FunctionType):
+                continue
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                caught = [cell.cell_contents for cell in function.__closure__ or ()]
+                read = [function.__globals__.get(n) for n in function.__code__.co_names]
+                if any(isinstance(v, (nn.Module, Tensor)) for v in (*caught, *read)):
+                    return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from chanprune_ext.analysis.calls import steady_calls, tensors_in
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.stand_ins import call_substituted, substitute, tensors_of
-from chanprune_ext.copying import copied, copies_plainly
+from chanprune_ext.copying import copied, copies_plainly, keeps_to_itself
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
 from chanprune_ext.module_tree import modules_of
 from chanprune_ext.plan_inputs import inputs_from
@@ -141,8 +141,9 @@ def is_as_replayed(plan: PruningPlan, model: nn.Module, pruned: nn.Module) -> bo
     the plan and the widths of torch's layers set, and compared every call, number and shape with
     the trace. What a forward does follows from the code of the modules, their attributes and their
     tensors. If the result has the same modules, of classes that are copied by copying what they
-    hold, with the same attributes, and tensors of just these shapes, nothing is left that a second
-    run could do otherwise.
+    hold, with the same attributes, and tensors of just these shapes, and if neither they nor their
+    code hold on to modules of the original (in a closure, say), nothing is left that a second run
+    could do otherwise.
 
     Args:
         plan: A plan that was made for ``model``.
@@ -178,7 +179,7 @@ def _same_module(
     path: str, old: nn.Module, new: nn.Module, changed: Container[tuple[str, str]]
 ) -> bool:
     """Whether a module is a plain copy, apart from widths and attributes that a plan changes."""
-    if type(old) is not type(new) or not copies_plainly(old):
+    if type(old) is not type(new) or not copies_plainly(old) or not keeps_to_itself(old):
         return False
     if len(new.__dict__) < len(old.__dict__):
         return False

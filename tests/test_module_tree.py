@@ -66,7 +66,31 @@ def test_copies_share_what_the_original_shares() -> None:
     assert new.first[1].num_batches_tracked is not model.first[1].num_batches_tracked
 
 
-@pytest.mark.parametrize(("kind", "runs"), [(Shared, 0), (OwnWay, 1)])
+class Caught(Shared):
+    """Its activation belongs to the model it was made for, also in a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = lambda x: self.second(x) * 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.act(self.first(x)))
+
+
+_GLOBAL = nn.ReLU()
+
+
+class Global(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return _GLOBAL(self.second(self.first(x)))
+
+
+def test_a_copy_that_runs_the_original_is_refused() -> None:
+    with pytest.raises(VerificationError, match="does not run"):
+        cpx.prune(Caught().eval(), torch.randn(2, 3, 8, 8), 0.5)
+
+
+@pytest.mark.parametrize(("kind", "runs"), [(Shared, 0), (OwnWay, 1), (Caught, 1), (Global, 1)])
 def test_only_what_may_differ_from_the_replay_runs_again(
     kind: type[Shared], runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,20 +104,6 @@ def _summary(suites: dict[str, dict[str, Any]]) -> list[str]:
     header = ["suite", "models", "pruned", "exact", "effective", "runs", "refused", "failed"]
     lines = ["## Summary", "", *_table([*header, "median prune s"], rows)]
     for suite, results in suites.items():
-        times = [
-            (ours, theirs)
-            for r in results["models"].values()
-            if _kind(r) == "exact" and _kind(r.get("peer", {})) == "exact"
-            if (ours := _prune_seconds(r)) and (theirs := _prune_seconds(r["peer"]))
-        ]
-        if times:
-            ratios = [theirs / ours for ours, theirs in times]
-            faster = sum(ratio > 1 for ratio in ratios)
-            median = statistics.median(ratios)
-            lines.append(
-                f"{suite}: of {len(times)} models that both prune exactly, {faster} are pruned "
-                f"faster here; the peer takes {median:.1f} times as long (median).\n"
-            )
         exported = [r["export"] for r in results["models"].values() if "export" in r]
         expected = [found for found in exported if found != "not the original either"]
         if expected:
@@ -188,14 +174,49 @@ def _details(suite: str, results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def rendered(suites: dict[str, dict[str, Any]]) -> str:
-    """The page for results by suite."""
+def _speed(results: dict[str, Any]) -> list[str]:
+    """What :mod:`benchmarks.prune_speed` has measured."""
+    lines = [
+        "## Pruning time beside Torch-Pruning",
+        "",
+        "From a model in memory to a smaller model in memory: analysis, scores, planning, checks",
+        "and surgery. CPU seconds of one thread, medians of rounds in which both libraries take",
+        "turns in one process; only networks that both prune exactly. The peer works in place:",
+        "*in place* does the same job, *prune(model)* leaves the model as it was and copies it.",
+        "`make prune-speed` makes the figures.",
+        "",
+    ]
+    for way, name in (("ours", "prune(model)"), ("ours in place", "in place")):
+        found = results["summary"][way]
+        slower = ", ".join(f"{model} ({ratio:.2f}x)" for model, ratio in found["slower"].items())
+        lines.append(
+            f"- {name}: the peer takes {found['median']:.1f} times as long in the median of "
+            f"{found['models']} networks; slower here on {len(found['slower'])}"
+            f"{f': {slower}' if slower else ''}."
+        )
+    rows = [
+        [
+            model,
+            r["rounds"],
+            *(f"{r[f'{way}_s']:.3f}" for way in ("ours", "ours in place", "peer")),
+            *(f"{r['peer_s'] / r[f'{way}_s']:.1f}" for way in ("ours", "ours in place")),
+        ]
+        for model, r in results["models"].items()
+        if r.get("peer_s")
+    ]
+    header = ["model", "rounds", "prune(model) s", "in place s", "torch-pruning s"]
+    return [*lines, "", *_table([*header, "ratio", "ratio in place"], rows)]
+
+
+def rendered(suites: dict[str, dict[str, Any]], speed: dict[str, Any] | None = None) -> str:
+    """The page for results by suite, and for pruning times where there are any."""
     from benchmarks.coverage.checks import EFFECTIVE, TOLERANCE
 
     ratio = next(iter(suites.values()))["ratio"]
     lines = [
         _INTRODUCTION.format(ratio=ratio, effective=EFFECTIVE, tolerance=TOLERANCE),
         *_summary(suites),
+        *(_speed(speed) if speed else []),
     ]
     for suite, results in suites.items():
         lines += _details(suite, results)
@@ -209,7 +230,9 @@ def main(folder: Path, page: Path) -> int:
     if not suites:
         print(f"no results of the coverage runner in {folder}", file=sys.stderr)
         return 2
-    page.write_text(rendered(suites))
+    timed = folder / "prune-speed-torchvision.json"
+    speed = json.loads(timed.read_text()) if timed.exists() else None
+    page.write_text(rendered(suites, speed))
     return 0
 
 
