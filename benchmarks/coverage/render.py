@@ -186,6 +186,8 @@ def _speed(results: dict[str, Any]) -> list[str]:
         "`make prune-speed` makes the figures.",
         "",
     ]
+    if "note" in results:
+        lines += [f"This run: {results['note']}.", ""]
     for way, name in (("ours", "prune(model)"), ("ours in place", "in place")):
         found = results["summary"][way]
         slower = ", ".join(f"{model} ({ratio:.2f}x)" for model, ratio in found["slower"].items())
