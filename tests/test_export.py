@@ -88,6 +88,24 @@ def test_small_model_as_onnx(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(result), pruned(more), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_weights_too_large_for_one_file_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_onnx()
+    import onnxruntime
+
+    monkeypatch.setattr(EXPORT, "_LARGEST_PROTOBUF", 0)
+    x = torch.randn(1, 3, 8, 8)
+    found = export(small(), x, tmp_path / "a.onnx")
+    files = sorted(tmp_path.iterdir())
+    assert [f.name for f in files] == ["a.onnx", "a.onnx.data"]
+    assert found.bytes == sum(f.stat().st_size for f in files)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(result), small()(x), atol=1e-4)
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
