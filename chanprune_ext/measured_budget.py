@@ -120,8 +120,8 @@ def plan_within(
     The latency of the result lies within ``budget.tolerance`` below the budget where the widths
     allow it; where another part of the budget binds it may be faster. What the last measurement
     gave is in the plan's ``options["reached"]``, with its standard error. A round measures for some
-    four seconds, three times that on a busy machine; two or three rounds are usual, eight the most. Beside the model there has to be memory for a
-    pruned copy of it.
+    four seconds, three times that on a busy machine; two or three rounds are usual, eight the most.
+    Beside the model there has to be memory for a pruned copy of it.
 
     Args:
         budget: With a latency, a file size or both; MACs and parameters are the business of
