@@ -14,6 +14,7 @@ from chanprune_ext.plan import PruningPlan, plan_of
 from chanprune_ext.pruning import plan, prune
 from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.recovery import Recipe, prune_progressively, recover, sparsify
+from chanprune_ext.search import prune_within
 from chanprune_ext.sensitivity import sensitivity
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "plan_of",
     "prune",
     "prune_progressively",
+    "prune_within",
     "reconstruct",
     "recover",
     "register_rule",

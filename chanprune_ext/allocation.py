@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chanprune_ext.analysis.groups import KINDS
-from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
+from chanprune_ext.errors import BudgetError, InvalidArgumentError, NothingToPruneError
 from chanprune_ext.links import solve_linked_counts
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def _meet_budget(
             f"{goal.limit / max(goal.whole, 1e-30):.3f})"
             for goal in goals
         )
-        raise InvalidArgumentError(
+        raise BudgetError(
             f"budget cannot be met: with at most {selection.max_ratio:.0%} of each group removed "
             f"the model keeps {kept}; raise max_ratio or ask for less"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AnalysisError",
+    "BudgetError",
     "ChanpruneError",
     "CheckpointError",
     "DataError",
@@ -24,6 +25,10 @@ class ChanpruneError(Exception):
 
 class InvalidArgumentError(ChanpruneError, ValueError):
     """An argument is outside what the function accepts; nothing was changed."""
+
+
+class BudgetError(InvalidArgumentError):
+    """A budget cannot be met with what may be removed."""
 
 
 class AnalysisError(ChanpruneError, RuntimeError):

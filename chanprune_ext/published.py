@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chanprune_ext.allocation import Budget
 from chanprune_ext.checkpoint import load_weights
+from chanprune_ext.criteria import magnitude
 from chanprune_ext.data import calibration_batches, open_dataset
 from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
@@ -64,7 +65,7 @@ def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int
         trials=(
             Trial(
                 "blocks halved, plain L1",
-                lambda _: {**halves, "criterion": "l1"},
+                lambda _: {**halves, "criterion": magnitude(members="makers")},
                 after=None,
                 published="article: drop 3.87; measured elsewhere: 65",
             ),
@@ -121,7 +122,7 @@ def imagenet_mobilenetv2_set(
         trials=(
             Trial(
                 "hidden -30 %, plain L1",
-                lambda _: {**hidden(0.3), "criterion": "l1"},
+                lambda _: {**hidden(0.3), "criterion": magnitude(members="makers")},
                 after=None,
                 published="article: drop 3.6",
             ),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from ..errors import InvalidArgumentError
@@ -44,7 +44,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Pages that only cache files count as available: the kernel gives them up.
+    return int(psutil.virtual_memory().available)
 
 
 def plan_memory(
