@@ -132,6 +132,8 @@ STAYS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "index_fill of channels": (lambda m, x: x.index_fill(-3, at(x, 0, 1), 0.3), WRITTEN),
 }
 
+# How torch writes one number to positions given by a list.
+FILLS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 15)
 NEEDED = {
     "mask of two dims behind channels": "aten::index",
     "vector to rows": "aten::index_put",
@@ -143,7 +145,7 @@ NEEDED = {
     "index_add_": "aten::index_add_",
     "index_copy": "aten::index_copy",
     "index_fill": "aten::index_fill",
-    "number to positions": "aten::index_fill_",
+    "number to positions": "aten::index_fill_" if FILLS else "aten::index_put_",
 }
 
 

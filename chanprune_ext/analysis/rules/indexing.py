@@ -88,6 +88,10 @@ def _indexed_dims(
     return chosen, runs == 1
 
 
+def _decides_everywhere(mask: Tensor, source: Tensor) -> bool:
+    return mask.dtype in (torch.bool, torch.uint8) and mask.shape == source.shape
+
+
 @rule("aten::index_put", "aten::index_put_", "aten::_unsafe_index_put")
 def index_put(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -95,7 +99,17 @@ def index_put(
     """``x[mask] = value``: indexed dims stay whole, the others go with those of the value."""
     source, indices, value = args[:3]
     dims = tracer.dims(source)
+    mask = indices[0] if len(indices) == 1 else None
+    if not value.dim() and mask is not None and _decides_everywhere(mask, source):
+        # ``x[x < 0] = 0.1``: every position decides for itself, as in masked_fill.
+        for own, other in zip(dims, tracer.dims(mask), strict=True):
+            tracer.unify(own, other)
+        tracer.set(output, dims)
+        return
     chosen, together = _indexed_dims(tracer, dims, indices)
+    if not value.dim():  # one number for all of them, as some releases of torch pass it
+        tracer.set(output, dims)
+        return
     after = dims[chosen[-1] + 1 :] if together else ()
     given = tracer.dims(value)
     for slots, own in zip(reversed(after), reversed(given), strict=False):
