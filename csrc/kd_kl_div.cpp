@@ -10,7 +10,8 @@
 namespace chanprune {
 
 KdInputs check_kd_kl_div(const Tensor& student, const Tensor& teacher,
-                         const std::optional<Tensor>& labels, double temperature,
+                         const std::optional<Tensor>& labels,
+                         const std::optional<Tensor>& row_weights, double temperature,
                          double soft_weight, double hard_weight, double label_smoothing,
                          int64_t ignore_index, int64_t reduction) {
   CHANPRUNE_CHECK_FLOAT(student, "kd_kl_div: student");
@@ -28,6 +29,12 @@ KdInputs check_kd_kl_div(const Tensor& student, const Tensor& teacher,
                   "kd_kl_div: student and teacher should be on one device");
   CHANPRUNE_CHECK(std::isfinite(temperature) && temperature > 0,
                   "kd_kl_div: temperature should be a finite number above 0, got ", temperature);
+  CHANPRUNE_CHECK(std::isfinite(soft_weight) && soft_weight >= 0 && std::isfinite(hard_weight) &&
+                      hard_weight >= 0,
+                  "kd_kl_div: soft_weight and hard_weight should be finite and not negative, got ",
+                  soft_weight, " and ", hard_weight);
+  CHANPRUNE_CHECK(labels.has_value() || hard_weight == 0, "kd_kl_div: hard_weight ", hard_weight,
+                  " needs labels");
   CHANPRUNE_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
                   "kd_kl_div: label_smoothing should be in [0, 1], got ", label_smoothing);
   CHANPRUNE_CHECK(reduction >= 0 && reduction <= 2,
@@ -36,6 +43,7 @@ KdInputs check_kd_kl_div(const Tensor& student, const Tensor& teacher,
   // Asking first saves a pass through the dispatcher, which small batches would feel.
   KdInputs inputs{student.is_contiguous() ? student : torch::stable::contiguous(student),
                   teacher.is_contiguous() ? teacher : torch::stable::contiguous(teacher),
+                  std::nullopt,
                   std::nullopt,
                   student.size(0),
                   student.size(1),
@@ -50,6 +58,16 @@ KdInputs check_kd_kl_div(const Tensor& student, const Tensor& teacher,
                     "kd_kl_div: labels should be on the device of student");
     inputs.labels = torch::stable::contiguous(*labels);
     inputs.options.hard = hard_weight != 0;
+  }
+  if (row_weights.has_value()) {
+    const ScalarType dtype = accumulation_dtype(student.scalar_type());
+    CHANPRUNE_CHECK(row_weights->dim() == 1 && row_weights->size(0) == student.size(0) &&
+                        row_weights->scalar_type() == dtype &&
+                        row_weights->device() == student.device(),
+                    "kd_kl_div: row_weights should be ", dtype_name(dtype), " [", student.size(0),
+                    "] on the device of student, got ", dtype_name(row_weights->scalar_type()),
+                    " with ", row_weights->numel(), " elements");
+    inputs.row_weights = torch::stable::contiguous(*row_weights);
   }
   return inputs;
 }

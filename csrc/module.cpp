@@ -6,15 +6,15 @@
 STABLE_TORCH_LIBRARY(chanprune, m) {
   m.def("channel_norms(Tensor[] weights, int[] dims, float p) -> Tensor[]");
   m.def("slice_channels(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]");
-  m.def("kd_kl_div(Tensor student, Tensor teacher, Tensor? labels, float temperature, "
-        "float soft_weight, float hard_weight, float label_smoothing, int ignore_index, "
-        "int reduction) -> (Tensor loss, Tensor statistics)");
-  m.def("kd_kl_div_with_gradient(Tensor student, Tensor teacher, Tensor? labels, "
+  m.def("kd_kl_div(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_weights, "
         "float temperature, float soft_weight, float hard_weight, float label_smoothing, "
-        "int ignore_index, int reduction) -> (Tensor loss, Tensor gradient)");
+        "int ignore_index, int reduction) -> (Tensor loss, Tensor statistics)");
+  m.def("kd_kl_div_with_gradient(Tensor student, Tensor teacher, Tensor? labels, "
+        "Tensor? row_weights, float temperature, float soft_weight, float hard_weight, "
+        "float label_smoothing, int ignore_index, int reduction) -> (Tensor loss, Tensor gradient)");
   m.def("kd_kl_div_backward(Tensor grad, Tensor student, Tensor teacher, Tensor statistics, "
-        "Tensor? labels, float temperature, float soft_weight, float hard_weight, "
-        "float label_smoothing, int ignore_index, int reduction) -> Tensor");
+        "Tensor? labels, Tensor? row_weights, float temperature, float soft_weight, "
+        "float hard_weight, float label_smoothing, int ignore_index, int reduction) -> Tensor");
   m.def("simd_level() -> str");
   m.def("build_facts() -> str");
   m.def("cuda_build_facts() -> str");

@@ -8,8 +8,16 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from torch._C import _are_functorch_transforms_active
 
-__all__ = ["CPU_MODULE", "CUDA_MODULE", "LoadedModule", "native_available", "native_disabled"]
+__all__ = [
+    "CPU_MODULE",
+    "CUDA_MODULE",
+    "LoadedModule",
+    "inside_transform",
+    "native_available",
+    "native_disabled",
+]
 
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
@@ -81,3 +89,8 @@ def native_available(device: torch.device) -> bool:
     if device.type == "cuda":
         return CUDA_MODULE.loaded
     return CPU_MODULE.loaded and device.type in ("cpu", "meta")
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform is running, which custom operators know nothing of."""
+    return _are_functorch_transforms_active()

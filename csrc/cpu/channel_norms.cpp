@@ -23,9 +23,6 @@ constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64};
 constexpr int64_t kRowChunk = 4096;
 constexpr int64_t kGrain = 32768;  // elements worth a thread
 
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 CHANPRUNE_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 CHANPRUNE_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 

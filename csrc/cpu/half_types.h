@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
@@ -16,6 +17,10 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+
+// What values of a type are computed in.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 CHANPRUNE_INLINE uint32_t bits_of(float value) {
   uint32_t bits;

@@ -6,252 +6,53 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/half_types.h"
-#include "cpu/simd.h"
-#include "cpu/vector_exp.h"
+#include "cpu/kd_narrow_rows.h"
+#include "cpu/kd_wide_rows.h"
 #include "new_tensor.h"
 
 namespace chanprune {
 namespace {
 
-// Logits worked on together: both chunks and their converted copies stay in the first-level cache.
-constexpr int64_t kChunk = 1024;
 constexpr int64_t kGrain = 16384;  // logits worth a thread
-constexpr int kLanes = 16;
 
+// The raw data of a call.
 template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+struct Batch {
+  const T* student;
+  const T* teacher;
+  const int64_t* labels;          // or null
+  const Accumulator<T>* weights;  // or null
+  int64_t rows;
+  int64_t classes;
+  KdOptions options;
+  double scale;  // of every row in the reduced loss
 
-template <typename T, typename A>
-CHANPRUNE_CLONES void convert_in(const T* __restrict x, int64_t n, A* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = load(x[i]);
-  }
-}
+  explicit Batch(const KdInputs& inputs)
+      : student(static_cast<const T*>(inputs.student.data_ptr())),
+        teacher(static_cast<const T*>(inputs.teacher.data_ptr())),
+        labels(inputs.labels ? static_cast<const int64_t*>(inputs.labels->data_ptr()) : nullptr),
+        weights(inputs.row_weights
+                    ? static_cast<const Accumulator<T>*>(inputs.row_weights->data_ptr())
+                    : nullptr),
+        rows(inputs.rows),
+        classes(inputs.classes),
+        options(inputs.options),
+        scale(kd_row_scale(inputs)) {}
 
-template <typename T, typename A>
-CHANPRUNE_CLONES void convert_out(const A* __restrict x, int64_t n, T* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) {
-    store(out + i, x[i]);
+  // Label of a row, or -1 where the row has no hard term.
+  int64_t label(int64_t row) const {
+    return options.hard && labels[row] != options.ignore_index ? labels[row] : -1;
   }
-}
 
-// x as an array of the accumulation type: x itself, or converted into `buffer`.
-template <typename T>
-const Accumulator<T>* as_accumulator(const T* x, int64_t n, Accumulator<T>* buffer) {
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    return x;
-  } else {
-    convert_in(x, n, buffer);
-    return buffer;
-  }
-}
-
-// The first n < kLanes elements of x, the other lanes -inf: a class that adds nothing.
-template <typename A>
-CHANPRUNE_INLINE void pad(const A* x, int64_t n, A* __restrict lanes) {
-  for (int j = 0; j < kLanes; ++j) {
-    lanes[j] = -std::numeric_limits<A>::infinity();
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    lanes[j] = x[j];
-  }
-}
-
-// Halving keeps the additions independent, so that they are vectorised; short rows are mostly this.
-template <typename A>
-CHANPRUNE_INLINE A add_lanes(const A* lanes) {
-  A sums[kLanes / 2];
-  for (int j = 0; j < kLanes / 2; ++j) {
-    sums[j] = lanes[j] + lanes[j + kLanes / 2];
-  }
-  for (int width = kLanes / 4; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) {
-      sums[j] += sums[j + width];
-    }
-  }
-  return sums[0];
-}
-
-template <typename A>
-CHANPRUNE_CLONES A largest(const A* x, int64_t n) {
-  A lanes[kLanes];
-  const int64_t whole = n - n % kLanes;
-  pad(x + whole, n - whole, lanes);
-  for (int j = 0; j < kLanes; ++j) {  // NaN is passed over here and met again in the sums
-    lanes[j] = lanes[j] == lanes[j] ? lanes[j] : -std::numeric_limits<A>::infinity();
-  }
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-    }
-  }
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) {
-      lanes[j] = lanes[j + width] > lanes[j] ? lanes[j + width] : lanes[j];
-    }
-  }
-  return lanes[0];
-}
-
-template <typename A>
-struct ChunkSums {
-  A student;      // sum e^x
-  A teacher;      // sum e^y
-  A cross;        // sum e^y (y - x)
-  A hard;         // sum e^(s - max s)
-  A differences;  // sum (s - max s)
+  double weight(int64_t row) const { return weights == nullptr ? 1 : weights[row]; }
 };
-
-// One class: adds its terms to lane j of the sums.
-template <bool Hard, typename A>
-CHANPRUNE_INLINE void add_class(A s, A t, A student_max, A teacher_max, A inverse_temperature, A* z,
-                                A* w, A* cross, A* hard, A* differences) {
-  const A d = s - student_max;
-  const A x = d * inverse_temperature;
-  const A y = (t - teacher_max) * inverse_temperature;
-  const A ey = vector_exp(y);
-  *z += vector_exp(x);
-  *w += ey;
-  *cross += ey == 0 ? 0 : ey * (y - x);  // p ln p = 0 at p = 0, also where y or x is -inf
-  if constexpr (Hard) {
-    *hard += vector_exp(d);
-    *differences += d;
-  }
-}
-
-template <bool Hard, typename A>
-CHANPRUNE_CLONES void sum_chunk(const A* __restrict s, const A* __restrict t, int64_t n,
-                                A student_max, A teacher_max, A inverse_temperature,
-                                ChunkSums<A>* sums) {
-  A z[kLanes] = {};
-  A w[kLanes] = {};
-  A cross[kLanes] = {};
-  A hard[kLanes] = {};
-  A differences[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      add_class<Hard>(s[i + j], t[i + j], student_max, teacher_max, inverse_temperature, z + j,
-                      w + j, cross + j, hard + j, differences + j);
-    }
-  }
-  // The remainder goes through the same vector code on a padded copy: -inf adds nothing.
-  if (i < n) {
-    A tail_s[kLanes];
-    A tail_t[kLanes];
-    pad(s + i, n - i, tail_s);
-    pad(t + i, n - i, tail_t);
-    A unused[kLanes] = {};
-    for (int j = 0; j < kLanes; ++j) {
-      add_class<Hard>(tail_s[j], tail_t[j], student_max, teacher_max, inverse_temperature, z + j,
-                      w + j, cross + j, hard + j, unused + j);
-    }
-    if constexpr (Hard) {
-      for (int j = 0; i + j < n; ++j) {
-        differences[j] += s[i + j] - student_max;
-      }
-    }
-  }
-  *sums = {add_lanes(z), add_lanes(w), add_lanes(cross), 0, 0};
-  if constexpr (Hard) {
-    sums->hard = add_lanes(hard);
-    sums->differences = add_lanes(differences);
-  }
-}
-
-// A row in progress: maxima so far, sums relative to them. Float64, it is touched once per chunk.
-struct RowState {
-  double student_max = -std::numeric_limits<double>::infinity();
-  double teacher_max = -std::numeric_limits<double>::infinity();
-  double student = 0;
-  double teacher = 0;
-  double cross = 0;
-  double hard = 0;
-  double differences = 0;
-  double seen = 0;  // classes
-
-  // Re-expresses the sums relative to the maxima raised to the given ones.
-  void raise(double new_student_max, double new_teacher_max, double inverse_temperature) {
-    if (seen == 0) {
-      student_max = new_student_max;
-      teacher_max = new_teacher_max;
-      return;
-    }
-    const double ds = student > 0 || hard > 0 ? student_max - new_student_max : 0;
-    const double dt = teacher > 0 ? teacher_max - new_teacher_max : 0;
-    const double shrink = std::exp(dt * inverse_temperature);
-    cross = teacher > 0 && shrink > 0 ? shrink * (cross + teacher * (dt - ds) * inverse_temperature)
-                                      : 0;
-    teacher *= shrink;
-    student *= std::exp(ds * inverse_temperature);
-    hard *= std::exp(ds);
-    differences += seen * (student_max - new_student_max);
-    student_max = new_student_max;
-    teacher_max = new_teacher_max;
-  }
-};
-
-// A row that is -inf so far has no maximum to subtract; 0 leaves its terms at e^-inf = 0.
-double finite_or_zero(double maximum) {
-  return maximum == -std::numeric_limits<double>::infinity() ? 0 : maximum;
-}
-
-template <typename T>
-RowState read_row(const T* student, const T* teacher, int64_t classes, const KdOptions& options) {
-  using A = Accumulator<T>;
-  alignas(64) A student_buffer[kChunk];
-  alignas(64) A teacher_buffer[kChunk];
-  const double inverse_temperature = 1.0 / options.temperature;
-  RowState row;
-  for (int64_t begin = 0; begin < classes; begin += kChunk) {
-    const int64_t n = std::min(kChunk, classes - begin);
-    const A* s = as_accumulator(student + begin, n, student_buffer);
-    const A* t = as_accumulator(teacher + begin, n, teacher_buffer);
-    row.raise(std::max<double>(row.student_max, largest(s, n)),
-              std::max<double>(row.teacher_max, largest(t, n)), inverse_temperature);
-    ChunkSums<A> sums;
-    const auto sum = options.hard ? &sum_chunk<true, A> : &sum_chunk<false, A>;
-    sum(s, t, n, static_cast<A>(finite_or_zero(row.student_max)),
-        static_cast<A>(finite_or_zero(row.teacher_max)), static_cast<A>(inverse_temperature),
-        &sums);
-    row.student += sums.student;
-    row.teacher += sums.teacher;
-    row.cross += sums.cross;
-    row.hard += sums.hard;
-    row.differences += sums.differences;
-    row.seen += static_cast<double>(n);
-  }
-  return row;
-}
-
-double soft_loss(const RowState& row, double student_log_sum, double teacher_log_sum,
-                 const KdOptions& options) {
-  const double kl = row.cross / row.teacher - teacher_log_sum + student_log_sum;
-  return options.soft_weight * options.temperature * options.temperature * kl;
-}
-
-double hard_loss(const RowState& row, double log_sum, double label_logit, int64_t classes,
-                 const KdOptions& options) {
-  double loss = (1 - options.label_smoothing) * (log_sum - (label_logit - row.student_max));
-  if (options.label_smoothing > 0) {
-    loss += options.label_smoothing * (log_sum - row.differences / static_cast<double>(classes));
-  }
-  return options.hard_weight * loss;
-}
-
-// Label of a row, or -1 where the row has no hard term.
-int64_t label_of(const KdInputs& inputs, const int64_t* labels, int64_t row) {
-  if (!inputs.options.hard || labels[row] == inputs.options.ignore_index) {
-    return -1;
-  }
-  return labels[row];
-}
 
 void check_labels(const KdInputs& inputs) {
   if (!inputs.labels.has_value()) {
@@ -266,119 +67,231 @@ void check_labels(const KdInputs& inputs) {
   }
 }
 
-const int64_t* label_data(const KdInputs& inputs) {
-  return inputs.labels.has_value() ? static_cast<const int64_t*>(inputs.labels->data_ptr())
-                                   : nullptr;
-}
-
 int64_t rows_per_thread(int64_t classes) { return std::max<int64_t>(1, kGrain / classes); }
 
-template <typename T>
-void forward(const KdInputs& inputs, double* losses, Accumulator<T>* statistics) {
-  using A = Accumulator<T>;
-  const auto* student = static_cast<const T*>(inputs.student.data_ptr());
-  const auto* teacher = static_cast<const T*>(inputs.teacher.data_ptr());
-  const int64_t* labels = label_data(inputs);
-  const int64_t classes = inputs.classes;
-  torch::stable::parallel_for(
-      0, inputs.rows, rows_per_thread(classes), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          const T* s = student + b * classes;
-          const RowState row = read_row(s, teacher + b * classes, classes, inputs.options);
-          const double student_log_sum = std::log(row.student);
-          const double teacher_log_sum = std::log(row.teacher);
-          const double hard_log_sum = inputs.options.hard ? std::log(row.hard) : 0;
-          losses[b] = inputs.options.soft_weight == 0
-                          ? 0
-                          : soft_loss(row, student_log_sum, teacher_log_sum, inputs.options);
-          const int64_t label = label_of(inputs, labels, b);
-          if (label >= 0) {
-            losses[b] += hard_loss(row, hard_log_sum, load(s[label]), classes, inputs.options);
-          }
-          A* kept = statistics + b * kKdStatistics;
-          kept[kStudentMax] = static_cast<A>(row.student_max);
-          kept[kStudentLogSum] = static_cast<A>(student_log_sum);
-          kept[kTeacherMax] = static_cast<A>(row.teacher_max);
-          kept[kTeacherLogSum] = static_cast<A>(teacher_log_sum);
-          kept[kHardLogSum] = static_cast<A>(hard_log_sum);
-        }
-      });
-}
+// ---------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------
 
-// Factors of one row's gradient before the label's own term:
-// soft (p_s - p_t) + hard (q - uniform).
-template <typename A>
-struct GradientFactors {
-  A inverse_temperature;
-  A soft;
-  A hard;
-  A uniform;  // smoothing / C
+struct LogSums {
+  double student;
+  double teacher;
+  double hard;
 };
 
-template <bool Hard, typename A>
-CHANPRUNE_INLINE A derivative(A s, A t, const A* kept, const GradientFactors<A>& by) {
-  const A d = s - kept[kStudentMax];
-  const A p = vector_exp(d * by.inverse_temperature - kept[kStudentLogSum]);
-  const A q = vector_exp((t - kept[kTeacherMax]) * by.inverse_temperature - kept[kTeacherLogSum]);
-  A result = by.soft * (p - q);
-  if constexpr (Hard) {
-    result += by.hard * (vector_exp(d - kept[kHardLogSum]) - by.uniform);
+double row_loss(const RowState& row, const LogSums& logs, int64_t label, double label_logit,
+                int64_t classes, const KdOptions& options) {
+  double loss = 0;
+  if (options.soft_weight != 0) {
+    const double kl = row.cross / row.teacher - logs.teacher + logs.student;
+    loss = options.soft_weight * options.temperature * options.temperature * kl;
   }
-  return result;
+  if (label >= 0) {
+    double hard = (1 - options.label_smoothing) * (logs.hard - (label_logit - row.student_max));
+    if (options.label_smoothing > 0) {
+      hard +=
+          options.label_smoothing * (logs.hard - row.differences / static_cast<double>(classes));
+    }
+    loss += options.hard_weight * hard;
+  }
+  return loss;
 }
 
-template <bool Hard, typename A>
-CHANPRUNE_CLONES void differentiate(const A* __restrict s, const A* __restrict t, int64_t n,
-                                    const A* __restrict statistics, GradientFactors<A> by,
-                                    A* __restrict out) {
-  A kept[kKdStatistics];  // copied: the gradient written could alias the originals
-  for (int k = 0; k < kKdStatistics; ++k) {
-    kept[k] = statistics[k];
-  }
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; ++i) {
-    out[i] = derivative<Hard>(s[i], t[i], kept, by);
-  }
-  if (whole < n) {  // through the same vector code, on a padded copy
-    A tail_s[kLanes];
-    A tail_t[kLanes];
-    pad(s + whole, n - whole, tail_s);
-    pad(t + whole, n - whole, tail_t);
-    for (int j = 0; j < kLanes; ++j) {
-      tail_s[j] = derivative<Hard>(tail_s[j], tail_t[j], kept, by);
-    }
-    for (int64_t i = whole; i < n; ++i) {
-      out[i] = tail_s[i - whole];
-    }
-  }
-}
-
-// Gradient of the logits for the upstream gradient `grad`, null for ones.
+// Room for the exponentials of one row beside its gradient.
 template <typename T>
-void backward(const KdInputs& inputs, const Accumulator<T>* grad, const Accumulator<T>* statistics,
-              T* result) {
+class RowScratch {
   using A = Accumulator<T>;
-  const auto* student = static_cast<const T*>(inputs.student.data_ptr());
-  const auto* teacher = static_cast<const T*>(inputs.teacher.data_ptr());
-  const int64_t* labels = label_data(inputs);
-  const int64_t classes = inputs.classes;
-  const KdOptions& options = inputs.options;
-  const double scale = kd_row_scale(inputs);
+
+ public:
+  RowScratch(int64_t classes, bool hard)
+      : student_(std::is_same_v<T, A> ? nullptr : new A[classes]),
+        teacher_(new A[classes]),
+        hard_(hard ? new A[classes] : nullptr) {}
+
+  // The student's exponentials are kept where the gradient goes, if types allow.
+  KeptTerms<A> terms(T* gradient) const {
+    if constexpr (std::is_same_v<T, A>) {
+      return {gradient, teacher_.get(), hard_.get()};
+    } else {
+      return {student_.get(), teacher_.get(), hard_.get()};
+    }
+  }
+
+ private:
+  std::unique_ptr<A[]> student_;
+  std::unique_ptr<A[]> teacher_;
+  std::unique_ptr<A[]> hard_;
+};
+
+// Turns the kept exponentials of a row into its gradient.
+template <typename T>
+void finish_gradient(const Batch<T>& batch, int64_t b, const RowState& row,
+                     const KeptTerms<Accumulator<T>>& kept, T* gradient) {
+  using A = Accumulator<T>;
+  const int64_t label = batch.label(b);
+  const KdOptions& options = batch.options;
+  const double upstream = batch.scale * batch.weight(b);
+  const double soft = upstream * options.soft_weight * options.temperature;
+  const double hard = label >= 0 ? upstream * options.hard_weight : 0;
+  const double uniform = options.label_smoothing / static_cast<double>(batch.classes);
+  const GradientFactors<A> factors = {
+      static_cast<A>(soft / row.student), static_cast<A>(soft / row.teacher),
+      static_cast<A>(label >= 0 ? hard / row.hard : 0), static_cast<A>(hard * uniform)};
+  const auto combine = label >= 0 ? &combine_terms<true, A> : &combine_terms<false, A>;
+  combine(kept.student, kept.teacher, kept.hard, batch.classes, factors, kept.student);
+  if (label >= 0) {
+    kept.student[label] -= static_cast<A>(hard * (1 - options.label_smoothing));
+  }
+  if constexpr (!std::is_same_v<T, A>) {
+    convert_out(kept.student, batch.classes, gradient);
+  }
+}
+
+// Losses of rows [begin, end), and their statistics or gradients where these are not null.
+template <typename T>
+void run_wide_rows(const Batch<T>& batch, int64_t begin, int64_t end, double* losses,
+                   Accumulator<T>* statistics, T* gradient) {
+  using A = Accumulator<T>;
+  const KdOptions& options = batch.options;
+  const RowScratch<T> scratch(gradient == nullptr ? 0 : batch.classes, options.hard);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t at = b * batch.classes;
+    T* const row_gradient = gradient == nullptr ? nullptr : gradient + at;
+    if (batch.weight(b) == 0) {
+      losses[b] = 0;
+      if (statistics != nullptr) {
+        std::fill_n(statistics + b * kKdStatistics, kKdStatistics, A(0));
+      }
+      if (gradient != nullptr) {
+        std::fill_n(row_gradient, batch.classes, T{});
+      }
+      continue;
+    }
+    const T* s = batch.student + at;
+    const T* t = batch.teacher + at;
+    const auto kept = gradient == nullptr ? KeptTerms<A>{} : scratch.terms(row_gradient);
+    const RowState row = gradient == nullptr
+                             ? read_row(s, t, batch.classes, options)
+                             : read_row_and_keep(s, t, batch.classes, options, kept);
+    const LogSums logs = {std::log(row.student), std::log(row.teacher),
+                          options.hard ? std::log(row.hard) : 0};
+    const int64_t label = batch.label(b);
+    losses[b] = batch.weight(b) *
+                row_loss(row, logs, label, label >= 0 ? load(s[label]) : 0, batch.classes, options);
+    if (statistics != nullptr) {
+      A* out = statistics + b * kKdStatistics;
+      out[kStudentMax] = static_cast<A>(row.student_max);
+      out[kStudentLogSum] = static_cast<A>(logs.student);
+      out[kTeacherMax] = static_cast<A>(row.teacher_max);
+      out[kTeacherLogSum] = static_cast<A>(logs.teacher);
+      out[kHardLogSum] = static_cast<A>(logs.hard);
+    }
+    if (gradient != nullptr) {
+      finish_gradient(batch, b, row, kept, row_gradient);
+    }
+  }
+}
+
+// The same for rows of few classes; `begin` is a multiple of kLanes.
+template <typename T>
+void run_narrow_blocks(const Batch<T>& batch, int64_t begin, int64_t end, double* losses,
+                       Accumulator<T>* statistics, T* gradient) {
+  const auto run = batch.options.hard ? &run_narrow_rows<true, T> : &run_narrow_rows<false, T>;
+  for (int64_t b = begin; b < end; b += kLanes) {
+    const int64_t at = b * batch.classes;
+    NarrowRows<T> rows{};
+    rows.student = batch.student + at;
+    rows.teacher = batch.teacher + at;
+    rows.rows = std::min<int64_t>(kLanes, end - b);
+    rows.classes = batch.classes;
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      rows.labels[r] = batch.label(b + r);
+    }
+    rows.weights = batch.weights == nullptr ? nullptr : batch.weights + b;
+    rows.losses = losses + b;
+    rows.statistics = statistics == nullptr ? nullptr : statistics + b * kKdStatistics;
+    rows.gradient = gradient == nullptr ? nullptr : gradient + at;
+    rows.gradient_scale = batch.scale;
+    run(rows, batch.options);
+  }
+}
+
+// Sums or copies the row losses, in order: the result does not depend on the number of threads.
+template <typename T>
+void reduce(const Batch<T>& batch, const std::vector<double>& losses, Accumulator<T>* loss) {
+  if (batch.options.reduction == KdReduction::kNone) {
+    for (size_t b = 0; b < losses.size(); ++b) {
+      loss[b] = static_cast<Accumulator<T>>(losses[b]);
+    }
+    return;
+  }
+  double total = 0;
+  for (const double value : losses) {
+    total += value;
+  }
+  *loss = static_cast<Accumulator<T>>(total * batch.scale);
+}
+
+// Writes the loss and, where not null, statistics or gradient (of the loss, or of the sum of the
+// unreduced losses).
+template <typename T>
+void forward(const KdInputs& inputs, void* loss, void* statistics, void* gradient) {
+  using A = Accumulator<T>;
+  const Batch<T> batch(inputs);
+  std::vector<double> losses(static_cast<size_t>(batch.rows));
+  auto* const kept = static_cast<A*>(statistics);
+  auto* const out = static_cast<T*>(gradient);
+  const int64_t grain = rows_per_thread(batch.classes);
+  if (batch.classes <= kNarrow) {
+    const int64_t blocks = (batch.rows + kLanes - 1) / kLanes;
+    torch::stable::parallel_for(
+        0, blocks, (grain + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
+          run_narrow_blocks(batch, begin * kLanes, std::min(batch.rows, end * kLanes),
+                            losses.data(), kept, out);
+        });
+  } else {
+    torch::stable::parallel_for(0, batch.rows, grain, [&](int64_t begin, int64_t end) {
+      run_wide_rows(batch, begin, end, losses.data(), kept, out);
+    });
+  }
+  reduce(batch, losses, static_cast<A*>(loss));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------
+
+// Gradient of the logits, from the upstream gradient and the statistics of the rows.
+template <typename T>
+void backward(const KdInputs& inputs, const void* grad, const void* statistics, void* gradient) {
+  using A = Accumulator<T>;
+  const Batch<T> batch(inputs);
+  const auto* upstreams = static_cast<const A*>(grad);
+  const auto* kept = static_cast<const A*>(statistics);
+  auto* result = static_cast<T*>(gradient);
+  const int64_t classes = batch.classes;
+  const KdOptions& options = batch.options;
   const bool per_row = options.reduction == KdReduction::kNone;
   torch::stable::parallel_for(
-      0, inputs.rows, rows_per_thread(classes), [&](int64_t first, int64_t last) {
+      0, batch.rows, rows_per_thread(classes), [&](int64_t first, int64_t last) {
         alignas(64) A student_buffer[kChunk];
         alignas(64) A teacher_buffer[kChunk];
         alignas(64) A result_buffer[kChunk];
         for (int64_t b = first; b < last; ++b) {
-          const int64_t label = label_of(inputs, labels, b);
-          const double upstream = scale * (grad == nullptr ? 1 : per_row ? grad[b] : grad[0]);
+          if (batch.weight(b) == 0) {
+            std::fill_n(result + b * classes, classes, T{});
+            continue;
+          }
+          const int64_t label = batch.label(b);
+          const double upstream = batch.scale * batch.weight(b) * upstreams[per_row ? b : 0];
           const double hard = label >= 0 ? upstream * options.hard_weight : 0;
-          const GradientFactors<A> by = {
+          RecomputeFactors<A> factors{
+              {},
               static_cast<A>(1.0 / options.temperature),
               static_cast<A>(upstream * options.soft_weight * options.temperature),
               static_cast<A>(hard),
               static_cast<A>(options.label_smoothing / static_cast<double>(classes))};
+          std::copy_n(kept + b * kKdStatistics, kKdStatistics, factors.statistics);
           const auto run = label >= 0 ? &differentiate<true, A> : &differentiate<false, A>;
           for (int64_t begin = 0; begin < classes; begin += kChunk) {
             const int64_t n = std::min(kChunk, classes - begin);
@@ -387,9 +300,8 @@ void backward(const KdInputs& inputs, const Accumulator<T>* grad, const Accumula
             if constexpr (std::is_same_v<T, A>) {
               out = result + at;
             }
-            run(as_accumulator(student + at, n, student_buffer),
-                as_accumulator(teacher + at, n, teacher_buffer), n, statistics + b * kKdStatistics,
-                by, out);
+            run(as_accumulator(batch.student + at, n, student_buffer),
+                as_accumulator(batch.teacher + at, n, teacher_buffer), n, factors, out);
             if (label >= begin && label < begin + n) {
               out[label - begin] -= static_cast<A>(hard * (1 - options.label_smoothing));
             }
@@ -401,127 +313,83 @@ void backward(const KdInputs& inputs, const Accumulator<T>* grad, const Accumula
       });
 }
 
-// Sums or copies the row losses, in order: the result does not depend on the number of threads.
-template <typename A>
-void reduce(const KdInputs& inputs, const std::vector<double>& losses, A* loss) {
-  if (inputs.options.reduction == KdReduction::kNone) {
-    for (size_t b = 0; b < losses.size(); ++b) {
-      loss[b] = static_cast<A>(losses[b]);
-    }
-    return;
-  }
-  double total = 0;
-  for (const double value : losses) {
-    total += value;
-  }
-  *loss = static_cast<A>(total * kd_row_scale(inputs));
+// ---------------------------------------------------------------------------------------------
+// Operators
+// ---------------------------------------------------------------------------------------------
+
+Tensor new_loss(const KdInputs& inputs) {
+  const ScalarType dtype = accumulation_dtype(inputs.student.scalar_type());
+  return inputs.options.reduction == KdReduction::kNone
+             ? new_empty_vector(inputs.student, inputs.rows, dtype)
+             : new_empty_strided(inputs.student, {}, {}, dtype);
+}
+
+Tensor new_gradient(const KdInputs& inputs) {
+  return new_empty_strided(inputs.student, {inputs.rows, inputs.classes}, {inputs.classes, 1},
+                           inputs.student.scalar_type());
+}
+
+void run_forward(const KdInputs& inputs, void* loss, void* statistics, void* gradient) {
+  const ScalarType dtype = inputs.student.scalar_type();
+  const auto run = dtype == ScalarType::Double     ? &forward<double>
+                   : dtype == ScalarType::Half     ? &forward<Float16>
+                   : dtype == ScalarType::BFloat16 ? &forward<BFloat16>
+                                                   : &forward<float>;
+  run(inputs, loss, statistics, gradient);
 }
 
 std::tuple<Tensor, Tensor> kd_kl_div_cpu(Tensor student, Tensor teacher,
-                                         std::optional<Tensor> labels, double temperature,
+                                         std::optional<Tensor> labels,
+                                         std::optional<Tensor> row_weights, double temperature,
                                          double soft_weight, double hard_weight,
                                          double label_smoothing, int64_t ignore_index,
                                          int64_t reduction) {
-  const KdInputs inputs = check_kd_kl_div(student, teacher, labels, temperature, soft_weight,
-                                          hard_weight, label_smoothing, ignore_index, reduction);
+  const KdInputs inputs =
+      check_kd_kl_div(student, teacher, labels, row_weights, temperature, soft_weight, hard_weight,
+                      label_smoothing, ignore_index, reduction);
   check_labels(inputs);
-  const ScalarType kept_dtype = accumulation_dtype(student.scalar_type());
-  Tensor statistics =
-      new_empty_strided(student, {inputs.rows, kKdStatistics}, {kKdStatistics, 1}, kept_dtype);
-  Tensor loss = inputs.options.reduction == KdReduction::kNone
-                    ? new_empty_vector(student, inputs.rows, kept_dtype)
-                    : new_empty_strided(student, {}, {}, kept_dtype);
-  std::vector<double> losses(static_cast<size_t>(inputs.rows));
-  if (kept_dtype == ScalarType::Double) {
-    forward<double>(inputs, losses.data(), static_cast<double*>(statistics.data_ptr()));
-    reduce(inputs, losses, static_cast<double*>(loss.data_ptr()));
-    return {loss, statistics};
-  }
-  auto* kept = static_cast<float*>(statistics.data_ptr());
-  switch (student.scalar_type()) {
-    case ScalarType::Half:
-      forward<Float16>(inputs, losses.data(), kept);
-      break;
-    case ScalarType::BFloat16:
-      forward<BFloat16>(inputs, losses.data(), kept);
-      break;
-    default:
-      forward<float>(inputs, losses.data(), kept);
-  }
-  reduce(inputs, losses, static_cast<float*>(loss.data_ptr()));
+  Tensor loss = new_loss(inputs);
+  Tensor statistics = new_empty_strided(student, {inputs.rows, kKdStatistics}, {kKdStatistics, 1},
+                                        accumulation_dtype(student.scalar_type()));
+  run_forward(inputs, loss.data_ptr(), statistics.data_ptr(), nullptr);
   return {loss, statistics};
-}
-
-template <typename A>
-void run_with_gradient(const KdInputs& inputs, A* loss, A* gradient) {
-  std::vector<double> losses(static_cast<size_t>(inputs.rows));
-  std::vector<A> statistics(static_cast<size_t>(inputs.rows * kKdStatistics));
-  forward<A>(inputs, losses.data(), statistics.data());
-  reduce(inputs, losses, loss);
-  backward<A>(inputs, nullptr, statistics.data(), gradient);
 }
 
 std::tuple<Tensor, Tensor> kd_kl_div_with_gradient_cpu(Tensor student, Tensor teacher,
                                                        std::optional<Tensor> labels,
+                                                       std::optional<Tensor> row_weights,
                                                        double temperature, double soft_weight,
                                                        double hard_weight, double label_smoothing,
                                                        int64_t ignore_index, int64_t reduction) {
-  const KdInputs inputs = check_kd_kl_div(student, teacher, labels, temperature, soft_weight,
-                                          hard_weight, label_smoothing, ignore_index, reduction);
+  const KdInputs inputs =
+      check_kd_kl_div(student, teacher, labels, row_weights, temperature, soft_weight, hard_weight,
+                      label_smoothing, ignore_index, reduction);
   check_labels(inputs);
-  const ScalarType dtype = student.scalar_type();
-  CHANPRUNE_CHECK(dtype == accumulation_dtype(dtype),
-                  "kd_kl_div_with_gradient: student should be float32 or float64 (a half gradient "
-                  "would be rounded before it is scaled), got ",
-                  dtype_name(dtype));
-  Tensor loss = inputs.options.reduction == KdReduction::kNone
-                    ? new_empty_vector(student, inputs.rows, dtype)
-                    : new_empty_strided(student, {}, {}, dtype);
-  Tensor gradient =
-      new_empty_strided(student, {inputs.rows, inputs.classes}, {inputs.classes, 1}, dtype);
-  if (dtype == ScalarType::Double) {
-    run_with_gradient(inputs, static_cast<double*>(loss.data_ptr()),
-                      static_cast<double*>(gradient.data_ptr()));
-  } else {
-    run_with_gradient(inputs, static_cast<float*>(loss.data_ptr()),
-                      static_cast<float*>(gradient.data_ptr()));
-  }
+  Tensor loss = new_loss(inputs);
+  Tensor gradient = new_gradient(inputs);
+  run_forward(inputs, loss.data_ptr(), nullptr, gradient.data_ptr());
   return {loss, gradient};
 }
 
 Tensor kd_kl_div_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor statistics,
-                              std::optional<Tensor> labels, double temperature, double soft_weight,
-                              double hard_weight, double label_smoothing, int64_t ignore_index,
-                              int64_t reduction) {
-  const KdInputs inputs = check_kd_kl_div(student, teacher, labels, temperature, soft_weight,
-                                          hard_weight, label_smoothing, ignore_index, reduction);
+                              std::optional<Tensor> labels, std::optional<Tensor> row_weights,
+                              double temperature, double soft_weight, double hard_weight,
+                              double label_smoothing, int64_t ignore_index, int64_t reduction) {
+  const KdInputs inputs =
+      check_kd_kl_div(student, teacher, labels, row_weights, temperature, soft_weight, hard_weight,
+                      label_smoothing, ignore_index, reduction);
   check_labels(inputs);
   check_kd_backward(inputs, grad, statistics);
   const Tensor upstream = torch::stable::contiguous(grad);
   const Tensor kept = torch::stable::contiguous(statistics);
-  Tensor result = new_empty_strided(student, {inputs.rows, inputs.classes}, {inputs.classes, 1},
-                                    student.scalar_type());
-  const void* g = upstream.data_ptr();
-  const void* k = kept.data_ptr();
-  void* r = result.data_ptr();
-  switch (student.scalar_type()) {
-    case ScalarType::Double:
-      backward<double>(inputs, static_cast<const double*>(g), static_cast<const double*>(k),
-                       static_cast<double*>(r));
-      break;
-    case ScalarType::Half:
-      backward<Float16>(inputs, static_cast<const float*>(g), static_cast<const float*>(k),
-                        static_cast<Float16*>(r));
-      break;
-    case ScalarType::BFloat16:
-      backward<BFloat16>(inputs, static_cast<const float*>(g), static_cast<const float*>(k),
-                         static_cast<BFloat16*>(r));
-      break;
-    default:
-      backward<float>(inputs, static_cast<const float*>(g), static_cast<const float*>(k),
-                      static_cast<float*>(r));
-  }
-  return result;
+  Tensor gradient = new_gradient(inputs);
+  const ScalarType dtype = student.scalar_type();
+  const auto run = dtype == ScalarType::Double     ? &backward<double>
+                   : dtype == ScalarType::Half     ? &backward<Float16>
+                   : dtype == ScalarType::BFloat16 ? &backward<BFloat16>
+                                                   : &backward<float>;
+  run(inputs, upstream.data_ptr(), kept.data_ptr(), gradient.data_ptr());
+  return gradient;
 }
 
 }  // namespace

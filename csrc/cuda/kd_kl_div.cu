@@ -20,11 +20,15 @@ constexpr int kPacksPerThread = 4;  // of a long row in the backward
 template <typename A>
 struct KdFactors {
   A inverse_temperature;
-  A soft;       // forward: soft_weight T^2; backward: soft_weight T
-  A hard;       // hard_weight
-  A smoothing;  // label_smoothing
+  A temperature;
+  A soft;
+  A hard;
+  A smoothing;
   A row_scale;  // 1 or 1/B
   int64_t ignore_index;
+  const A* weights;  // null: 1 everywhere
+
+  __device__ A weight(int64_t row) const { return weights == nullptr ? A(1) : weights[row]; }
 };
 
 template <typename A>
@@ -160,19 +164,26 @@ __device__ RowState<A> join_warp(RowState<A> row, A inverse_temperature) {
   return row;
 }
 
-// Writes loss and statistics of a finished row.
+// What the backward needs of a row.
+template <bool Hard, typename A>
+struct RowStatistics {
+  A values[kKdStatistics];
+
+  __device__ explicit RowStatistics(const RowState<A>& row)
+      : values{row.student_max, logarithm(row.student), row.teacher_max, logarithm(row.teacher),
+               Hard ? logarithm(row.hard) : A(0)} {}
+};
+
 template <bool Hard, typename T>
-__device__ void finish_row(const RowState<Accumulator<T>>& row, const T* student, int64_t classes,
-                           const int64_t* labels, int64_t b,
-                           const KdFactors<Accumulator<T>>& factors, Accumulator<T>* losses,
-                           Accumulator<T>* statistics) {
+__device__ Accumulator<T> row_loss(const RowState<Accumulator<T>>& row,
+                                   const Accumulator<T>* statistics, const T* student,
+                                   int64_t classes, const int64_t* labels, int64_t b,
+                                   const KdFactors<Accumulator<T>>& factors) {
   using A = Accumulator<T>;
-  const A student_log_sum = logarithm(row.student);
-  const A teacher_log_sum = logarithm(row.teacher);
-  const A hard_log_sum = Hard ? logarithm(row.hard) : A(0);
   A loss = 0;
   if (factors.soft != 0) {
-    loss = factors.soft * (row.cross / row.teacher - teacher_log_sum + student_log_sum);
+    const A kl = row.cross / row.teacher - statistics[kTeacherLogSum] + statistics[kStudentLogSum];
+    loss = factors.soft * factors.temperature * factors.temperature * kl;
   }
   if constexpr (Hard) {
     const int64_t label = labels[b];
@@ -180,94 +191,19 @@ __device__ void finish_row(const RowState<Accumulator<T>>& row, const T* student
       // An out-of-range label cannot be reported from here without a wait; NaN cannot be missed.
       const bool valid = label >= 0 && label < classes;
       const A logit = valid ? load(student[label]) : kNaN<A>;
-      A hard = (1 - factors.smoothing) * (hard_log_sum - (logit - row.student_max));
+      const A log_sum = statistics[kHardLogSum];
+      A hard = (1 - factors.smoothing) * (log_sum - (logit - row.student_max));
       if (factors.smoothing > 0) {
-        hard += factors.smoothing * (hard_log_sum - row.differences / static_cast<A>(classes));
+        hard += factors.smoothing * (log_sum - row.differences / static_cast<A>(classes));
       }
       loss += factors.hard * hard;
     }
   }
-  losses[b] = loss;
-  A* kept = statistics + b * kKdStatistics;
-  kept[kStudentMax] = row.student_max;
-  kept[kStudentLogSum] = student_log_sum;
-  kept[kTeacherMax] = row.teacher_max;
-  kept[kTeacherLogSum] = teacher_log_sum;
-  kept[kHardLogSum] = hard_log_sum;
+  return factors.weight(b) * loss;
 }
 
 // ---------------------------------------------------------------------------------------------
-// Forward
-// ---------------------------------------------------------------------------------------------
-
-template <bool Hard, int Width, typename T>
-__global__ void __launch_bounds__(kThreads)
-    kd_rows_by_warp(const T* student, const T* teacher, const int64_t* labels, int64_t rows,
-                    int64_t classes, KdFactors<Accumulator<T>> factors, Accumulator<T>* losses,
-                    Accumulator<T>* statistics) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (b >= rows) {
-    return;
-  }
-  const T* s = student + b * classes;
-  const auto share = read_share<Hard, Width, T>(s, teacher + b * classes, classes, lane, kWarp,
-                                                factors.inverse_temperature);
-  const auto row = join_warp(share, factors.inverse_temperature);
-  if (lane == 0) {
-    finish_row<Hard, T>(row, s, classes, labels, b, factors, losses, statistics);
-  }
-}
-
-template <bool Hard, int Width, typename T>
-__global__ void __launch_bounds__(kThreads)
-    kd_rows_by_block(const T* student, const T* teacher, const int64_t* labels, int64_t classes,
-                     KdFactors<Accumulator<T>> factors, Accumulator<T>* losses,
-                     Accumulator<T>* statistics) {
-  using A = Accumulator<T>;
-  __shared__ RowState<A> warp_rows[kWarps];
-  const int64_t b = blockIdx.x;
-  const T* s = student + b * classes;
-  const auto share =
-      read_share<Hard, Width, T>(s, teacher + b * classes, classes, static_cast<int>(threadIdx.x),
-                                 kThreads, factors.inverse_temperature);
-  const auto warp_row = join_warp(share, factors.inverse_temperature);
-  if (threadIdx.x % kWarp == 0) {
-    warp_rows[threadIdx.x / kWarp] = warp_row;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    RowState<A> row = warp_rows[0];
-    for (int w = 1; w < kWarps; ++w) {
-      row.join(warp_rows[w], factors.inverse_temperature);
-    }
-    finish_row<Hard, T>(row, s, classes, labels, b, factors, losses, statistics);
-  }
-}
-
-template <typename A>
-__global__ void __launch_bounds__(kReduceThreads)
-    sum_losses_kernel(const A* losses, int64_t rows, double scale, A* loss) {
-  __shared__ double shares[kReduceThreads];
-  double share = 0;
-  for (int64_t b = threadIdx.x; b < rows; b += kReduceThreads) {
-    share += losses[b];
-  }
-  shares[threadIdx.x] = share;
-  __syncthreads();
-  for (int width = kReduceThreads / 2; width > 0; width /= 2) {
-    if (static_cast<int>(threadIdx.x) < width) {
-      shares[threadIdx.x] += shares[threadIdx.x + width];
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) {
-    *loss = static_cast<A>(shares[0] * scale);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Backward
+// Gradient of a row
 // ---------------------------------------------------------------------------------------------
 
 // What the gradient of a row needs beside its logits.
@@ -286,17 +222,15 @@ struct RowFactors {
 };
 
 template <bool Hard, typename A>
-__device__ RowFactors<A> row_factors(const A* grad, bool per_row, const A* statistics,
-                                     const int64_t* labels, int64_t b, int64_t classes,
-                                     const KdFactors<A>& factors) {
-  const A* kept = statistics + b * kKdStatistics;
-  const A upstream = factors.row_scale * grad[per_row ? b : 0];
+__device__ RowFactors<A> row_factors(A upstream, const A* kept, const int64_t* labels, int64_t b,
+                                     int64_t classes, const KdFactors<A>& factors) {
+  upstream *= factors.row_scale * factors.weight(b);
   RowFactors<A> row{kept[kStudentMax],
                     kept[kStudentLogSum],
                     kept[kTeacherMax],
                     kept[kTeacherLogSum],
                     kept[kHardLogSum],
-                    upstream * factors.soft,
+                    upstream * factors.soft * factors.temperature,
                     0,
                     0,
                     factors.smoothing / static_cast<A>(classes),
@@ -326,6 +260,171 @@ __device__ A derivative(const RowFactors<A>& row, A s, A t, int64_t k, A inverse
   return result;
 }
 
+// Classes first, first + step, ... of one row, `Width` adjacent ones per access.
+template <bool Hard, int Width, typename T>
+__device__ void write_gradient(const RowFactors<Accumulator<T>>& row, const T* student,
+                               const T* teacher, int64_t classes, int64_t first, int64_t step,
+                               Accumulator<T> inverse_temperature, T* gradient) {
+  struct alignas(Width * sizeof(T)) Classes {
+    T values[Width];
+  };
+  for (int64_t i = first; i < classes; i += step) {
+    const auto s = *reinterpret_cast<const Classes*>(student + i);
+    const auto t = *reinterpret_cast<const Classes*>(teacher + i);
+    Classes out;
+#pragma unroll
+    for (int j = 0; j < Width; ++j) {
+      store(&out.values[j], derivative<Hard>(row, load(s.values[j]), load(t.values[j]), i + j,
+                                             inverse_temperature));
+    }
+    *reinterpret_cast<Classes*>(gradient + i) = out;
+  }
+}
+
+template <int Width, typename T>
+__device__ void write_zeros(int64_t classes, int64_t first, int64_t step, T* gradient) {
+  struct alignas(Width * sizeof(T)) Classes {
+    T values[Width];
+  };
+  Classes zeros;
+#pragma unroll
+  for (int j = 0; j < Width; ++j) {
+    store(&zeros.values[j], Accumulator<T>(0));
+  }
+  for (int64_t i = first; i < classes; i += step) {
+    *reinterpret_cast<Classes*>(gradient + i) = zeros;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------
+
+// Arguments of the forward kernels.
+template <typename T>
+struct RowsJob {
+  const T* student;
+  const T* teacher;
+  const int64_t* labels;
+  int64_t rows;
+  int64_t classes;
+  KdFactors<Accumulator<T>> factors;
+  Accumulator<T>* losses;
+  Accumulator<T>* statistics;  // or null
+  T* gradient;                 // or null
+};
+
+// Loss, statistics and gradient of a finished row, which all `workers` threads of it hold alike.
+template <bool Hard, int Width, typename T>
+__device__ void finish_row(const RowsJob<T>& job, int64_t b, const RowState<Accumulator<T>>& row,
+                           int worker, int workers) {
+  using A = Accumulator<T>;
+  const RowStatistics<Hard, A> statistics(row);
+  const T* s = job.student + b * job.classes;
+  if (worker == 0) {
+    job.losses[b] =
+        row_loss<Hard, T>(row, statistics.values, s, job.classes, job.labels, b, job.factors);
+    if (job.statistics != nullptr) {
+      for (int k = 0; k < kKdStatistics; ++k) {
+        job.statistics[b * kKdStatistics + k] = statistics.values[k];
+      }
+    }
+  }
+  if (job.gradient != nullptr) {  // the row is read again, from a cache where it fits
+    const auto factors =
+        row_factors<Hard, A>(A(1), statistics.values, job.labels, b, job.classes, job.factors);
+    write_gradient<Hard, Width, T>(factors, s, job.teacher + b * job.classes, job.classes,
+                                   static_cast<int64_t>(worker) * Width,
+                                   static_cast<int64_t>(workers) * Width,
+                                   job.factors.inverse_temperature, job.gradient + b * job.classes);
+  }
+}
+
+// A row that is left out: nothing of it is read.
+template <int Width, typename T>
+__device__ void skip_row(const RowsJob<T>& job, int64_t b, int worker, int workers) {
+  if (worker == 0) {
+    job.losses[b] = 0;
+    if (job.statistics != nullptr) {
+      for (int k = 0; k < kKdStatistics; ++k) {
+        job.statistics[b * kKdStatistics + k] = 0;
+      }
+    }
+  }
+  if (job.gradient != nullptr) {
+    write_zeros<Width, T>(job.classes, static_cast<int64_t>(worker) * Width,
+                          static_cast<int64_t>(workers) * Width, job.gradient + b * job.classes);
+  }
+}
+
+template <bool Hard, int Width, typename T>
+__global__ void __launch_bounds__(kThreads) kd_rows_by_warp(RowsJob<T> job) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (b >= job.rows) {
+    return;
+  }
+  if (job.factors.weight(b) == 0) {
+    return skip_row<Width, T>(job, b, lane, kWarp);
+  }
+  const auto share =
+      read_share<Hard, Width, T>(job.student + b * job.classes, job.teacher + b * job.classes,
+                                 job.classes, lane, kWarp, job.factors.inverse_temperature);
+  finish_row<Hard, Width, T>(job, b, join_warp(share, job.factors.inverse_temperature), lane,
+                             kWarp);
+}
+
+// One block per row, so that every branch on the row is taken by all of its threads.
+template <bool Hard, int Width, typename T>
+__global__ void __launch_bounds__(kThreads) kd_rows_by_block(RowsJob<T> job) {
+  using A = Accumulator<T>;
+  __shared__ RowState<A> warp_rows[kWarps];
+  const int64_t b = blockIdx.x;
+  const int worker = static_cast<int>(threadIdx.x);
+  if (job.factors.weight(b) == 0) {
+    return skip_row<Width, T>(job, b, worker, kThreads);
+  }
+  const auto share =
+      read_share<Hard, Width, T>(job.student + b * job.classes, job.teacher + b * job.classes,
+                                 job.classes, worker, kThreads, job.factors.inverse_temperature);
+  const auto warp_row = join_warp(share, job.factors.inverse_temperature);
+  if (worker % kWarp == 0) {
+    warp_rows[worker / kWarp] = warp_row;
+  }
+  __syncthreads();
+  // Every thread joins the warps for itself, in one order: cheaper than to hand the result round.
+  RowState<A> row = warp_rows[0];
+  for (int w = 1; w < kWarps; ++w) {
+    row.join(warp_rows[w], job.factors.inverse_temperature);
+  }
+  finish_row<Hard, Width, T>(job, b, row, worker, kThreads);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kReduceThreads)
+    sum_losses_kernel(const A* losses, int64_t rows, double scale, A* loss) {
+  __shared__ double shares[kReduceThreads];
+  double share = 0;
+  for (int64_t b = threadIdx.x; b < rows; b += kReduceThreads) {
+    share += losses[b];
+  }
+  shares[threadIdx.x] = share;
+  __syncthreads();
+  for (int width = kReduceThreads / 2; width > 0; width /= 2) {
+    if (static_cast<int>(threadIdx.x) < width) {
+      shares[threadIdx.x] += shares[threadIdx.x + width];
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    *loss = static_cast<A>(shares[0] * scale);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------
+
 // Grid: x over rows (a warp or a block each), y over shares of long rows.
 template <bool Hard, int Width, bool ByWarp, typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -333,9 +432,6 @@ __global__ void __launch_bounds__(kThreads)
                        const Accumulator<T>* statistics, const int64_t* labels, int64_t rows,
                        int64_t classes, KdFactors<Accumulator<T>> factors, T* result) {
   using A = Accumulator<T>;
-  struct alignas(Width * sizeof(T)) Classes {
-    T values[Width];
-  };
   const int64_t b = ByWarp ? static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp
                            : static_cast<int64_t>(blockIdx.x);
   if (b >= rows) {
@@ -343,21 +439,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int worker = static_cast<int>(threadIdx.x) % (ByWarp ? kWarp : kThreads);
   const int64_t step = static_cast<int64_t>(ByWarp ? kWarp : kThreads) * Width;
-  const auto row = row_factors<Hard, A>(grad, per_row, statistics, labels, b, classes, factors);
+  const int64_t first = blockIdx.y * step + static_cast<int64_t>(worker) * Width;
   const int64_t at = b * classes;
-  const int64_t stride = step * gridDim.y;
-  for (int64_t i = blockIdx.y * step + static_cast<int64_t>(worker) * Width; i < classes;
-       i += stride) {
-    const auto s = *reinterpret_cast<const Classes*>(student + at + i);
-    const auto t = *reinterpret_cast<const Classes*>(teacher + at + i);
-    Classes out;
-#pragma unroll
-    for (int j = 0; j < Width; ++j) {
-      store(&out.values[j], derivative<Hard>(row, load(s.values[j]), load(t.values[j]), i + j,
-                                             factors.inverse_temperature));
-    }
-    *reinterpret_cast<Classes*>(result + at + i) = out;
+  if (factors.weight(b) == 0) {
+    return write_zeros<Width, T>(classes, first, step * gridDim.y, result + at);
   }
+  const auto row = row_factors<Hard, A>(grad[per_row ? b : 0], statistics + b * kKdStatistics,
+                                        labels, b, classes, factors);
+  write_gradient<Hard, Width, T>(row, student + at, teacher + at, classes, first, step * gridDim.y,
+                                 factors.inverse_temperature, result + at);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -365,11 +455,16 @@ __global__ void __launch_bounds__(kThreads)
 // ---------------------------------------------------------------------------------------------
 
 template <typename A>
-KdFactors<A> factors_of(const KdBatch& batch, double soft) {
+KdFactors<A> factors_of(const KdBatch& batch) {
   const KdOptions& options = batch.options;
-  return {static_cast<A>(1.0 / options.temperature), static_cast<A>(soft),
-          static_cast<A>(options.hard_weight),       static_cast<A>(options.label_smoothing),
-          static_cast<A>(batch.row_scale),           options.ignore_index};
+  return {static_cast<A>(1.0 / options.temperature),
+          static_cast<A>(options.temperature),
+          static_cast<A>(options.soft_weight),
+          static_cast<A>(options.hard_weight),
+          static_cast<A>(options.label_smoothing),
+          static_cast<A>(batch.row_scale),
+          options.ignore_index,
+          static_cast<const A*>(batch.weights)};
 }
 
 // Rows can be read in 16-byte packs when every row starts on one.
@@ -385,21 +480,23 @@ unsigned blocks_of_warps(int64_t rows) {
 }
 
 template <bool Hard, int Width, typename T>
-void launch_rows(const KdBatch& batch, void* losses, void* statistics, cudaStream_t stream) {
+void launch_rows(const KdBatch& batch, void* losses, void* statistics, void* gradient,
+                 cudaStream_t stream) {
   using A = Accumulator<T>;
-  const KdOptions& options = batch.options;
-  const auto* student = static_cast<const T*>(batch.student);
-  const auto* teacher = static_cast<const T*>(batch.teacher);
-  const auto factors =
-      factors_of<A>(batch, options.soft_weight * options.temperature * options.temperature);
+  const RowsJob<T> job = {static_cast<const T*>(batch.student),
+                          static_cast<const T*>(batch.teacher),
+                          batch.labels,
+                          batch.rows,
+                          batch.classes,
+                          factors_of<A>(batch),
+                          static_cast<A*>(losses),
+                          static_cast<A*>(statistics),
+                          static_cast<T*>(gradient)};
   if (batch.classes <= kWarpRow) {
-    kd_rows_by_warp<Hard, Width, T><<<blocks_of_warps(batch.rows), kThreads, 0, stream>>>(
-        student, teacher, batch.labels, batch.rows, batch.classes, factors, static_cast<A*>(losses),
-        static_cast<A*>(statistics));
+    kd_rows_by_warp<Hard, Width, T><<<blocks_of_warps(batch.rows), kThreads, 0, stream>>>(job);
   } else {
-    kd_rows_by_block<Hard, Width, T><<<static_cast<unsigned>(batch.rows), kThreads, 0, stream>>>(
-        student, teacher, batch.labels, batch.classes, factors, static_cast<A*>(losses),
-        static_cast<A*>(statistics));
+    kd_rows_by_block<Hard, Width, T>
+        <<<static_cast<unsigned>(batch.rows), kThreads, 0, stream>>>(job);
   }
 }
 
@@ -408,7 +505,7 @@ void launch_gradient(const KdBatch& batch, const void* grad, const void* statist
                      cudaStream_t stream) {
   using A = Accumulator<T>;
   const bool per_row = batch.options.reduction == KdReduction::kNone;
-  const auto factors = factors_of<A>(batch, batch.options.soft_weight * batch.options.temperature);
+  const auto factors = factors_of<A>(batch);
   const bool by_warp = batch.classes <= kWarpRow;
   const int64_t share = static_cast<int64_t>(kThreads) * Width * kPacksPerThread;
   const auto shares =
@@ -424,13 +521,14 @@ void launch_gradient(const KdBatch& batch, const void* grad, const void* statist
 }
 
 template <typename T>
-void run_rows(const KdBatch& batch, void* losses, void* statistics, cudaStream_t stream) {
+void run_rows(const KdBatch& batch, void* losses, void* statistics, void* gradient,
+              cudaStream_t stream) {
   constexpr int kPack = Pack<T>::kSize;
   const bool packed = rows_are_packed<T>(batch);
   const auto run = batch.options.hard
                        ? (packed ? &launch_rows<true, kPack, T> : &launch_rows<true, 1, T>)
                        : (packed ? &launch_rows<false, kPack, T> : &launch_rows<false, 1, T>);
-  run(batch, losses, statistics, stream);
+  run(batch, losses, statistics, gradient, stream);
 }
 
 template <typename T>
@@ -448,16 +546,16 @@ void run_backward(const KdBatch& batch, const void* grad, const void* statistics
 }  // namespace
 
 void launch_kd_rows(LogitKind dtype, const KdBatch& batch, void* losses, void* statistics,
-                    cudaStream_t stream) {
+                    void* gradient, cudaStream_t stream) {
   switch (dtype) {
     case LogitKind::kFloat:
-      return run_rows<float>(batch, losses, statistics, stream);
+      return run_rows<float>(batch, losses, statistics, gradient, stream);
     case LogitKind::kDouble:
-      return run_rows<double>(batch, losses, statistics, stream);
+      return run_rows<double>(batch, losses, statistics, gradient, stream);
     case LogitKind::kHalf:
-      return run_rows<__half>(batch, losses, statistics, stream);
+      return run_rows<__half>(batch, losses, statistics, gradient, stream);
     case LogitKind::kBFloat16:
-      return run_rows<__nv_bfloat16>(batch, losses, statistics, stream);
+      return run_rows<__nv_bfloat16>(batch, losses, statistics, gradient, stream);
   }
 }
 

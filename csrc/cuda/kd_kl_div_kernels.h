@@ -15,6 +15,7 @@ struct KdBatch {
   const void* student;    // [rows, classes]
   const void* teacher;    // [rows, classes]
   const int64_t* labels;  // [rows] or null
+  const void* weights;    // [rows] or null: 1 everywhere; losses' type
   int64_t rows;
   int64_t classes;
   double row_scale;  // 1 or 1 / rows
@@ -24,9 +25,10 @@ struct KdBatch {
 enum class LogitKind : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 
 //   losses:     [rows]
-//   statistics: [rows, kKdStatistics]
+//   statistics: [rows, kKdStatistics] or null
+//   gradient:   [rows, classes] of the reduced loss (of the losses' sum if there is none), or null
 void launch_kd_rows(LogitKind dtype, const KdBatch& batch, void* losses, void* statistics,
-                    cudaStream_t stream);
+                    void* gradient, cudaStream_t stream);
 
 //   losses: [rows], loss: [] = row_scale * their sum
 void launch_kd_sum(LogitKind dtype, const KdBatch& batch, const void* losses, void* loss,

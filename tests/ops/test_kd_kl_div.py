@@ -165,7 +165,7 @@ def test_half_gradient_is_the_float32_gradient_rounded(native_device, dtype):
     gradients = []
     for cast in (dtype, torch.float32):
         leaf = student.detach().to(cast).requires_grad_()
-        kd_kl_div(leaf, teacher.to(cast), 1.0).backward()
+        kd_kl_div(leaf, teacher.to(cast), 1.0, gradient_in_forward=False).backward()
         gradients.append(leaf.grad)
     assert torch.equal(gradients[0], gradients[1].to(dtype))
 
@@ -278,12 +278,13 @@ def samples(device: torch.device, requires_grad: bool):
     student, teacher = torch.randn(2, 4, 6, device=device)
     student.requires_grad_(requires_grad)
     labels = torch.tensor([0, 5, -100, 2], device=device)
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0], device=device)
     for reduction in (0, 1, 2):
-        yield student, teacher, None, 4.0, 1.0, 0.0, 0.0, -100, reduction
-        yield student, teacher, labels, 2.0, 0.5, 0.5, 0.1, -100, reduction
+        yield student, teacher, None, None, 4.0, 1.0, 0.0, 0.0, -100, reduction
+        yield student, teacher, labels, weights, 2.0, 0.5, 0.5, 0.1, -100, reduction
     if not requires_grad:
         empty = student.new_empty(0, 6)
-        yield empty, empty.clone(), None, 4.0, 1.0, 0.0, 0.0, -100, 2
+        yield empty, empty.clone(), None, None, 4.0, 1.0, 0.0, 0.0, -100, 2
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -293,40 +294,130 @@ def test_opcheck(native_device, requires_grad):
 
 
 def test_opcheck_of_the_backward(native_device):
-    for student, teacher, labels, *options in samples(native_device, False):
-        loss, statistics = torch.ops.chanprune.kd_kl_div(student, teacher, labels, *options)
+    for student, teacher, *others in samples(native_device, False):
+        loss, statistics = torch.ops.chanprune.kd_kl_div(student, teacher, *others)
         torch.library.opcheck(
             torch.ops.chanprune.kd_kl_div_backward,
-            (torch.ones_like(loss), student, teacher, statistics, labels, *options),
+            (torch.ones_like(loss), student, teacher, statistics, *others),
         )
 
 
-def test_opcheck_of_the_forward_with_gradient():
-    for arguments in samples(torch.device("cpu"), False):
+def test_opcheck_of_the_forward_with_gradient(native_device):
+    for arguments in samples(native_device, False):
         torch.library.opcheck(torch.ops.chanprune.kd_kl_div_with_gradient, arguments)
 
 
-def test_the_forward_with_gradient_refuses_half_logits():
-    with pytest.raises(RuntimeError, match=r"float32 or float64 .*got bfloat16"):
-        torch.ops.chanprune.kd_kl_div_with_gradient(
-            LOGITS.bfloat16(), LOGITS.bfloat16(), None, *OPTIONS
-        )
+# ---- where the gradient is made -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("rows", [3, 400])
-def test_small_and_large_batches_have_the_gradient_of_the_operator(native_device, rows, reduction):
-    # Small batches make the gradient in the forward, large ones in the backward.
-    student, teacher = torch.randn(2, rows, 100, device=native_device)
+@pytest.mark.parametrize("shape", [(3, 10), (40, 10), (37, 100), (3, 2, 1500)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradient_of_the_forward_is_that_of_the_backward(native_device, dtype, shape, reduction):
+    student, teacher = torch.randn(2, *shape, device=native_device).to(dtype)
     student.requires_grad_()
-    number = REDUCTIONS.index(reduction)
-    reference = torch.ops.chanprune.kd_kl_div(student, teacher, None, *OPTIONS[:5], number)[0]
-    loss = kd_kl_div(student, teacher, reduction=reduction)
-    assert torch.equal(loss, reference)
-    upstream = torch.randn_like(loss)
-    (gradient,) = torch.autograd.grad(loss, student, upstream)
-    (expected,) = torch.autograd.grad(reference, student, upstream)
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+    labels = make_labels(shape[:-1], shape[-1], 0).to(native_device)
+    weights = torch.rand(shape[:-1], device=native_device)
+    options = {"labels": labels, "hard_weight": 0.3, "weights": weights, "reduction": reduction}
+    results = []
+    for early in (True, False):
+        loss = kd_kl_div(student, teacher, gradient_in_forward=early, **options)
+        upstream = torch.linspace(0.5, 2, loss.numel(), device=native_device).view(loss.shape)
+        (gradient,) = torch.autograd.grad(loss, student, upstream.to(loss.dtype))
+        results.append((loss, gradient))
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=5e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("shape", [(4, 10), (2, 2, 10)])
+def test_a_graph_can_be_differentiated_again(native_device, early, shape):
+    student, teacher = torch.randn(2, *shape, device=native_device)
+    student.requires_grad_()
+    loss = kd_kl_div(student, teacher, gradient_in_forward=early)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    copy = first.clone()
+    first.zero_()  # the gradient belongs to the caller
+    (second,) = torch.autograd.grad(loss * 3, student, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(second, copy * 3)
+    torch.testing.assert_close(third, copy)
+
+
+def test_float16_gradient_in_the_forward_is_refused():
+    logits = torch.zeros(2, 3, dtype=torch.float16, requires_grad=True)
+    with pytest.raises(InvalidArgumentError, match="gradient_in_forward should not be set for flo"):
+        kd_kl_div(logits, logits.detach(), gradient_in_forward=True)
+
+
+# ---- weights and mask ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("classes", [5, 60, 1500])
+@pytest.mark.parametrize("early", [True, False])
+def test_weights_and_mask_equal_the_rows_chosen_by_hand(native_device, classes, early, reduction):
+    student, teacher = torch.randn(2, 3, 7, classes, device=native_device)
+    weights = torch.rand(3, 7, device=native_device)
+    mask = (torch.arange(21, device=native_device) % 3 != 1).view(3, 7)
+    student[~mask] = math.nan  # padding may hold anything
+    teacher[~mask] = math.inf
+    student.requires_grad_()
+    labels = make_labels((3, 7), classes, 3).to(native_device)
+    options = {"hard_weight": 0.4, "label_smoothing": 0.1, "reduction": reduction}
+    loss = kd_kl_div(
+        student,
+        teacher,
+        labels=labels,
+        weights=weights,
+        mask=mask,
+        gradient_in_forward=early,
+        **options,
+    )
+    chosen = student.detach()[mask].double().requires_grad_()
+    rows = kd_kl_div_reference(
+        chosen,
+        teacher[mask].double(),
+        labels=labels[mask],
+        **{**options, "reduction": "none"},
+    )
+    rows = rows * weights[mask]
+    expected = {"none": rows, "sum": rows.sum(), "batchmean": rows.mean()}[reduction]
+    found = loss if reduction != "none" else loss[mask]
+    torch.testing.assert_close(found.double(), expected, rtol=5e-6, atol=1e-6)
+    if reduction == "none":
+        assert torch.equal(loss[~mask], torch.zeros(7, device=native_device))
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), chosen)
+    torch.testing.assert_close(
+        gradient[mask].double(), expected_gradient, rtol=5e-6, atol=1e-6
+    )
+    assert torch.equal(gradient[~mask], torch.zeros(7, classes, device=native_device))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+def test_everything_masked_is_zero(native_device, reduction):
+    student, teacher = torch.randn(2, 4, 6, device=native_device)
+    student.requires_grad_()
+    mask = torch.zeros(4, dtype=torch.bool, device=native_device)
+    loss = kd_kl_div(student, teacher, mask=mask, reduction=reduction)
+    assert loss.item() == 0
+    loss.backward()
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def test_reference_takes_weights_and_mask_likewise():
+    student, teacher = torch.randn(2, 5, 9)
+    weights, mask = torch.rand(5), torch.tensor([True, False, True, True, False])
+    for reduction in REDUCTIONS:
+        options = {"weights": weights, "mask": mask, "reduction": reduction}
+        torch.testing.assert_close(
+            kd_kl_div(student, teacher, **options), kd_kl_div_reference(student, teacher, **options)
+        )
+
+
+# ---- derivatives --------------------------------------------------------------------------------
 
 
 def test_an_upstream_gradient_reaches_half_logits_unrounded(native_device):
@@ -353,23 +444,65 @@ def test_gradcheck(native_device, hard, reduction):
     )
 
 
-@pytest.mark.parametrize("classes", [5, 20000])
-def test_double_backward_is_refused(classes):
-    student, teacher = torch.randn(2, 3, classes)
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradgradcheck(native_device, reduction, early):
+    student, teacher = torch.randn(2, 3, 5, dtype=torch.float64, device=native_device)
     student.requires_grad_()
-    (gradient,) = torch.autograd.grad(kd_kl_div(student, teacher), student, create_graph=True)
+    options = {
+        "labels": torch.tensor([0, -100, 4], device=native_device),
+        "hard_weight": 0.6,
+        "label_smoothing": 0.2,
+        "weights": torch.tensor([1.0, 0.5, 2.0], device=native_device),
+        "mask": torch.tensor([True, True, False], device=native_device),
+        "reduction": reduction,
+        "gradient_in_forward": early,
+    }
+    assert torch.autograd.gradcheck(lambda s: kd_kl_div(s, teacher, 2.5, **options), student)
+    assert torch.autograd.gradgradcheck(lambda s: kd_kl_div(s, teacher, 2.5, **options), student)
+
+
+def test_the_operator_itself_refuses_a_second_derivative(native_device):
+    student, teacher = torch.randn(2, 3, 5, device=native_device)
+    student.requires_grad_()
+    loss = torch.ops.chanprune.kd_kl_div(student, teacher, None, None, *OPTIONS)[0]
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated once"):
         gradient.sum().backward()
 
 
+def test_torch_func_transforms(native_device):
+    student, teacher = torch.randn(2, 4, 3, 6, dtype=torch.float64, device=native_device)
+
+    def loss(s, t):
+        return kd_kl_div(s, t, 2.0)
+
+    batched = torch.func.vmap(loss)(student, teacher)
+    expected = torch.stack([loss(s, t) for s, t in zip(student, teacher, strict=True)])
+    torch.testing.assert_close(batched, expected)
+    gradients = torch.func.vmap(torch.func.grad(loss))(student, teacher)
+    for s, t, gradient in zip(student, teacher, gradients, strict=True):
+        leaf = s.clone().requires_grad_()
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, t), leaf)[0])
+    torch.func.hessian(loss)(student[0], teacher[0])
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_in_one_graph(native_device, backend):
-    student, teacher = torch.randn(2, 8, 10, device=native_device)
-    labels = torch.randint(0, 10, (8,), device=native_device)
+@pytest.mark.parametrize("shape", [(8, 10), (2, 4, 10)])
+def test_compiles_in_one_graph(native_device, backend, shape):
+    student, teacher = torch.randn(2, *shape, device=native_device)
+    labels = torch.randint(0, 10, shape[:-1], device=native_device)
+    options = {
+        "labels": labels,
+        "hard_weight": 0.5,
+        "label_smoothing": 0.1,
+        "weights": torch.rand(shape[:-1], device=native_device),
+        "mask": labels > 2,
+    }
     student.requires_grad_()
 
     def loss(s, t):
-        return kd_kl_div(s, t, 4.0, labels=labels, hard_weight=0.5, label_smoothing=0.1)
+        return kd_kl_div(s, t, 4.0, **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
@@ -421,6 +554,14 @@ LABELS = torch.tensor([0, 1])
         ((LOGITS, LOGITS), {"labels": LABELS[:1]}, r"labels should be int64 .*\(2,\)"),
         ((LOGITS, LOGITS), {"labels": LABELS.int()}, "labels should be int64 .*int32"),
         ((LOGITS, LOGITS), {"label_smoothing": 1.5}, r"label_smoothing should be in \[0, 1\]"),
+        ((LOGITS, LOGITS), {"weights": LABELS}, r"weights should be floating-point .*int64"),
+        ((LOGITS, LOGITS), {"weights": torch.ones(3)}, r"weights should be .*\(2,\) on cpu.*\(3,\)"),
+        (
+            (LOGITS, LOGITS),
+            {"weights": torch.ones(2, requires_grad=True)},
+            r"weights should not require gradients",
+        ),
+        ((LOGITS, LOGITS), {"mask": LABELS}, r"mask should be booleans .*int64"),
         ((LOGITS, LOGITS), {"reduction": "mean"}, "none, sum, batchmean, got 'mean'"),
     ],
 )
@@ -435,14 +576,18 @@ OPTIONS = (4.0, 1.0, 0.0, 0.0, -100, 2)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((LOGITS[0], LOGITS[0], None, *OPTIONS), r"student should be \[rows, classes\].*got 1"),
-        ((LOGITS, LOGITS[:1], None, *OPTIONS), r"shape of student \[2, 3\]"),
-        ((LOGITS, LOGITS.double(), None, *OPTIONS), "dtype of student float32, got float64"),
-        ((LOGITS, LOGITS, LABELS[:1], *OPTIONS), r"labels should be int64 \[2\]"),
-        ((LOGITS, LOGITS, LABELS + 2, *OPTIONS), "got 3 at row 1"),
-        ((LOGITS, LOGITS, None, -1.0, *OPTIONS[1:]), "temperature should be .*got -1"),
-        ((LOGITS, LOGITS, None, *OPTIONS[:3], 2.0, -100, 2), "label_smoothing should be .*got 2"),
-        ((LOGITS, LOGITS, None, *OPTIONS[:5], 3), "reduction should be .*got 3"),
+        ((LOGITS[0], LOGITS[0], None, None, *OPTIONS), r"student should be \[rows, classes\].*got 1"),
+        ((LOGITS, LOGITS[:1], None, None, *OPTIONS), r"shape of student \[2, 3\]"),
+        ((LOGITS, LOGITS.double(), None, None, *OPTIONS), "dtype of student float32, got float64"),
+        ((LOGITS, LOGITS, LABELS[:1], None, *OPTIONS), r"labels should be int64 \[2\]"),
+        ((LOGITS, LOGITS, LABELS + 2, None, *OPTIONS), "got 3 at row 1"),
+        ((LOGITS, LOGITS, None, None, -1.0, *OPTIONS[1:]), "temperature should be .*got -1"),
+        ((LOGITS, LOGITS, None, None, *OPTIONS[:3], 2.0, -100, 2), "label_smoothing should be .*got 2"),
+        ((LOGITS, LOGITS, None, None, *OPTIONS[:5], 3), "reduction should be .*got 3"),
+        ((LOGITS, LOGITS, None, None, 4.0, 1.0, 0.5, 0.0, -100, 2), "hard_weight 0.5 needs labels"),
+        ((LOGITS, LOGITS, None, None, 4.0, -1.0, 0.0, 0.0, -100, 2), "finite and not negative"),
+        ((LOGITS, LOGITS, None, torch.ones(3), *OPTIONS), r"row_weights should be float32 \[2\]"),
+        ((LOGITS, LOGITS, None, LABELS, *OPTIONS), "row_weights should be float32 .*got int64"),
     ],
 )
 def test_operator_itself_refuses_bad_arguments(arguments, message):
@@ -453,4 +598,4 @@ def test_operator_itself_refuses_bad_arguments(arguments, message):
 def test_operator_refuses_a_teacher_that_wants_gradients():
     teacher = LOGITS.clone().requires_grad_()
     with pytest.raises(InvalidArgumentError, match="no gradient for teacher"):
-        torch.ops.chanprune.kd_kl_div(LOGITS, teacher, None, *OPTIONS)
+        torch.ops.chanprune.kd_kl_div(LOGITS, teacher, None, None, *OPTIONS)
