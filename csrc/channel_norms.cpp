@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 
 #include "checks.h"
 #include "new_tensor.h"
@@ -36,47 +37,61 @@ struct Axis {
   int64_t stride;
 };
 
-// Merges axes, ordered by falling stride, into one; false if they do not lie evenly.
-bool merge(const std::vector<Axis>& axes, Axis* merged) {
-  *merged = {1, 1};
-  for (size_t i = axes.size(); i-- > 0;) {
-    if (i + 1 == axes.size()) {
-      *merged = axes[i];
-    } else if (axes[i].stride == merged->size * merged->stride) {
-      merged->size *= axes[i].size;
-    } else {
-      return false;
-    }
-  }
-  return true;
-}
+// Dims that are reduced together, as one axis: grows from the innermost outwards.
+struct MergedAxis {
+  int64_t size = 1;
+  int64_t stride = 1;
+  bool even = true;  // whether one stride steps through all of it
 
-// Fills the block view of `weight`; false if its strides allow none.
-bool view_as_block(const Tensor& weight, int64_t dim, ChannelNormTask* task) {
-  std::vector<Axis> outer;
-  std::vector<Axis> inner;
-  const Axis channel = {weight.size(dim), weight.stride(dim)};
-  std::vector<Axis> others;
-  for (int64_t d = 0; d < weight.dim(); ++d) {
-    if (d != dim && weight.size(d) != 1) {
-      others.push_back({weight.size(d), weight.stride(d)});
+  void put_outside(const Axis& axis) {
+    if (size == 1) {
+      *this = {axis.size, axis.stride, true};
+    } else {
+      even = even && axis.stride == size * stride;
+      size *= axis.size;
     }
   }
-  std::stable_sort(others.begin(), others.end(),
-                   [](const Axis& a, const Axis& b) { return a.stride > b.stride; });
-  for (const Axis& axis : others) {
-    (channel.size > 1 && axis.stride > channel.stride ? outer : inner).push_back(axis);
+};
+
+// Dims of at most this many are sorted in place.
+constexpr int64_t kMaxDims = 64;
+
+// Fills the block view of a weight; false if its strides allow none.
+bool view_as_block(const Tensor& weight, int64_t dim, ChannelNormTask* task) {
+  const auto sizes = weight.sizes();
+  const auto strides = weight.strides();
+  const auto ndim = static_cast<int64_t>(sizes.size());
+  CHANPRUNE_CHECK(ndim <= kMaxDims, "channel_norms: weights should have at most ", kMaxDims,
+                  " dims, got ", ndim);
+  const auto at = static_cast<size_t>(dim);
+  const Axis channel = {sizes[at], strides[at]};
+  // The other dims, innermost first; nearly always they come in this order.
+  Axis others[kMaxDims];
+  int64_t count = 0;
+  for (int64_t d = ndim - 1; d >= 0; --d) {
+    const Axis axis = {sizes[static_cast<size_t>(d)], strides[static_cast<size_t>(d)]};
+    if (d == dim || axis.size == 1) {
+      continue;
+    }
+    int64_t place = count++;
+    for (; place > 0 && others[place - 1].stride > axis.stride; --place) {
+      others[place] = others[place - 1];
+    }
+    others[place] = axis;
   }
-  Axis outer_axis;
-  Axis inner_axis;
-  if (!merge(outer, &outer_axis) || !merge(inner, &inner_axis) || inner_axis.stride != 1) {
+  MergedAxis outer;
+  MergedAxis inner;
+  for (int64_t i = 0; i < count; ++i) {
+    (channel.size > 1 && others[i].stride > channel.stride ? outer : inner).put_outside(others[i]);
+  }
+  if (!outer.even || !inner.even || inner.stride != 1) {
     return false;
   }
   task->data = weight.data_ptr();
-  task->outer = outer_axis.size;
+  task->outer = outer.size;
   task->channels = channel.size;
-  task->inner = inner_axis.size;
-  task->outer_stride = outer_axis.stride;
+  task->inner = inner.size;
+  task->outer_stride = outer.stride;
   task->channel_stride = channel.size > 1 ? channel.stride : task->inner;
   return true;
 }
@@ -130,37 +145,45 @@ ChannelNormPlan plan_channel_norms(const std::vector<Tensor>& weights,
                   " dims for ", weights.size(), " weights");
   ChannelNormPlan plan;
   plan.kind = norm_kind(p);
+  if (weights.empty()) {
+    return plan;
+  }
+  plan.results.reserve(weights.size());
+  plan.tasks.reserve(weights.size());
+  plan.units.reserve(2 * weights.size());
+  plan.unit_elements.reserve(2 * weights.size());
+  const TensorMaker maker(weights[0]);
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const int64_t ndim = weight.dim();
-    CHANPRUNE_CHECK_FLOAT(weight, "channel_norms: every weight");
+    const ScalarType dtype = weight.scalar_type();
+    CHANPRUNE_CHECK_FLOAT_TYPE(dtype, "channel_norms: every weight");
     CHANPRUNE_CHECK(dims[i] >= -ndim && dims[i] < ndim, "channel_norms: dims[", i,
                     "] should be in [", -ndim, ", ", ndim, "), got ", dims[i]);
-    CHANPRUNE_CHECK(weight.device() == weights[0].device(),
+    CHANPRUNE_CHECK(maker.is_on_device_of(weight),
                     "channel_norms: all weights should be on one device, but weights[", i,
                     "] is elsewhere than weights[0]");
     const int64_t dim = dims[i] < 0 ? dims[i] + ndim : dims[i];
-    Tensor result =
-        new_empty_vector(weight, weight.size(dim), accumulation_dtype(weight.scalar_type()));
-    plan.results.push_back(result);
+    plan.results.push_back(maker.vector(weight.size(dim), accumulation_dtype(dtype)));
+    Tensor& result = plan.results.back();
     if (weight.numel() == 0) {
       torch::stable::zero_(result);
       continue;
     }
-    ChannelNormTask task{};
+    plan.tasks.emplace_back();
+    ChannelNormTask& task = plan.tasks.back();
     if (!view_as_block(weight, dim, &task)) {
       plan.kept_alive.push_back(torch::stable::contiguous(weight));
       view_as_block(plan.kept_alive.back(), dim, &task);
     }
     task.result = result.data_ptr();
-    task.dtype = static_cast<int32_t>(element_kind(weight.scalar_type()));
+    task.dtype = static_cast<int32_t>(element_kind(dtype));
     choose_split(limits, &task);
     task.partial_start = -1;
     if (task.pieces > 1 || task.group > 1) {
       task.partial_start = plan.partial_count;
       plan.partial_count += task.pieces * task.width;
     }
-    plan.tasks.push_back(task);
     add_units(limits, &plan);
   }
   return plan;

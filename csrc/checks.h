@@ -45,7 +45,7 @@ inline ScalarType accumulation_dtype(ScalarType type) {
 
 #define CHANPRUNE_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
-#define CHANPRUNE_CHECK_FLOAT(tensor, name)                                      \
-  STD_TORCH_CHECK(::chanprune::is_supported_float((tensor).scalar_type()), name, \
-                  " should be float16, bfloat16, float32 or float64, got ",      \
-                  ::chanprune::dtype_name((tensor).scalar_type()))
+#define CHANPRUNE_CHECK_FLOAT_TYPE(type, name)                              \
+  STD_TORCH_CHECK(::chanprune::is_supported_float(type), name,              \
+                  " should be float16, bfloat16, float32 or float64, got ", \
+                  ::chanprune::dtype_name(type))

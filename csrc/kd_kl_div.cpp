@@ -14,7 +14,7 @@ KdInputs check_kd_kl_div(const Tensor& student, const Tensor& teacher,
                          const std::optional<Tensor>& row_weights, double temperature,
                          double soft_weight, double hard_weight, double label_smoothing,
                          int64_t ignore_index, int64_t reduction) {
-  CHANPRUNE_CHECK_FLOAT(student, "kd_kl_div: student");
+  CHANPRUNE_CHECK_FLOAT_TYPE(student.scalar_type(), "kd_kl_div: student");
   CHANPRUNE_CHECK(student.dim() == 2 && student.size(1) >= 1,
                   "kd_kl_div: student should be [rows, classes] with at least one class, got ",
                   student.dim(), " dims");

@@ -1,49 +1,50 @@
 // Checks and copy descriptions of slice_channels, shared by the CPU and CUDA modules.
 #include "slice_channels.h"
 
+#include <algorithm>
+
 #include "checks.h"
 #include "new_tensor.h"
 
 namespace chanprune {
 namespace {
 
+using Extents = torch::headeronly::IntHeaderOnlyArrayRef;
+
 // torch's own reading of ambiguous strides, so that results get the format torch would suggest.
-bool is_channels_last(const Tensor& t) {
-  const int64_t ndim = t.dim();
-  if (ndim != 4 && ndim != 5) {
+bool is_channels_last(const Extents& sizes, const Extents& strides) {
+  const size_t ndim = sizes.size();
+  if ((ndim != 4 && ndim != 5) || strides[1] == 0) {
     return false;
   }
   int64_t floor = 0;
-  if (t.stride(1) == 0) {
-    return false;
-  }
-  for (int64_t step = 0; step < ndim; ++step) {
-    const int64_t d = step == 0 ? 1 : step == ndim - 1 ? 0 : ndim - step;  // 1, spatial back, 0
-    if (t.size(d) == 0 || t.stride(d) < floor || (d == 0 && floor == t.stride(1))) {
+  for (size_t step = 0; step < ndim; ++step) {
+    const size_t d = step == 0 ? 1 : step == ndim - 1 ? 0 : ndim - step;  // 1, spatial back, 0
+    if (sizes[d] == 0 || strides[d] < floor || (d == 0 && floor == strides[1])) {
       return false;
     }
-    floor = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
+    floor = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
   }
   return true;
 }
 
-std::vector<int64_t> packed_strides(const std::vector<int64_t>& sizes, bool channels_last) {
-  const auto ndim = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(sizes.size());
+void pack_strides(const std::vector<int64_t>& sizes, bool channels_last,
+                  std::vector<int64_t>* strides) {
+  const size_t ndim = sizes.size();
+  strides->resize(ndim);
   int64_t step = 1;
-  const auto assign = [&](int64_t d) {
-    strides[static_cast<size_t>(d)] = step;
-    step *= sizes[static_cast<size_t>(d)] > 1 ? sizes[static_cast<size_t>(d)] : 1;
+  const auto assign = [&](size_t d) {
+    (*strides)[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
   };
   if (channels_last) {
     assign(1);
   }
-  for (int64_t d = ndim - 1; d >= 0; --d) {
+  for (size_t d = ndim; d-- > 0;) {
     if (!channels_last || d != 1) {
       assign(d);
     }
   }
-  return strides;
 }
 
 // Checked host index list of one dim, null where all are kept in order; keeps a contiguous copy
@@ -72,39 +73,40 @@ const int64_t* index_list(const std::optional<Tensor>& index, const char* name, 
 }
 
 // The dims after the first two as one run or step of the source; false if they do not lie evenly.
-bool merge_spatial(const Tensor& t, int64_t* count, int64_t* stride) {
+bool merge_spatial(const Extents& sizes, const Extents& strides, int64_t* count, int64_t* stride) {
   *count = 1;
   *stride = 1;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) == 1) {
+  for (size_t d = sizes.size(); d-- > 2;) {
+    if (sizes[d] == 1) {
       continue;
     }
     if (*count == 1) {
-      *stride = t.stride(d);
-    } else if (t.stride(d) != *stride * *count) {
+      *stride = strides[d];
+    } else if (strides[d] != *stride * *count) {
       return false;
     }
-    *count *= t.size(d);
+    *count *= sizes[d];
   }
   return true;
 }
 
 // Describes the source; false if its strides need a copy first.
 bool describe_source(const Tensor& t, bool channels_last, SliceTask* task) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
   int64_t spatial = 1;
   int64_t spatial_stride = 1;
   const auto element = static_cast<int64_t>(t.element_size());
-  if (!merge_spatial(t, &spatial, &spatial_stride)) {
+  if (!merge_spatial(sizes, strides, &spatial, &spatial_stride)) {
     return false;
   }
   if (!channels_last && spatial > 1 && spatial_stride != 1) {
     return false;
   }
-  const int64_t ndim = t.dim();
   task->source = static_cast<const char*>(t.data_ptr());
   task->element = element;
-  task->row_stride = ndim > 0 ? t.stride(0) * element : 0;
-  task->col_stride = ndim > 1 ? t.stride(1) * element : 0;
+  task->row_stride = !sizes.empty() ? strides[0] * element : 0;
+  task->col_stride = sizes.size() > 1 ? strides[1] * element : 0;
   task->mid_stride = spatial_stride * element;
   task->mids = channels_last ? spatial : 1;
   task->run = channels_last ? element : spatial * element;
@@ -139,30 +141,42 @@ SlicePlan plan_slice_channels(const std::vector<Tensor>& tensors, const Optional
                   "slice_channels: rows and cols should hold one entry per tensor, got ",
                   rows.size(), " and ", cols.size(), " for ", tensors.size(), " tensors");
   SlicePlan plan;
+  if (tensors.empty()) {
+    return plan;
+  }
+  plan.results.reserve(tensors.size());
+  plan.tasks.reserve(tensors.size());
+  plan.kept_alive.reserve(2 * tensors.size());
+  const TensorMaker maker(tensors[0]);
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
-    const int64_t ndim = tensor.dim();
+    const auto source_sizes = tensor.sizes();
+    const auto ndim = static_cast<int64_t>(source_sizes.size());
+    CHANPRUNE_CHECK(maker.is_on_device_of(tensor),
+                    "slice_channels: all tensors should be on one device, but tensors[", i,
+                    "] is elsewhere than tensors[0]");
     CHANPRUNE_CHECK(!rows[i].has_value() || ndim >= 1, "slice_channels: rows[", i,
                     "] needs a tensor of at least one dim, got a scalar");
     CHANPRUNE_CHECK(!cols[i].has_value() || ndim >= 2, "slice_channels: cols[", i,
                     "] needs a tensor of at least two dims, got ", ndim);
     SliceTask task{};
-    task.row_index =
-        index_list(rows[i], "rows", i, ndim > 0 ? tensor.size(0) : 1, &task.rows, &plan.kept_alive);
-    task.col_index =
-        index_list(cols[i], "cols", i, ndim > 1 ? tensor.size(1) : 1, &task.cols, &plan.kept_alive);
-    const auto source_sizes = tensor.sizes();
-    std::vector<int64_t> sizes(source_sizes.begin(), source_sizes.end());
+    task.row_index = index_list(rows[i], "rows", i, ndim > 0 ? source_sizes[0] : 1, &task.rows,
+                                &plan.kept_alive);
+    task.col_index = index_list(cols[i], "cols", i, ndim > 1 ? source_sizes[1] : 1, &task.cols,
+                                &plan.kept_alive);
+    sizes.assign(source_sizes.begin(), source_sizes.end());
     if (ndim > 0) {
       sizes[0] = task.rows;
     }
     if (ndim > 1) {
       sizes[1] = task.cols;
     }
-    const bool channels_last = is_channels_last(tensor);
-    plan.results.push_back(new_empty_strided(tensor, sizes, packed_strides(sizes, channels_last),
-                                             tensor.scalar_type()));
-    if (plan.results.back().numel() == 0) {
+    const bool channels_last = is_channels_last(source_sizes, tensor.strides());
+    pack_strides(sizes, channels_last, &strides);
+    plan.results.push_back(maker.strided(ndim, sizes.data(), strides.data(), tensor.scalar_type()));
+    if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) {
       continue;
     }
     if (!describe_source(tensor, channels_last, &task)) {

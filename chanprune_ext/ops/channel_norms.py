@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops._loader import CPU_MODULE, native_available
+from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["channel_norms", "channel_norms_reference"]
 
+_OP = torch.ops.chanprune.channel_norms
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,8 +55,8 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
 
     Semantics of ``torch.linalg.vector_norm(w, p, all dims but dims[i])``, except that half types
     are accumulated and returned in float32 (a bfloat16 result would tie most channels) and a
-    channel without elements has norm 0. Differentiable any number of times; torch.func transforms
-    are not supported.
+    channel without elements has norm 0. Differentiable any number of times. Inside the transforms
+    of torch.func `channel_norms_reference` runs instead, which they understand.
 
     Args:
         weights (Sequence[Tensor[...]]): float16, bfloat16, float32 or float64, any strides, one
@@ -68,20 +70,26 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
     Raises:
         InvalidArgumentError: an argument is not as described.
     """
-    weights, dims = list(weights), list(dims)
+    weights = list(weights)
     if not weights and not dims:
         return []
+    compiling = torch.compiler.is_compiling()
     native = bool(weights) and native_available(weights[0].device)
-    if native and not weights[0].is_meta and not torch.compiler.is_compiling():
-        try:
-            return list(torch.ops.chanprune.channel_norms.default(weights, dims, float(p)))
-        except RuntimeError:
-            _check(weights, dims, p)  # the kernel checks the same; the culprit is named only here
-            raise
-    _check(weights, dims, p)
-    if native:
-        return list(torch.ops.chanprune.channel_norms(weights, dims, float(p)))
-    return channel_norms_reference(weights, dims, p)
+    if native and not compiling:
+        native = not inside_transform()
+    if not native or compiling or weights[0].is_meta:
+        _check(weights, dims, p)
+        if not native:
+            return channel_norms_reference(weights, dims, p)
+        return list(_OP(weights, list(dims), float(p)))
+    try:
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return list(_OP.default(weights, dims, float(p)))
+        with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
+            return list(_OP.default(weights, dims, float(p)))
+    except RuntimeError:
+        _check(weights, dims, p)  # the kernel checks the same; the culprit is named only here
+        raise
 
 
 def channel_norms_reference(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops._loader import CPU_MODULE, native_available
+from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["slice_channels", "slice_channels_reference"]
+
+_OP = torch.ops.chanprune.slice_channels
 
 
 def _check_index(name: str, i: int, index: Tensor, tensor: Tensor, dim: int) -> None:
@@ -83,8 +86,8 @@ def slice_channels(
 
     Bit-exact for every dtype. Results own fresh memory and keep the memory format: channels_last
     stays channels_last, anything else becomes contiguous. Indices may repeat and come in any order;
-    as in ``torch.index_select``, negative ones are refused. Differentiable any number of times;
-    torch.func transforms are not supported.
+    as in ``torch.index_select``, negative ones are refused. Differentiable any number of times.
+    Inside the transforms of torch.func `slice_channels_reference` runs instead.
 
     Args:
         tensors (Sequence[Tensor[N, M, ...]]): weights, biases, buffers, gradients, optimizer state;
@@ -103,28 +106,38 @@ def slice_channels(
     tensors = list(tensors)
     row_lists = _normalise("rows", rows, tensors, 0)
     col_lists = _normalise("cols", cols, tensors, 1)
+    if not tensors:
+        return []
+    compiling = torch.compiler.is_compiling()
+    native = native_available(tensors[0].device) and (compiling or not inside_transform())
+    if not native or compiling or tensors[0].is_meta:
+        _check_devices(tensors)
+        _check_indices("rows", row_lists, tensors)
+        _check_indices("cols", col_lists, tensors)
+        if native:
+            return list(_OP(tensors, row_lists, col_lists))
+        if not inside_transform():
+            _check_all(row_lists, col_lists, tensors)
+        return slice_channels_reference(tensors, row_lists, col_lists)
+    try:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return list(_OP.default(tensors, row_lists, col_lists))
+        with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
+            return list(_OP.default(tensors, row_lists, col_lists))
+    except RuntimeError:
+        # The kernel checks every index before it copies; the culprit is named only on failure.
+        _check_devices(tensors)
+        _check_all(row_lists, col_lists, tensors)
+        raise
+
+
+def _check_devices(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.device != tensors[0].device:
             raise InvalidArgumentError(
                 f"all tensors should be on one device, got {tensors[0].device} for tensors[0] and "
                 f"{tensor.device} for tensors[{i}]; move them or call once per device"
             )
-    if not tensors:
-        return []
-    native = native_available(tensors[0].device)
-    if native and not tensors[0].is_meta and not torch.compiler.is_compiling():
-        try:
-            return list(torch.ops.chanprune.slice_channels.default(tensors, row_lists, col_lists))
-        except RuntimeError:
-            # The kernel checks every index before it copies; the culprit is named only on failure.
-            _check_all(row_lists, col_lists, tensors)
-            raise
-    _check_indices("rows", row_lists, tensors)
-    _check_indices("cols", col_lists, tensors)
-    if native:
-        return list(torch.ops.chanprune.slice_channels(tensors, row_lists, col_lists))
-    _check_all(row_lists, col_lists, tensors)
-    return slice_channels_reference(tensors, row_lists, col_lists)
 
 
 def _check_all(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <type_traits>
 
 #include "cpu/half_types.h"
@@ -49,46 +50,48 @@ CHANPRUNE_INLINE A join(A a, A b) {
   }
 }
 
-template <NormKind Kind, int Lanes, typename T>
-CHANPRUNE_INLINE Accumulator<T> reduce_in_lanes(const T* x, int64_t blocks) {
-  using A = Accumulator<T>;
-  A lanes[Lanes] = {};
-  for (int64_t i = 0; i < blocks; ++i) {
-    for (int j = 0; j < Lanes; ++j) {
-      lanes[j] = take<Kind>(lanes[j], load(x[i * Lanes + j]));
-    }
-  }
-  for (int width = Lanes / 2; width > 0; width /= 2) {
+// Joins lanes pairwise until `To` of `From` are left.
+template <NormKind Kind, int From, int To, typename A>
+CHANPRUNE_INLINE void fold(A* lanes) {
+  for (int width = From / 2; width >= To; width /= 2) {
     for (int j = 0; j < width; ++j) {
       lanes[j] = join<Kind>(lanes[j], lanes[j + width]);
     }
   }
-  return lanes[0];
 }
 
-// Reduces x: [n], n small enough for a plain accumulator.
+// Reduces x: [n], n small enough for a plain accumulator. Short rows are mostly the end of this, so
+// what remains of a wide block goes on in the same lanes, and is padded with zeros, which add
+// nothing to any norm.
 template <NormKind Kind, typename T>
 CHANPRUNE_CLONES Accumulator<T> reduce_run(const T* x, int64_t n) {
   constexpr int kWide = std::is_same_v<T, double> ? 16 : 64;
-  constexpr int kNarrow = kWide / 8;
+  constexpr int kNarrow = kWide / 4;
   using A = Accumulator<T>;
-  A total = 0;
-  const int64_t wide = n / kWide;
-  if (wide > 0) {
-    total = reduce_in_lanes<Kind, kWide>(x, wide);
-    x += wide * kWide;
-    n -= wide * kWide;
+  A lanes[kWide] = {};
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    for (int j = 0; j < kWide; ++j) {
+      lanes[j] = take<Kind>(lanes[j], load(x[i + j]));
+    }
   }
-  const int64_t narrow = n / kNarrow;
-  if (narrow > 0) {
-    total = join<Kind>(total, reduce_in_lanes<Kind, kNarrow>(x, narrow));
-    x += narrow * kNarrow;
-    n -= narrow * kNarrow;
+  fold<Kind, kWide, kNarrow>(lanes);
+  for (; i + kNarrow <= n; i += kNarrow) {
+    for (int j = 0; j < kNarrow; ++j) {
+      lanes[j] = take<Kind>(lanes[j], load(x[i + j]));
+    }
   }
-  for (int64_t i = 0; i < n; ++i) {
-    total = take<Kind>(total, load(x[i]));
+  if (i < n) {
+    A rest[kNarrow] = {};
+    for (int64_t j = 0; i + j < n; ++j) {
+      rest[j] = load(x[i + j]);
+    }
+    for (int j = 0; j < kNarrow; ++j) {
+      lanes[j] = take<Kind>(lanes[j], rest[j]);
+    }
   }
-  return total;
+  fold<Kind, kNarrow, 1>(lanes);
+  return lanes[0];
 }
 
 // Takes `Rows` rows of n columns, `stride` apart, into totals: [n].
@@ -198,7 +201,7 @@ void finish_task(const ChannelNormTask& task, const double* partials) {
 
 template <NormKind Kind>
 void run(const ChannelNormPlan& plan) {
-  std::vector<double> partials(static_cast<size_t>(plan.partial_count));
+  const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(plan.partial_count)]);
   // Threads share the elements, not the units: a unit belongs to the thread whose share it starts
   // in.
   std::vector<int64_t> starts(plan.units.size());
@@ -214,20 +217,23 @@ void run(const ChannelNormPlan& plan) {
       const ChannelNormTask& task = plan.tasks[static_cast<size_t>(plan.units[u].task)];
       switch (static_cast<ElementKind>(task.dtype)) {
         case ElementKind::kFloat:
-          run_unit<Kind, float>(task, plan.units[u], partials.data());
+          run_unit<Kind, float>(task, plan.units[u], partials.get());
           break;
         case ElementKind::kDouble:
-          run_unit<Kind, double>(task, plan.units[u], partials.data());
+          run_unit<Kind, double>(task, plan.units[u], partials.get());
           break;
         case ElementKind::kHalf:
-          run_unit<Kind, Float16>(task, plan.units[u], partials.data());
+          run_unit<Kind, Float16>(task, plan.units[u], partials.get());
           break;
         case ElementKind::kBFloat16:
-          run_unit<Kind, BFloat16>(task, plan.units[u], partials.data());
+          run_unit<Kind, BFloat16>(task, plan.units[u], partials.get());
           break;
       }
     }
   });
+  if (plan.partial_count == 0) {
+    return;
+  }
   const auto tasks = static_cast<int64_t>(plan.tasks.size());
   torch::stable::parallel_for(
       0, tasks, 1 + kGrain * tasks / (1 + plan.partial_count), [&](int64_t begin, int64_t end) {
@@ -237,9 +243,9 @@ void run(const ChannelNormPlan& plan) {
             continue;
           }
           if (static_cast<ElementKind>(task.dtype) == ElementKind::kDouble) {
-            finish_task<Kind, double>(task, partials.data());
+            finish_task<Kind, double>(task, partials.get());
           } else {
-            finish_task<Kind, float>(task, partials.data());
+            finish_task<Kind, float>(task, partials.get());
           }
         }
       });

@@ -195,24 +195,43 @@ std::vector<Segment> column_segments(const SliceTask& task) {
   return segments;
 }
 
-RowCopier prepare(const SliceTask& task) {
-  RowCopier copier{task, nullptr, {}, column_segments(task), task.mids * task.cols * task.run, 1};
-  copier.rows_per_unit = std::max<int64_t>(1, kUnitBytes / copier.row_bytes);
+// Runs of adjacent kept columns.
+int64_t count_segments(const SliceTask& task) {
   if (task.col_index == nullptr) {
-    return copier;
+    return task.col_stride == task.run ? 1 : task.cols;
   }
-  const auto segments = static_cast<int64_t>(copier.segments.size());
+  if (task.col_stride != task.run) {
+    return task.cols;
+  }
+  int64_t count = 1;
+  for (int64_t j = 1; j < task.cols; ++j) {
+    count += task.col_index[j] != task.col_index[j - 1] + 1;
+  }
+  return count;
+}
+
+RowCopier prepare(const SliceTask& task) {
+  RowCopier copier{task, nullptr, {}, {}, task.mids * task.cols * task.run, 1};
+  copier.rows_per_unit = std::max<int64_t>(1, kUnitBytes / copier.row_bytes);
   const int64_t bytes = task.cols * task.run;
-  if (task.run != task.element) {
-    copier.columns = bytes < segments * kLongSegment ? column_copy(task.run) : nullptr;
-    return copier;
+  if (task.col_index != nullptr) {
+    const int64_t segments = count_segments(task);
+    const bool long_segments = bytes >= segments * kLongSegment;
+    if (task.run != task.element) {
+      copier.columns = long_segments ? nullptr : column_copy(task.run);
+      if (copier.columns != nullptr) {
+        return copier;
+      }
+    } else {
+      if (task.run == 4 && task.col_stride == 4 && !long_segments) {
+        copier.windows = plan_windows(task.col_index, task.cols);
+      }
+      if (!copier.windows.empty() || bytes < segments * kGatherBytes) {
+        return copier;
+      }
+    }
   }
-  if (task.run == 4 && task.col_stride == 4 && bytes < segments * kLongSegment) {
-    copier.windows = plan_windows(task.col_index, task.cols);
-  }
-  if (bytes < segments * kGatherBytes) {
-    copier.segments.clear();
-  }
+  copier.segments = column_segments(task);
   return copier;
 }
 
@@ -254,6 +273,8 @@ std::vector<torch::stable::Tensor> slice_channels_cpu(std::vector<torch::stable:
   SlicePlan plan = plan_slice_channels(tensors, rows, cols);
   std::vector<RowCopier> copiers;
   std::vector<Unit> units;
+  copiers.reserve(plan.tasks.size());
+  units.reserve(2 * plan.tasks.size());
   int64_t total = 0;
   for (const SliceTask& task : plan.tasks) {
     copiers.push_back(prepare(task));
