@@ -4,7 +4,8 @@
 #   make test-all  the slow ones too
 #   make lint      ruff, mypy, clang-format
 #   make sanitize  tests of the native modules under AddressSanitizer and UBSan, built in a temporary folder
-#   make bench     benchmarks; writes runs/benchmarks.json, renders docs/benchmarks.md (NOTE='words on the run')
+#   make wheel-test  one wheel, audited, its operator tests under several releases of torch (TORCHES='2.11.0? latest')
+#   make bench     benchmarks; writes runs/benchmarks-*.json, renders docs/benchmarks.md (NOTE='words on the run')
 #   make coverage  prune every model of torchvision, timm, transformers and the toys; writes
 #                  docs/results/coverage-*.json and docs/coverage.md (SUITES='timm toys' chooses,
 #                  PEER=1 runs Torch-Pruning on the same models)
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.chanprune-installed
 NATIVE_SOURCES := $(shell find csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 
-.PHONY: help install demo test test-all lint sanitize bench coverage prune-speed docs clean
+.PHONY: help install demo test test-all lint sanitize wheel-test bench coverage prune-speed docs clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -72,10 +73,20 @@ sanitize: $(INSTALLED)
 	$$python -c "from chanprune_ext import _C; assert _C.__file__.startswith('$$folder'), _C"; \
 	$$python -m pytest -q -m "not slow" tests/ops tests/analysis/test_labels.py
 
+# Releases with a question mark may be missing on the package index.
+TORCHES ?= 2.11.0? 2.12.0? latest
+wheel-test: $(INSTALLED)
+	$(BIN)/python tools/wheel_test.py --torch $(TORCHES)
+
+# One process per operator: each measures the machine's bandwidth anew beside its own rows.
+OPERATORS := channel_norms slice_channels kd_kl_div
 bench: $(INSTALLED)
 	mkdir -p runs
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=runs/benchmarks.json
-	$(BIN)/python benchmarks/render.py runs/benchmarks.json docs '$(NOTE)'
+	set -e; for op in $(OPERATORS); do \
+	  $(BIN)/python -m pytest benchmarks/ops/bench_$$op.py --benchmark-only \
+	    --benchmark-json=runs/benchmarks-$$op.json; \
+	done
+	$(BIN)/python benchmarks/render.py docs '$(NOTE)' $(OPERATORS:%=runs/benchmarks-%.json)
 
 SUITES ?= torchvision timm transformers toys
 coverage: $(INSTALLED)

@@ -1,7 +1,8 @@
-"""Turns the JSON of pytest-benchmark into a page with tables, plots and a small JSON.
+"""Turns JSON files of pytest-benchmark into a page with tables, plots and a small JSON.
 
-`python benchmarks/render.py runs/benchmarks.json docs ["a note on the run"]` writes benchmarks.md,
+`python benchmarks/render.py docs "a note on the run" runs/benchmarks*.json` writes benchmarks.md,
 benchmarks.json (times and bytes, and of the machine only its processor) and one plot per operator.
+Several files are the parts of one run: same machine, same torch.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ Written by `make bench`; the numbers behind it are in [benchmarks.json](benchmar
 
 {machine}
 
-Every time is the median of one process. *Bytes* are those that must move at least, *GB/s* is bytes
-over time, and *% of copy* compares it with copying 256 MB in the same process; data that fit the
-caches can exceed 100 %. *Ratio* is the time of a variant over ours: above 1, ours is faster. KD
-times include the backward.{cuda}{note}
+Every time is a median; the variants of a case are timed turn by turn in one process. *MB* are those
+that must move at least, *GB/s* is bytes over time, *% of copy* and *% of read* compare it with
+copying and with summing 256 MB in the same process; data that fit the caches can exceed 100 %.
+*Ratio* is the time of a variant over ours: above 1, ours is faster. KD times include the backward;
+`nothing` is an autograd function without any work, the least that any loss can cost, and
+`ours_backward` makes the gradient in the backward, from row statistics, instead of in the
+forward.{cuda}{note}
 """
 NO_CUDA = """
 
@@ -38,16 +42,12 @@ CUDA kernels were compiled here, not run: this machine has no GPU, hence no CUDA
 
 
 def variant_of(bench: dict[str, Any]) -> str:
-    """Name of the function that was timed, which pytest-benchmark keeps as its representation."""
-    found = re.search(r"<function (\w+)", bench["params"]["run"])
-    if found is None:
-        raise ValueError(f"no function in the parameter run of {bench['name']}")
-    return found.group(1)
+    """Name of the variant that was timed."""
+    return str(bench["params"]["variant"])
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The rows of a pytest-benchmark file and what to know of the machine."""
-    raw = json.loads(path.read_text())
+def rows_of(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one pytest-benchmark file."""
     rows = []
     for bench in raw["benchmarks"]:
         operator, case = bench["group"].split(" ", 1)
@@ -62,12 +62,23 @@ def load(path: Path) -> dict[str, Any]:
                 **bench["extra_info"],
             }
         )
+    return rows
+
+
+def load(paths: list[Path]) -> dict[str, Any]:
+    """The rows of all files and what to know of the machine."""
+    files = [json.loads(path.read_text()) for path in paths]
+    rows = [row for raw in files for row in rows_of(raw)]
+    info = files[0]["machine_info"]
+    processors = {raw["machine_info"]["cpu"].get("brand_raw", "unknown") for raw in files}
+    if len(processors) != 1:
+        raise ValueError(f"files of different machines: {', '.join(sorted(processors))}")
     machine = {
-        "processor": raw["machine_info"]["cpu"].get("brand_raw", "unknown"),
+        "processor": processors.pop(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
+        "threads": sorted({row["threads"] for row in rows}),
         "torch": torch.__version__,
-        "python": raw["machine_info"]["python_version"],
+        "python": info["python_version"],
     }
     return {"machine": machine, "rows": rows}
 
@@ -83,8 +94,8 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of one operator."""
     lines = [
-        "| case | variant | time, ms | MB | GB/s | % of copy | ratio |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| case | variant | time, ms | MB | GB/s | % of copy | % of read | ratio |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for case, variants in by_case(rows).items():
         ours = next((r["median_s"] for r in variants if r["variant"] == OURS), None)
@@ -92,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ratio = f"{r['median_s'] / ours:.2f}" if ours else ""
             lines.append(
                 f"| {case} | {r['variant']} | {r['median_s'] * 1e3:.3f} | {r['bytes'] / 1e6:.2f} | "
-                f"{r['gb_per_s']} | {r['percent_of_copy']} | {ratio} |"
+                f"{r['gb_per_s']} | {r['percent_of_copy']} | {r['percent_of_read']} | {ratio} |"
             )
     return "\n".join(lines)
 
@@ -106,15 +117,13 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     for variant, values in points.items():
         values.sort()
         axes.plot(*zip(*values, strict=True), "o", label=variant, alpha=0.8)
-    # Every row implies the same copy speed; the median undoes the rounding of its percentage.
-    speeds = sorted(r["bytes"] / r["median_s"] * 100 / r["percent_of_copy"] for r in rows)
-    speed = speeds[len(speeds) // 2]
-    sizes = [min(r["bytes"] for r in rows), max(r["bytes"] for r in rows)]
+    speed = max(row["copy_gb_per_s"] for row in rows)
+    sizes = [min(r["bytes"] for r in rows) / 1e6, max(r["bytes"] for r in rows) / 1e6]
     axes.plot(
-        [size / 1e6 for size in sizes],
-        [size / speed * 1e3 for size in sizes],
+        sizes,
+        [megabytes / speed for megabytes in sizes],
         "k--",
-        label=f"floor: copy at {speed / 1e9:.1f} GB/s",
+        label=f"floor: copy at {speed:.1f} GB/s",
     )
     axes.set(xscale="log", yscale="log", xlabel="MB that must move", ylabel="ms", title=title)
     axes.legend()
@@ -122,15 +131,16 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def render(source: Path, folder: Path, note: str = "") -> None:
+def render(folder: Path, note: str, sources: list[Path]) -> None:
     """Writes page, plots and JSON into `folder`."""
-    results = load(source)
+    results = load(sources)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
     machine = results["machine"]
     device = machine["device"]
+    threads = " and ".join(map(str, machine["threads"]))
     description = (
-        f"{machine['processor']}, {machine['threads']} thread(s), "
+        f"{machine['processor']}, {threads} thread(s), "
         f"{device + ', ' if device else ''}torch {machine['torch']}, Python {machine['python']}."
     )
     parts = [
@@ -143,7 +153,7 @@ def render(source: Path, folder: Path, note: str = "") -> None:
     for operator in dict.fromkeys(row["operator"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["operator"] == operator]
         for kind in ("cpu", "cuda"):
-            chosen = [row for row in rows if row["case"].split()[-1] == kind]
+            chosen = [row for row in rows if re.sub(r":\d+$", "", row["case"]).endswith(kind)]
             if not chosen:
                 continue
             name = f"benchmarks_{operator}_{kind}.png"
@@ -153,4 +163,4 @@ def render(source: Path, folder: Path, note: str = "") -> None:
 
 
 if __name__ == "__main__":
-    render(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4])
+    render(Path(sys.argv[1]), sys.argv[2], [Path(argument) for argument in sys.argv[3:]])

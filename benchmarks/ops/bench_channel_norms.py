@@ -1,21 +1,21 @@
-"""L1 norms of the output and input channels of a whole model.
+"""L1 norms of the output or input channels of a whole model.
 
 Must move: every weight once, one float32 per channel.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
+from interleaved import Job
 from torch import Tensor
 from weights import MODELS, matrices, total_bytes
 
 from chanprune_ext.ops import channel_norms
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+
+def _others(weight: Tensor, dim: int) -> list[int]:
+    return [d for d in range(weight.dim()) if d != dim]
 
 
 def ours(weights: list[Tensor], dim: int) -> list[Tensor]:
@@ -23,30 +23,38 @@ def ours(weights: list[Tensor], dim: int) -> list[Tensor]:
 
 
 def eager(weights: list[Tensor], dim: int) -> list[Tensor]:
-    return [w.abs().sum([d for d in range(w.dim()) if d != dim]) for w in weights]
+    return [w.abs().sum(_others(w, dim)) for w in weights]
 
 
 def vector_norm(weights: list[Tensor], dim: int) -> list[Tensor]:
-    return [
-        torch.linalg.vector_norm(w, 1, [d for d in range(w.dim()) if d != dim]) for w in weights
-    ]
+    return [torch.linalg.vector_norm(w, 1, _others(w, dim)) for w in weights]
 
 
-def compiled(weights: list[Tensor], dim: int) -> list[Tensor]:
-    return _compiled(weights, dim)
+def foreach(weights: list[Tensor], dim: int) -> list[Tensor]:
+    return [w.sum(_others(w, dim)) for w in torch._foreach_abs(weights)]  # noqa: SLF001
 
 
-_compiled = torch.compile(eager, dynamic=False)
+compiled = torch.compile(eager, dynamic=False)
+VARIANTS = {
+    "ours": ours,
+    "eager": eager,
+    "vector_norm": vector_norm,
+    "foreach": foreach,
+    "compiled": compiled,
+}
 
 
-@pytest.mark.parametrize("run", [ours, eager, vector_norm, compiled])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dim", [0, 1], ids=["output", "input"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def bench_channel_norms(moved, benchmark, device, dtype, model, dim, run: Callable):
-    benchmark.group = f"channel_norms {model} {'input' if dim else 'output'} {dtype} {device}"
-    if run is compiled:
-        torch.compiler.reset()  # beyond a few shapes it would silently run the eager code
-    weights = matrices(model, device, dtype)
-    channels = sum(w.shape[dim] for w in weights)
-    moved(total_bytes(weights) + 4 * channels, lambda: run(weights, dim))
+def bench_channel_norms(compare, device, dtype, model, dim, variant):
+    def make() -> Job:
+        weights = matrices(model, device, dtype)
+        moved = total_bytes(weights) + 4 * sum(w.shape[dim] for w in weights)
+        calls = {name: lambda run=run: run(weights, dim) for name, run in VARIANTS.items()}
+        return Job(moved, calls)
+
+    direction = "input" if dim else "output"
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    compare(f"channel_norms {model} {direction} {name} {device}", variant, make)

@@ -19,7 +19,7 @@ __all__ = ["Reduction", "kd_kl_div", "kd_kl_div_reference"]
 
 Reduction = Literal["none", "sum", "batchmean"]
 
-_REDUCTIONS: dict[str, int] = {"none": 0, "sum": 1, "batchmean": 2}
+_REDUCTIONS: dict[Reduction, int] = {"none": 0, "sum": 1, "batchmean": 2}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATISTICS = 5  # per row, see csrc/kd_kl_div_options.h
 _WIDE = (torch.float32, torch.float64)

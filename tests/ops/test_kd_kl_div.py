@@ -390,9 +390,7 @@ def test_weights_and_mask_equal_the_rows_chosen_by_hand(native_device, classes, 
         assert torch.equal(loss[~mask], torch.zeros(7, device=native_device))
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), chosen)
-    torch.testing.assert_close(
-        gradient[mask].double(), expected_gradient, rtol=5e-6, atol=1e-6
-    )
+    torch.testing.assert_close(gradient[mask].double(), expected_gradient, rtol=5e-6, atol=1e-6)
     assert torch.equal(gradient[~mask], torch.zeros(7, classes, device=native_device))
 
 
@@ -555,7 +553,11 @@ LABELS = torch.tensor([0, 1])
         ((LOGITS, LOGITS), {"labels": LABELS.int()}, "labels should be int64 .*int32"),
         ((LOGITS, LOGITS), {"label_smoothing": 1.5}, r"label_smoothing should be in \[0, 1\]"),
         ((LOGITS, LOGITS), {"weights": LABELS}, r"weights should be floating-point .*int64"),
-        ((LOGITS, LOGITS), {"weights": torch.ones(3)}, r"weights should be .*\(2,\) on cpu.*\(3,\)"),
+        (
+            (LOGITS, LOGITS),
+            {"weights": torch.ones(3)},
+            r"weights should be .*\(2,\) on cpu.*\(3,\)",
+        ),
         (
             (LOGITS, LOGITS),
             {"weights": torch.ones(2, requires_grad=True)},
@@ -576,13 +578,19 @@ OPTIONS = (4.0, 1.0, 0.0, 0.0, -100, 2)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((LOGITS[0], LOGITS[0], None, None, *OPTIONS), r"student should be \[rows, classes\].*got 1"),
+        (
+            (LOGITS[0], LOGITS[0], None, None, *OPTIONS),
+            r"student should be \[rows, classes\].*got 1",
+        ),
         ((LOGITS, LOGITS[:1], None, None, *OPTIONS), r"shape of student \[2, 3\]"),
         ((LOGITS, LOGITS.double(), None, None, *OPTIONS), "dtype of student float32, got float64"),
         ((LOGITS, LOGITS, LABELS[:1], None, *OPTIONS), r"labels should be int64 \[2\]"),
         ((LOGITS, LOGITS, LABELS + 2, None, *OPTIONS), "got 3 at row 1"),
         ((LOGITS, LOGITS, None, None, -1.0, *OPTIONS[1:]), "temperature should be .*got -1"),
-        ((LOGITS, LOGITS, None, None, *OPTIONS[:3], 2.0, -100, 2), "label_smoothing should be .*got 2"),
+        (
+            (LOGITS, LOGITS, None, None, *OPTIONS[:3], 2.0, -100, 2),
+            "label_smoothing should be .*got 2",
+        ),
         ((LOGITS, LOGITS, None, None, *OPTIONS[:5], 3), "reduction should be .*got 3"),
         ((LOGITS, LOGITS, None, None, 4.0, 1.0, 0.5, 0.0, -100, 2), "hard_weight 0.5 needs labels"),
         ((LOGITS, LOGITS, None, None, 4.0, -1.0, 0.0, 0.0, -100, 2), "finite and not negative"),
