@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["channel_norms", "channel_norms_reference"]
 
-_OP = torch.ops.chanprune.channel_norms
+_OPS = torch.ops.chanprune
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -81,12 +81,12 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
         _check(weights, dims, p)
         if not native:
             return channel_norms_reference(weights, dims, p)
-        return list(_OP(weights, list(dims), float(p)))
+        return list(_OPS.channel_norms(weights, list(dims), float(p)))
     try:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            return list(_OP.default(weights, dims, float(p)))
+            return list(_OPS.channel_norms.default(weights, list(dims), float(p)))
         with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
-            return list(_OP.default(weights, dims, float(p)))
+            return list(_OPS.channel_norms.default(weights, list(dims), float(p)))
     except RuntimeError:
         _check(weights, dims, p)  # the kernel checks the same; the culprit is named only here
         raise

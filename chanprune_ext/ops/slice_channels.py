@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["slice_channels", "slice_channels_reference"]
 
-_OP = torch.ops.chanprune.slice_channels
+_OPS = torch.ops.chanprune
 
 
 def _check_index(name: str, i: int, index: Tensor, tensor: Tensor, dim: int) -> None:
@@ -115,15 +115,15 @@ def slice_channels(
         _check_indices("rows", row_lists, tensors)
         _check_indices("cols", col_lists, tensors)
         if native:
-            return list(_OP(tensors, row_lists, col_lists))
+            return list(_OPS.slice_channels(tensors, row_lists, col_lists))
         if not inside_transform():
             _check_all(row_lists, col_lists, tensors)
         return slice_channels_reference(tensors, row_lists, col_lists)
     try:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return list(_OP.default(tensors, row_lists, col_lists))
+            return list(_OPS.slice_channels.default(tensors, row_lists, col_lists))
         with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
-            return list(_OP.default(tensors, row_lists, col_lists))
+            return list(_OPS.slice_channels.default(tensors, row_lists, col_lists))
     except RuntimeError:
         # The kernel checks every index before it copies; the culprit is named only on failure.
         _check_devices(tensors)
