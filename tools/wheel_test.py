@@ -76,7 +76,7 @@ def audit_module(module: Path) -> list[str]:
     given = [s for s in symbols(module, "defined") if s != f"PyInit_{name}"]
     # Inline variables and functions of headers are shared on purpose, by name (vague linkage).
     strange = [s for s in given if not re.match(r"^_Z|^__odr_asan|^_edata|^_end|^__bss_start", s)]
-    ours = [s for s in given if "chanprune" in s]
+    ours = [s for s in given if re.match(r"_ZN?K?9chanprune", s)]
     if strange or ours:
         problems.append(f"gives away {', '.join((strange + ours)[:8])}")
     needed = symbols(module, "undefined")

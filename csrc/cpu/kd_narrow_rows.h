@@ -11,6 +11,7 @@
 #include "kd_kl_div_options.h"
 
 namespace chanprune {
+namespace {  // clones are exported otherwise, whatever their visibility
 
 constexpr int64_t kNarrow = 48;  // most classes of such a row
 
@@ -212,4 +213,5 @@ CHANPRUNE_CLONES void run_narrow_rows(const NarrowRows<T>& rows, const KdOptions
   }
 }
 
+}  // namespace
 }  // namespace chanprune

@@ -13,6 +13,7 @@
 #include "kd_kl_div_options.h"
 
 namespace chanprune {
+namespace {  // clones are exported otherwise, whatever their visibility
 
 // Logits worked on together: chunks and their converted copies stay in the first-level cache. Sums
 // over a chunk are of the accumulation type, sums of chunks are float64.
@@ -313,4 +314,5 @@ CHANPRUNE_CLONES void differentiate(const A* __restrict s, const A* __restrict t
   }
 }
 
+}  // namespace
 }  // namespace chanprune

@@ -8,6 +8,7 @@
 #include "cpu/simd.h"
 
 namespace chanprune {
+namespace {  // clones are exported otherwise, whatever their visibility
 
 constexpr int kLanes = 16;
 
@@ -83,4 +84,5 @@ CHANPRUNE_CLONES void convert_out(const Accumulator<T>* __restrict x, int64_t n,
   }
 }
 
+}  // namespace
 }  // namespace chanprune
