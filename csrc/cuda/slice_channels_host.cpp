@@ -12,11 +12,15 @@
 namespace chanprune {
 namespace {
 
-// Widest word that divides every address and length of the task.
+// Widest word that divides every address and length of the task; a step that is never taken, past
+// the only row, mid or column, does not count.
 int32_t word_bytes(const SliceTask& task) {
+  const auto step = [](int64_t stride, int64_t count, const int64_t* index) {
+    return count > 1 || index != nullptr ? static_cast<uint64_t>(stride) : 0;
+  };
   const auto bits =
-      static_cast<uint64_t>(task.run) | static_cast<uint64_t>(task.row_stride) |
-      static_cast<uint64_t>(task.mid_stride) | static_cast<uint64_t>(task.col_stride) |
+      static_cast<uint64_t>(task.run) | step(task.row_stride, task.rows, task.row_index) |
+      step(task.mid_stride, task.mids, nullptr) | step(task.col_stride, task.cols, task.col_index) |
       reinterpret_cast<uintptr_t>(task.source) | reinterpret_cast<uintptr_t>(task.destination);
   int32_t word = 16;
   while (bits % static_cast<uint64_t>(word) != 0) {
