@@ -74,7 +74,7 @@ sanitize: $(INSTALLED)
 	$$python -m pytest -q -m "not slow" tests/ops tests/analysis/test_labels.py
 
 # Releases with a question mark may be missing on the package index.
-TORCHES ?= 2.11.0? 2.12.0? latest
+TORCHES ?= 2.11.0? 2.13.0? latest
 wheel-test: $(INSTALLED)
 	$(BIN)/python tools/wheel_test.py --torch $(TORCHES)
 

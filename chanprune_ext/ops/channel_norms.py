@@ -74,7 +74,7 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
     if not weights and not dims:
         return []
     compiling = torch.compiler.is_compiling()
-    native = bool(weights) and native_available(weights[0].device)
+    native = len(weights) > 0 and native_available(weights[0].device)
     if native and not compiling:
         native = not inside_transform()
     if not native or compiling or weights[0].is_meta:
