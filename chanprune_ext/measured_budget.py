@@ -14,7 +14,6 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from chanprune_ext.allocation import Goal
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.errors import InvalidArgumentError
@@ -22,16 +21,17 @@ from chanprune_ext.latency import Latency, measure_latency
 from chanprune_ext.latency_model import LatencyModel
 from chanprune_ext.latency_table import LatencyTable, default_table
 from chanprune_ext.saved_size import saved_bytes, tensor_bytes
+from chanprune_ext.selection import Goal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
-    from chanprune_ext.allocation import Budget
     from chanprune_ext.analysis import Analysis
     from chanprune_ext.analysis.groups import Sizes
     from chanprune_ext.plan import PruningPlan
+    from chanprune_ext.selection import Budget
 
 __all__ = ["Comparison", "compare_latency", "plan_within"]
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.allocation import Budget, Goal, Selection
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.couplings import aliases_of, couplings_of
 from chanprune_ext.analysis.stand_ins import substitute
@@ -23,6 +22,7 @@ from chanprune_ext.measured_budget import plan_within
 from chanprune_ext.module_tree import structure_remembered
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
 from chanprune_ext.removal import verified_removal
+from chanprune_ext.selection import Budget, Goal, Selection
 from chanprune_ext.surgery import apply_plan
 from chanprune_ext.verification import input_shapes
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from chanprune_ext.allocation import Budget
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.criteria import magnitude
 from chanprune_ext.data import calibration_batches, open_dataset
 from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
+from chanprune_ext.selection import Budget
 from chanprune_ext.trials import Trial
 
 if TYPE_CHECKING:

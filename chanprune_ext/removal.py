@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chanprune_ext.allocation import Selection, active_groups, allocate
+from chanprune_ext.allocation import allocate
 from chanprune_ext.analysis.equations import attributes_in, solve_attributes
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute, Dim, leaves
 from chanprune_ext.analysis.replay import DivergenceError, replay
 from chanprune_ext.errors import NothingToPruneError, VerificationError
+from chanprune_ext.selection import Selection, active_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -8,7 +8,6 @@ import torch
 import typer
 from rich.console import Console
 
-from chanprune_ext.allocation import Budget
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.loading import load_model
 from chanprune_ext.cli.model_spec import parse_arguments, parse_ratios, parse_shape
@@ -30,6 +29,7 @@ from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import evaluate
 from chanprune_ext.report import make_folder
+from chanprune_ext.selection import Budget
 
 __all__ = ["prune"]
 

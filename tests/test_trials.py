@@ -1,0 +1,111 @@
+"""Ways of pruning side by side: what is measured, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import chanprune_ext as cpx
+from chanprune_ext.data import calibration_batches
+from chanprune_ext.image_sets import TensorImages
+from chanprune_ext.trials import Trial, run_trials, save_trials
+
+
+def images(n: int, seed: int) -> TensorImages:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (n,), generator=generator)
+    return TensorImages(pixels, labels, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, False, 0, 1, False)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def plain(pruned, original, batches) -> None:
+    """Leaves everything as it is."""
+
+
+def test_figures_by_hand(model):
+    test = images(50, seed=1)
+    x, labels = test.batch(range(50))
+    with torch.no_grad():
+        before = model(x)
+    seen = []
+
+    def options(batches):
+        seen.append(torch.cat(batches))
+        return {"ratio": 0.5}
+
+    baseline, (result,) = run_trials(
+        model,
+        test,
+        [Trial("half", options, after=plain, published="elsewhere")],
+        lambda seed: calibration_batches(images(40, seed=2), 20, seed=seed),
+        seeds=(0, 1),
+        say=lambda _: None,
+    )
+    assert baseline == pytest.approx(float((before.argmax(1) == labels).float().mean()))
+    pruned = cpx.prune(model, x[:1], 0.5)
+    with torch.no_grad():
+        after = pruned(x)
+    right = [(y.argmax(1) == labels).double() for y in (before, after)]
+    for draw in result.draws:
+        assert draw.top1 == pytest.approx(float(right[1].mean()))
+        assert draw.agreement == pytest.approx(
+            float((before.argmax(1) == after.argmax(1)).double().mean())
+        )
+        logs = [y.double().log_softmax(1) for y in (before, after)]
+        expected = float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean())
+        assert draw.kl == pytest.approx(expected, rel=1e-6)
+        assert draw.difference_error == pytest.approx(
+            float((right[1] - right[0]).std()) / math.sqrt(50)
+        )
+    assert result.spread == 0
+    assert result.params == sum(p.numel() for p in pruned.parameters())
+    assert len(seen) == 2
+    assert not torch.equal(seen[0], seen[1])  # another draw for every seed
+
+
+def test_everything_is_written(model, tmp_path):
+    baseline, results = run_trials(
+        model,
+        images(20, seed=1),
+        [Trial("a", lambda _: {"ratio": 0.25}), Trial("b", lambda _: {"ratio": 0.5}, after=plain)],
+        lambda seed: calibration_batches(images(40, seed=2), 20, seed=seed),
+        seeds=(3,),
+        say=lambda _: None,
+    )
+    save_trials(tmp_path / "t.json", "title", "command", baseline, 20, results)
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["test_images"] == 20
+    assert [t["name"] for t in found["trials"]] == ["a", "b"]
+    assert found["trials"][1]["draws"][0]["seed"] == 3
+    assert found["trials"][0]["macs_share"] > found["trials"][1]["macs_share"]
+
+
+def test_blends_lie_between_two_images_and_come_last():
+    data = images(12, seed=0)
+    whole = torch.cat(calibration_batches(data, 12, batch_size=5, seed=1, mixed=True))
+    plain_images = torch.cat(calibration_batches(data, 12, batch_size=5, seed=1))
+    assert whole.shape[0] == 24
+    assert torch.equal(whole[:12], plain_images)
+    for own, blend in zip(plain_images, whole[12:], strict=True):
+        if torch.allclose(own, blend, atol=1e-5):
+            continue  # blended with itself
+        found = 0
+        for other in plain_images:
+            d = own - other
+            share = float(((blend - other) * d).sum() / d.square().sum()) if d.any() else 0.0
+            if (blend - share * own - (1 - share) * other).abs().max() < 1e-5:
+                found += 0.25 - 1e-5 <= share <= 0.75 + 1e-5
+        assert found == 1
