@@ -149,6 +149,9 @@ def _copies_plainly(kind: Any) -> bool:
 def _only_completes(setstate: Any) -> bool:
     """Whether this adds what older files lack, as torch's layers do; the recurrent ones do more."""
     where = str(getattr(setstate, "__module__", ""))
+    # The first torch.compile of a process puts its own, which only tags the module, in front.
+    if where == "torch._dynamo.mutation_guard":
+        return True
     return where.startswith("torch.nn.modules.") and not where.endswith(".rnn")
 
 

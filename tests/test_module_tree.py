@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import chanprune_ext as cpx
 from chanprune_ext import surgery
-from chanprune_ext.copying import copied
+from chanprune_ext.copying import copied, copies_plainly
 from chanprune_ext.errors import VerificationError
 from chanprune_ext.module_tree import modules_of, structure_remembered
 
@@ -103,6 +103,17 @@ def test_only_what_may_differ_from_the_replay_runs_again(
     model = kind().eval()
     cpx.plan(model, torch.randn(2, 3, 8, 8), 0.5).apply(model)
     assert len(ran) == 1
+
+
+def test_a_compiled_model_elsewhere_does_not_matter() -> None:
+    """The first torch.compile of a process patches nn.Module."""
+
+    class Fresh(Shared):
+        pass
+
+    torch._dynamo.mutation_guard.install_generation_tagging_init()
+    assert copies_plainly(Fresh())
+    assert not copies_plainly(nn.LSTM(2, 2))
 
 
 class ReadsWidth(nn.Module):

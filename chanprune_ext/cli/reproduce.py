@@ -30,11 +30,11 @@ def reproduce(
     ] = None,
     class_file: ClassFile = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: runs/<result>]")
+        Path | None, typer.Option(help="Folder for the results.", show_default="runs/<result>")
     ] = None,
     calibration_images: Annotated[
         int | None,
-        typer.Option(min=1, help="Unlabelled images [default: 512; MobileNetV2: 1000]"),
+        typer.Option(min=1, help="Unlabelled images.", show_default="512; MobileNetV2: 1000"),
     ] = None,
     draws: Annotated[
         int, typer.Option(min=0, help="Draws of them that every way of pruning is tried with.")

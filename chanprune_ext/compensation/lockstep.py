@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Lockstep", "Observation", "Segment"]
 
-# Feature maps too large to keep of all samples have positions enough in so many.
+# Large feature maps have positions enough in so many samples, and so many bytes of them.
 _LEAST_SAMPLES = 128
+_ENOUGH_BYTES = 1 << 30
+_ENOUGH_TO_REFIT = 1 << 25  # values between two layers that are refitted jointly
 
 
 @dataclass
@@ -173,16 +175,14 @@ class Lockstep:
                 for run in pair:
                     run.close()
             size += seen.bytes
-            if kept is not None and size > self._cache:
-                if samples >= _LEAST_SAMPLES:
-                    break
+            if samples >= _LEAST_SAMPLES and size > min(self._cache, _ENOUGH_BYTES):
+                break
+            if size > self._cache:
                 kept = None
             if kept is not None:
                 kept.append(seen)
             samples += sample_count(inputs)
             yield seen
-            if kept is None and samples >= _LEAST_SAMPLES:
-                break
         self._seen = kept or []
 
     def _observation(
@@ -215,7 +215,7 @@ class Lockstep:
 
     def _segments_anew(self, pair: Pair) -> list[Segment]:
         found: list[Segment] = []
-        left = self._cache // 2
+        left, values = self._cache // 2, 0
         for batch in self._evenly():
             runs = self._pair(batch, [pair.between, pair.target])
             try:
@@ -231,7 +231,9 @@ class Lockstep:
             if x is None:
                 return []
             left -= sum(t.numel() * t.element_size() for t in (x, between, original, pruned))
-            if left < 0 and seen.held_back in {segment.held_back for segment in found}:
+            values += between.numel()
+            full = left < 0 or values > _ENOUGH_TO_REFIT
+            if full and seen.held_back in {segment.held_back for segment in found}:
                 break
             found.append(Segment(x, between, seen.original, seen.pruned, seen.held_back))
         return found
