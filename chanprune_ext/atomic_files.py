@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,23 @@ from chanprune_ext.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["write_atomically", "write_text"]
+__all__ = ["make_folder", "write_atomically", "write_text"]
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Makes a folder for results, with its parents, where there is none.
+
+    Raises:
+        OutputError: It cannot be made, or is a file.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be made a folder ({error.strerror}); give another place"
+        ) from error
+    return path
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:

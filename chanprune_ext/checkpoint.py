@@ -57,7 +57,7 @@ def save(
     """
     from .plan import plans_of
 
-    tensors, aliases = _without_duplicates(model.state_dict())
+    tensors, aliases = without_duplicates(model.state_dict())
     metadata = description(model, aliases, plans_of(model))
     if built_from is not None:
         metadata["built_from"] = json.dumps(dict(built_from))
@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str], plain_model: nn.Module) -> nn.Module:
     from .plan import PruningPlan
 
     path = Path(path)
-    tensors, metadata = _read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not written by chanprune_ext.save; read plain weights with load_weights"
@@ -151,7 +151,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = read_safetensors(path)
         if "plans" in metadata:
             raise CheckpointError(
                 f"{path}: holds a pruned model; read it with chanprune_ext.load(path, plain_model)"
@@ -195,7 +195,7 @@ def shared_names(state: Mapping[str, Any]) -> dict[str, str]:
     return aliases
 
 
-def _without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_duplicates(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to store, and the names of those that are the same memory as a stored one."""
     aliases = shared_names(state)
     tensors: dict[str, Tensor] = {}
@@ -243,7 +243,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -229,12 +229,18 @@ class _WholeBatches(Dataset[Any]):
 
 
 class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on the seed and the epoch alone."""
+    """Every index once, in an order that depends on the seed and the epoch alone.
+
+    Attributes:
+        start (int): where in that order the next pass begins, to go on in the middle of one; the
+            passes after it begin at 0.
+    """
 
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the coming pass."""
@@ -245,7 +251,8 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.length, generator=_generator(self.seed, self.epoch, 0))
-        return iter(order.tolist())
+        start, self.start = self.start, 0
+        return iter(order.tolist()[start:])
 
 
 def make_loader(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from chanprune_ext.atomic_files import write_text
+from chanprune_ext.atomic_files import make_folder, write_text
 from chanprune_ext.devices import cpu_name
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
 from chanprune_ext.ops import build_info
@@ -272,22 +272,6 @@ def load_report(path: str | os.PathLike[str]) -> RunReport:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"report {os.fspath(path)!r} cannot be read: {error}") from error
     return RunReport.from_dict(data)
-
-
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """Makes a folder for results, with its parents, where there is none.
-
-    Raises:
-        OutputError: It cannot be made, or is a file.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be made a folder ({error.strerror}); give another place"
-        ) from error
-    return path
 
 
 def _stage_from(data: Mapping[str, Any]) -> Stage:

@@ -21,12 +21,14 @@ from chanprune_ext.cli.options import (
 from chanprune_ext.data import open_dataset
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.quantities import format_accuracy
-from chanprune_ext.recovery import Recipe
+from chanprune_ext.recovery import Recipe, RecoveryInterrupted
 from chanprune_ext.recovery import recover as train_back
 from chanprune_ext.recovery.recipe import LOSSES
 from chanprune_ext.report import make_folder
 
 __all__ = ["recover"]
+
+_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
 class Optimizer(str, Enum):
@@ -121,6 +123,28 @@ def recover(
     precision: Annotated[
         Precision | None, typer.Option(help="Arithmetic [default: fp32]", show_default=False)
     ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoints, one after every epoch; Ctrl-C writes one too.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Also after so many updates.", show_default=False)
+    ] = None,
+    keep_checkpoints: Annotated[
+        int, typer.Option(min=1, help="How many of the latest checkpoints stay.")
+    ] = 2,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH",
+            help="Go on from a checkpoint: 'auto' from the newest in the folder, or start where "
+            "there is none.",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -149,14 +173,26 @@ def recover(
         teacher = load_model(model, model_arg, teacher_weights, device)
     training = open_dataset(data, "train", augment=True, class_file=class_file, seed=seed)
     make_folder(out.parent)  # a place that cannot be written shows now and not after the training
-    result = train_back(
-        student,
-        teacher,
-        train=training,
-        val=open_dataset(data, "test", class_file=class_file),
-        recipe=chosen,
-        device=place(device),
-    )
+    try:
+        result = train_back(
+            student,
+            teacher,
+            train=training,
+            val=open_dataset(data, "test", class_file=class_file),
+            recipe=chosen,
+            device=place(device),
+            checkpoint_dir=checkpoints,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+        )
+    except RecoveryInterrupted as interruption:
+        message = (
+            f"interrupted after update {interruption.update} of {interruption.updates}; go on with "
+            "the same command and --resume auto"
+        )
+        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        raise typer.Exit(_INTERRUPTED) from interruption
     save(student, out)
     record = out.with_suffix(".recipe.json")
     result.recipe.save(record)

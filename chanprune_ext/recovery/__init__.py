@@ -2,6 +2,7 @@
 
 from .evaluation import Evaluation, evaluate
 from .fine_tuning import recover
+from .interruption import RecoveryInterrupted
 from .progressive import ProgressiveResult, ProgressiveStage, prune_progressively
 from .recipe import Recipe
 from .result import EpochRecord, RecoveryResult
@@ -13,6 +14,7 @@ __all__ = [
     "ProgressiveResult",
     "ProgressiveStage",
     "Recipe",
+    "RecoveryInterrupted",
     "RecoveryResult",
     "evaluate",
     "prune_progressively",

@@ -11,12 +11,14 @@ from torch.utils.data import Dataset
 from ..data import make_loader
 from ..errors import DataError, InvalidArgumentError
 from ..module_modes import evaluating
+from .checkpoints import CheckpointFolder
 from .evaluation import device_of
 from .loop import TrainingLoop
 from .recipe import Recipe
 from .rollback import Snapshot
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
@@ -35,6 +37,10 @@ def recover(
     recipe: Recipe | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
     **settings: Any,
 ) -> RecoveryResult:
     """Trains ``student`` in place, on labels, or towards a teacher's outputs and features.
@@ -59,6 +65,16 @@ def recover(
         device (torch.device or str, optional): where to train; both networks return to where they
             were afterwards. Default: where the student is.
         progress (bool): draw a progress bar. Default: True.
+        checkpoint_dir (str or PathLike, optional): folder for checkpoints of the run, made where it
+            is missing. With it, Ctrl-C finishes the update at hand, writes a checkpoint and raises
+            :class:`RecoveryInterrupted`; a second Ctrl-C stops at once. Default: None, none.
+        resume (str or PathLike, optional): ``"auto"`` goes on from the newest whole checkpoint in
+            ``checkpoint_dir``, or starts where there is none; a path is that of a checkpoint or of
+            a folder of them. The run ends with the weights that it would have ended with
+            uninterrupted, bit for bit on the CPU. Default: None, start anew.
+        checkpoint_every (int, optional): updates between checkpoints; there is one after each epoch
+            anyway. Default: None.
+        keep_checkpoints (int): how many of the latest stay in the folder. Default: 2.
         **settings: what differs from the recipe: any attribute of :class:`Recipe`, among them
             ``epochs``, ``lr``, ``losses={"kd": 0.9, "hard": 0.1, "features": 1.0}``, ``ema_decay``.
 
@@ -70,12 +86,23 @@ def recover(
         DataError: the training data are empty, have no labels where the losses need them, or a
             label is outside the model's classes.
         TrainingError: the loss became NaN or infinite.
+        CheckpointError: the checkpoint is of another network, plan, recipe or amount of data; the
+            message names the first difference. Or none can be read.
+        OutputError: a checkpoint can't be written; those before it are intact.
+        RecoveryInterrupted: Ctrl-C, see ``checkpoint_dir``; a ``KeyboardInterrupt``.
 
     Example:
         >>> recover(pruned, teacher=model, train=images, epochs=10, losses={"kd": 1, "features": 1})
     """
     recipe = (recipe or Recipe()).changed(**settings)
-    return train_in_place(student, teacher, train, val, recipe, device, progress)
+    checkpoints = None
+    if checkpoint_dir is not None or resume is not None:
+        checkpoints = CheckpointFolder(checkpoint_dir, resume, checkpoint_every, keep_checkpoints)
+    elif checkpoint_every is not None:
+        raise InvalidArgumentError("checkpoint_every: needs a folder; pass checkpoint_dir=...")
+    return train_in_place(
+        student, teacher, train, val, recipe, device, progress, checkpoints=checkpoints
+    )
 
 
 def train_in_place(
@@ -87,10 +114,12 @@ def train_in_place(
     device: torch.device | str | None,
     progress: bool,
     penalty: Callable[[float], Tensor] | None = None,
+    checkpoints: CheckpointFolder | None = None,
 ) -> RecoveryResult:
     """:func:`recover` with a complete recipe, and perhaps a penalty on the student's weights.
 
-    ``penalty`` is as for :class:`TrainingLoop`, the rest as for :func:`recover`.
+    ``penalty`` and ``checkpoints`` are as for :class:`TrainingLoop`, the rest as for
+    :func:`recover`.
     """
     for name, used in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
         if used and val is None:
@@ -112,7 +141,9 @@ def train_in_place(
             if teacher is not None:
                 stack.callback(teacher.to, device_of(teacher))
                 stack.enter_context(evaluating(teacher.to(place)))
-            loop = TrainingLoop(student.to(place), teacher, loader, val, recipe, place, penalty)
+            loop = TrainingLoop(
+                student.to(place), teacher, loader, val, recipe, place, penalty, checkpoints
+            )
             result = loop.run(progress)
     except BaseException:
         snapshot.restore()

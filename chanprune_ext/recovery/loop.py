@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +14,58 @@ from torch import Tensor, nn
 
 from ..compensation.batch_norm import reestimate
 from ..compensation.ledger import Ledger
-from ..errors import DataError, TrainingError
+from ..errors import DataError, InvalidArgumentError, TrainingError
 from .ema import WeightAverage
 from .evaluation import Evaluation, evaluate
+from .interruption import Interruption, RecoveryInterrupted
 from .objective import Objective
 from .optimizers import make_optimizer
 from .outputs import inputs_and_labels, moved
 from .progress import RecoveryProgress
 from .result import EpochRecord, RecoveryResult
+from .resumable_pass import ResumablePass
+from .run_state import captured, put_back
 from .schedule import learning_rate
 from .weights import copied, named_tensors, overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .checkpoints import CheckpointFolder
     from .recipe import Recipe
 
-__all__ = ["TrainingLoop"]
+__all__ = ["Position", "TrainingLoop"]
 
 ACCELERATE_MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
 LOSS_CHECK_INTERVAL = 50  # updates between looks at the loss where looking stalls the device
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        update (int): updates made.
+        epoch (int): the epoch at hand, from 1; one more than the run has when it is over.
+        batches (int): batches of it that are done.
+        loss_sum (float): their summed loss, per image.
+        images (int): images in them.
+        lr (float): learning rate of the last of them.
+        seconds (float): time they took.
+    """
+
+    update: int = 0
+    epoch: int = 1
+    batches: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
+    lr: float = 0.0
+    seconds: float = 0.0
+
+    def next_epoch(self, epoch: int) -> None:
+        """Goes to the start of an epoch."""
+        self.epoch, self.batches, self.images = epoch, 0, 0
+        self.loss_sum = self.lr = self.seconds = 0.0
 
 
 class TrainingLoop:
@@ -49,6 +82,8 @@ class TrainingLoop:
         device (torch.device): where the batches go.
         penalty (Callable, optional): called with the share of the run that is done, 0 to 1; what it
             returns is added to the loss. Default: None.
+        checkpoints (CheckpointFolder, optional): where the run is kept, and perhaps resumed from.
+            Default: None.
     """
 
     def __init__(
@@ -60,6 +95,7 @@ class TrainingLoop:
         recipe: Recipe,
         device: torch.device,
         penalty: Callable[[float], Tensor] | None = None,
+        checkpoints: CheckpointFolder | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -69,6 +105,7 @@ class TrainingLoop:
         self.recipe = recipe
         self.device = device
         self.penalty = penalty
+        self.checkpoints = checkpoints
         self.source = loader
         self.marks = {m: student.__dict__[m] for m in ACCELERATE_MARKS if m in student.__dict__}
         self.accelerator = Accelerator(device_placement=False)
@@ -78,7 +115,11 @@ class TrainingLoop:
         steps = len(self.loader)
         self.updates = steps * recipe.epochs
         self.warmup = min(round(steps * recipe.warmup), self.updates - 1)
-        self.update = 0
+        self.at = Position()
+        self.before: Evaluation | None = None
+        self.history: list[EpochRecord] = []
+        self.pass_ = ResumablePass(self.loader, loader, device, watch=checkpoints is not None)
+        self.interruption = Interruption()
         self.hold = None
         self.average: WeightAverage | None = None
         if recipe.swa_start is not None:
@@ -90,25 +131,24 @@ class TrainingLoop:
 
     def run(self, progress: bool) -> RecoveryResult:
         """Trains to the end and leaves the weights asked for in the student."""
-        recipe = self.recipe
-        history: list[EpochRecord] = []
+        recipe, at = self.recipe, self.at
         try:
-            before = self._validate(0)
-            bar = RecoveryProgress(recipe.epochs, self.updates, progress)
-            with bar, self.objective:
-                for epoch in range(1, recipe.epochs + 1):
-                    record = self._epoch(epoch, bar)
+            self._begin()
+            bar = RecoveryProgress(recipe.epochs, self.updates, progress, at.update)
+            with self.interruption if self._keeps() else nullcontext(), bar, self.objective:
+                while at.epoch <= recipe.epochs:
+                    record = self._epoch(at.epoch, bar)
                     bar.validated(record.val)
-                    history.append(record)
-                    if self._stuck(epoch):
-                        break
+                    self.history.append(record)
+                    at.next_epoch(recipe.epochs + 1 if self._stuck(at.epoch) else at.epoch + 1)
+                    self._keep()
         finally:
             # accelerate marks what it has prepared, and wraps its forward where the user has asked
             # accelerate for mixed precision; the student is handed back without either
             for mark in ACCELERATE_MARKS:
                 self.student.__dict__.pop(mark, None)
             self.student.__dict__.update(self.marks)
-        kept = len(history)
+        kept = len(self.history)
         if recipe.keep == "best" and self.best is not None:
             kept = self.best[1]
             overwrite(self.student, self.best[2])
@@ -118,41 +158,76 @@ class TrainingLoop:
                     f"{name} holds NaN or infinity after the last update; the student is as it "
                     f"was before. Lower lr ({recipe.peak_lr})"
                 )
-        return RecoveryResult(tuple(history), before, kept, recipe)
+        return RecoveryResult(tuple(self.history), self.before, kept, recipe)
+
+    def _begin(self) -> None:
+        """Goes on from a checkpoint, or measures what there is before the first update."""
+        if self.checkpoints is not None and self.accelerator.num_processes > 1:
+            raise InvalidArgumentError(
+                f"checkpoint_dir: expected a run of one process, got one of "
+                f"{self.accelerator.num_processes}; leave it out"
+            )
+        found = None if self.checkpoints is None else self.checkpoints.latest()
+        if found is not None:
+            put_back(self, found)
+            return
+        self.before = self._validate(0)
+        if self._keeps():
+            self._keep()  # a folder that can't be written shows now and not after an epoch
+
+    def _keeps(self) -> bool:
+        return self.checkpoints is not None and self.checkpoints.writes
+
+    def _keep(self) -> None:
+        """Writes a checkpoint, and ends the run if Ctrl-C was pressed."""
+        if self.checkpoints is None or not self.checkpoints.writes:
+            return
+        path = self.checkpoints.write(self.at.update, *captured(self))
+        if self.interruption.asked:
+            raise RecoveryInterrupted(path, self.at.update, self.updates)
 
     def _epoch(self, epoch: int, bar: RecoveryProgress) -> EpochRecord:
-        started = time.perf_counter()
-        for part in ("sampler", "dataset"):
-            choose = getattr(getattr(self.source, part, None), "set_epoch", None)
-            if choose is not None:
-                choose(epoch)
+        at = self.at
+        started = time.perf_counter() - at.seconds
+        self.pass_.choose(epoch)
         self.student.train()
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        images, rate = 0, 0.0
-        for batch in self.loader:
-            rate = learning_rate(
-                self.update, self.updates, self.warmup, self.recipe.peak_lr, self.hold
+        total = torch.tensor(at.loss_sum, device=self.device, dtype=torch.float64)
+        for batch in self.pass_.batches(at.batches):
+            at.lr = learning_rate(
+                at.update, self.updates, self.warmup, self.recipe.peak_lr, self.hold
             )
-            loss, size = self._step(batch, rate)
+            loss, size = self._step(batch, at.lr)
             total += loss.double() * size
-            images += size
-            self.update += 1
-            watched = self.device.type == "cpu" or self.update % LOSS_CHECK_INTERVAL == 0
-            bar.step(epoch, self._finite(total, epoch) / images if watched else None, rate)
-        if images == 0:
+            at.images += size
+            at.update += 1
+            at.batches += 1
+            watched = self.device.type == "cpu" or at.update % LOSS_CHECK_INTERVAL == 0
+            bar.step(epoch, self._finite(total, epoch) / at.images if watched else None, at.lr)
+            if self._checkpoint_due():
+                at.loss_sum = self._finite(total, epoch)
+                at.seconds = time.perf_counter() - started
+                self._keep()
+        if at.images == 0:
             raise DataError(f"train: expected at least one batch, got none in epoch {epoch}")
-        mean = self._finite(total, epoch) / images
+        mean = self._finite(total, epoch) / at.images
         if epoch == self.recipe.epochs:
-            self._settle()
+            self._settle(epoch)
         seconds = time.perf_counter() - started
-        return EpochRecord(epoch, mean, rate, self._validate(epoch), seconds, images)
+        return EpochRecord(epoch, mean, at.lr, self._validate(epoch), seconds, at.images)
 
-    def _settle(self) -> None:
+    def _checkpoint_due(self) -> bool:
+        if self.checkpoints is None:
+            return False
+        every = self.checkpoints.every
+        return self.interruption.asked or (every is not None and self.at.update % every == 0)
+
+    def _settle(self, epoch: int) -> None:
         """Gives the student the average, and batch-norm statistics that go with it."""
         if self.average is not None:
             self.average.copy_to(self.student)
             self.average = None
         if self.recipe.bn_batches:
+            self.pass_.choose(epoch + 1)
             batches = (inputs_and_labels(batch)[0] for batch in self.loader)
             placed = (
                 moved(inputs, self.device, channels_last=self.recipe.channels_last)
@@ -164,7 +239,7 @@ class TrainingLoop:
         recipe = self.recipe
         inputs, labels = inputs_and_labels(batch)
         inputs = moved(inputs, self.device, channels_last=recipe.channels_last)
-        done = self.update / self.updates
+        done = self.at.update / self.updates
         loss, size = self.objective(self.model, inputs, labels, done * recipe.epochs)
         if self.penalty is not None:
             loss = loss + self.penalty(done)
@@ -175,7 +250,7 @@ class TrainingLoop:
         if recipe.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
         self.optimizer.step()
-        if self.average is not None and (self.hold is None or self.update >= self.hold):
+        if self.average is not None and (self.hold is None or self.at.update >= self.hold):
             self.average.update(self.student)
         return loss.detach(), size
 
@@ -185,7 +260,7 @@ class TrainingLoop:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the training loss became {value} in epoch {epoch}, at or before update "
-                f"{self.update} of {self.updates}; the student is as it was before. Lower lr "
+                f"{self.at.update} of {self.updates}; the student is as it was before. Lower lr "
                 f"({self.recipe.peak_lr}) or max_grad_norm ({self.recipe.max_grad_norm}), and "
                 "check the images for NaN"
             )
@@ -194,7 +269,7 @@ class TrainingLoop:
     def _validate(self, epoch: int) -> Evaluation | None:
         if self.val is None:
             return None
-        average = self.average if self.hold is None or self.update > self.hold else None
+        average = self.average if self.hold is None or self.at.update > self.hold else None
         with average.applied_to(self.student) if average is not None else nullcontext():
             found = evaluate(
                 self.student, self.val, device=self.device, channels_last=self.recipe.channels_last
@@ -209,5 +284,5 @@ class TrainingLoop:
         patience = self.recipe.patience
         if patience is None or self.best is None or epoch - self.best[1] < patience:
             return False
-        self._settle()
+        self._settle(epoch)
         return True

@@ -28,9 +28,10 @@ class RecoveryProgress:
         epochs (int): epochs of the run.
         updates (int): updates of the run.
         visible (bool): draw it at all.
+        done (int): updates that an earlier run has made. Default: 0.
     """
 
-    def __init__(self, epochs: int, updates: int, visible: bool) -> None:
+    def __init__(self, epochs: int, updates: int, visible: bool, done: int = 0) -> None:
         self._epochs = epochs
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -41,7 +42,7 @@ class RecoveryProgress:
             TimeRemainingColumn(),
             disable=not visible,
         )
-        self._task = self._bar.add_task("recovering", total=updates, state="")
+        self._task = self._bar.add_task("recovering", total=updates, completed=done, state="")
         self._loss = self._score = ""
 
     def __enter__(self) -> RecoveryProgress:

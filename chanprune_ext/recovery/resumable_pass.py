@@ -1,0 +1,117 @@
+"""One pass after the other over the training batches, each of which can be gone on with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from ..data import ImageDataset
+from ..image_sets import EpochSampler
+from .random_state import generators_of, random_state, set_random_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import Tensor
+
+__all__ = ["ResumablePass"]
+
+_END = object()
+
+
+class ResumablePass:
+    """Hands out batches and remembers the random states it takes to get the same ones again.
+
+    A pass goes on in the middle by being repeated: from the random state at its start, its first
+    batches are fetched and thrown away. A loader may fetch the next batch before it hands out this
+    one, with draws that come between those of the updates; hence the state before the last fetch is
+    kept too. Where images depend on seed, epoch and position alone nothing is repeated.
+
+    Attributes:
+        moments (dict[str, dict[str, Tensor]]): the random states at the start of the pass and
+            before the last fetch; only if they are kept.
+
+    Args:
+        loader (Iterable): as it is iterated over, perhaps wrapped by accelerate.
+        source (Iterable): the same as it came.
+        device (torch.device): whose generator is watched besides the CPU's.
+        watch (bool): whether random states are kept.
+    """
+
+    def __init__(self, loader: Any, source: Any, device: torch.device, watch: bool) -> None:
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        self._loader = loader
+        self._source = source
+        self._device = device
+        self._watch = watch
+        self._generators = generators_of(source)
+        self._resumed: dict[str, Tensor] | None = None
+
+    def random_now(self) -> dict[str, Tensor]:
+        """The random state at this moment."""
+        return random_state(self._device, self._generators)
+
+    def put_back(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        """Lets the coming pass go on where these random states were taken."""
+        self._resumed = moments.pop("now")
+        self.moments = moments
+
+    def choose(self, epoch: int) -> None:
+        """Prepares the order and the augmentation of epoch ``epoch``, counted from 1."""
+        for part in ("sampler", "dataset"):
+            choose = getattr(getattr(self._source, part, None), "set_epoch", None)
+            if choose is not None:
+                choose(epoch)
+        # accelerate counts the passes too, from 0, and has the last word
+        if isinstance(self._loader, DataLoader) and hasattr(self._loader, "iteration"):
+            self._loader.iteration = epoch - 1
+
+    def batches(self, done: int) -> Iterator[Any]:
+        """The batches of the pass after the first ``done``, which a resumed run has seen."""
+        resumed, self._resumed = self._resumed, None
+        if not done:
+            if resumed is not None:
+                self._set(resumed)
+            if self._watch:
+                self.moments["start"] = self.random_now()
+            yield from self._watched(iter(self._loader))
+            return
+        assert resumed is not None, "a pass begins at its start unless it is resumed"
+        if self._seeks():
+            self._source.sampler.start = done * self._source.batch_size
+            iterator = iter(self._loader)
+            batch = next(iterator, _END)  # the loader itself draws a seed here
+            self._set(resumed)
+            if batch is _END:
+                return
+            yield batch
+        else:
+            self._set(self.moments["start"])
+            iterator = iter(self._loader)
+            for _ in range(done - 1):
+                next(iterator)
+            self._set(self.moments["fetch"])
+            next(iterator)
+            self._set(resumed)
+        yield from self._watched(iterator)
+
+    def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            if self._watch:
+                self.moments["fetch"] = self.random_now()
+            batch = next(iterator, _END)
+            if batch is _END:
+                return
+            yield batch
+
+    def _seeks(self) -> bool:
+        """Whether the loader can begin in the middle: made here, of images of our own."""
+        dataset = getattr(self._source, "dataset", None)
+        dataset = getattr(dataset, "dataset", dataset)
+        sampler = getattr(self._source, "sampler", None)
+        return isinstance(dataset, ImageDataset) and isinstance(sampler, EpochSampler)
+
+    def _set(self, state: dict[str, Tensor]) -> None:
+        set_random_state(state, self._device, self._generators)

@@ -1,0 +1,170 @@
+"""Everything a recovery run needs to go on elsewhere, taken out of a training loop and put back."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import without_duplicates
+from ..errors import CheckpointError
+from ..plan import plans_of
+from .evaluation import Evaluation
+from .feature_matching import composed_kept
+from .result import EpochRecord
+from .taps import plain_module
+from .weights import named_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .checkpoints import Checkpoint
+    from .loop import TrainingLoop
+
+__all__ = ["captured", "put_back"]
+
+_WITHOUT_EFFECT = ("workers", "format")  # on what is computed
+
+
+def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a run under names of their own, and all the rest as plain values."""
+    weights, _ = without_duplicates(named_tensors(loop.student))
+    parts: dict[str, Mapping[str, Tensor]] = {"student": weights}
+    if loop.average is not None:
+        parts["average"] = loop.average.state
+    if loop.best is not None:
+        parts["best"] = loop.best[2]
+    parts |= {f"random.{moment}": state for moment, state in loop.pass_.moments.items()}
+    parts["random.now"] = loop.pass_.random_now()
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in loop.optimizer.state_dict()["state"].items():
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        parts[f"optimizer.{index}"] = tensors
+        plain[str(index)] = {k: v for k, v in values.items() if k not in tensors}
+    state = {
+        "run": identity(loop),
+        "position": asdict(loop.at),
+        "before": _optional(loop.before),
+        "history": [asdict(record) for record in loop.history],
+        "optimizer": plain,
+        "average_updates": None if loop.average is None else loop.average.updates,
+        "best": None if loop.best is None else loop.best[:2],
+        "scaler": None if loop.accelerator.scaler is None else loop.accelerator.scaler.state_dict(),
+    }
+    named = {f"{part}/{name}": t for part, some in parts.items() for name, t in some.items()}
+    return named, state
+
+
+def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
+    """Brings a new loop to where the one of the checkpoint was.
+
+    Raises:
+        CheckpointError: it is of another run; the message names the first difference.
+    """
+    state = checkpoint.state
+    _check_same(checkpoint, identity(loop))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in checkpoint.tensors.items():
+        part, _, name = path.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    _fill(named_tensors(loop.student), parts["student"])
+    entries: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
+    for index, values in entries.items():
+        values.update(parts.get(f"optimizer.{index}", {}))
+    whole = loop.optimizer.state_dict()
+    loop.optimizer.load_state_dict({**whole, "state": entries})
+    if state["average_updates"] is None:
+        loop.average = None
+    elif loop.average is not None:
+        loop.average.updates = state["average_updates"]
+        _fill(loop.average.state, parts["average"])
+    if state["best"] is not None:
+        weights = {k: v.to(loop.device) for k, v in parts.get("best", {}).items()}
+        loop.best = (*state["best"], weights)
+    if loop.accelerator.scaler is not None and state["scaler"] is not None:
+        loop.accelerator.scaler.load_state_dict(state["scaler"])
+    loop.before = _evaluation(state["before"])
+    loop.history = [
+        EpochRecord(**{**record, "val": _evaluation(record["val"])}) for record in state["history"]
+    ]
+    for name, value in state["position"].items():
+        setattr(loop.at, name, value)
+    moments = {
+        part.removeprefix("random."): values
+        for part, values in parts.items()
+        if part.startswith("random.")
+    }
+    loop.pass_.put_back(moments)
+
+
+def identity(loop: TrainingLoop) -> dict[str, dict[str, Any]]:
+    """What two runs must agree on for one to go on with a checkpoint of the other."""
+    student = plain_module(loop.student)
+    recipe = {k: v for k, v in loop.recipe.to_dict().items() if k not in _WITHOUT_EFFECT}
+    kept = composed_kept(plans_of(student))
+    return {
+        "student": {
+            name: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+            for name, tensor in named_tensors(loop.student).items()
+        },
+        "plan": {
+            f"{entry}, dim {dim}": f"kept {len(index)}, checksum {_checksum(index)}"
+            for entry, dims in kept.items()
+            for dim, index in dims.items()
+        },
+        "teacher": {"class": _class_of(loop.teacher)},
+        "recipe": recipe,
+        "train": {
+            "batches an epoch": len(loop.loader),
+            "images": _length(getattr(loop.source, "dataset", None)),
+            "images a batch": getattr(loop.source, "batch_size", None),
+        },
+        "val": {"length": _length(loop.val)},
+        "processes": {"number": loop.accelerator.num_processes},
+    }
+
+
+def _check_same(checkpoint: Checkpoint, ours: Mapping[str, Any]) -> None:
+    theirs = checkpoint.state["run"]
+    ours = json.loads(json.dumps(ours))
+    for part, values in ours.items():
+        others = theirs.get(part, {})
+        for name in dict.fromkeys([*values, *others]):
+            one, other = values.get(name), others.get(name)
+            if one != other:
+                raise CheckpointError(
+                    f"{checkpoint.path}: is of another run: {part}: {name} was {other!r} and is "
+                    f"{one!r} now; go on with what the run began with, or start anew in another "
+                    "checkpoint_dir"
+                )
+
+
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies into the tensors of these names; those that share memory are named once."""
+    with torch.no_grad():
+        for name, value in values.items():
+            targets[name].copy_(value)
+
+
+def _optional(found: Evaluation | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found)
+
+
+def _evaluation(values: dict[str, Any] | None) -> Evaluation | None:
+    return None if values is None else Evaluation(**values)
+
+
+def _checksum(index: Tensor) -> int:
+    return zlib.crc32(str(index.tolist()).encode())
+
+
+def _class_of(model: nn.Module | None) -> str | None:
+    return None if model is None else type(plain_module(model)).__qualname__
+
+
+def _length(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None
