@@ -22,8 +22,6 @@ from .ridge import Factor
 from .thinning import thinned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .fit import FitOptions
     from .ledger import Ledger
     from .lockstep import Lockstep, Segment
@@ -101,7 +99,12 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     segments = runs.segments(pair)
     if not segments or not any(not s.held_back for s in segments):
         return False
-    map_ = _Linearised(pair, segments[0].x.dtype)
+    dtype = torch.float64 if segments[0].x.dtype == torch.float64 else torch.float32
+    for s in segments:
+        s.x, s.between, s.original, s.pruned = (
+            t.to(dtype) for t in (s.x, s.between, s.original, s.pruned)
+        )
+    map_ = _Linearised(pair, dtype)
     start = before = _error(pair, segments)
     precondition = _Preconditioner(pair, segments, options.piece)
     total = segments[0].x.new_zeros(len(pair.first.weight), precondition.columns + 1)
@@ -198,35 +201,26 @@ def _gauss_newton(
     positions = sum(s.between.numel() for s in fit) / len(precondition.gain)
     residuals = [one_sided_residual(s.original, s.pruned, map_.pair.target.bounds) for s in fit]
 
-    def transposed(pieces: Iterator[Tensor], zero: Tensor) -> Tensor:
-        """``J^T`` of one tensor a segment."""
-        total = torch.zeros_like(zero)
-        for segment, piece in zip(fit, pieces, strict=True):
+    def pulled_back(change: Tensor, values: list[Tensor] | None) -> Tensor:
+        """``J^T`` of one value a segment; None: of what ``change`` adds, ``J change``."""
+        total = torch.zeros_like(change)
+        for i, segment in enumerate(fit):
             with torch.enable_grad():
-                change = zero.clone().requires_grad_()
-                made = map_.second(map_.first(segment.x, change) * map_.open(segment.between))
-                total += torch.autograd.grad(made, change, piece)[0]
+                at = change.clone().requires_grad_()
+                made = map_.second(map_.first(segment.x, at) * map_.open(segment.between))
+                value = made.detach() if values is None else values[i]
+                total += torch.autograd.grad(made, at, value)[0]
         return total / positions
-
-    def normal(direction: Tensor) -> Tensor:
-        """``J^T J direction`` and the ridge."""
-        total = torch.zeros_like(direction)
-        for segment in fit:
-            with torch.enable_grad():
-                change = direction.clone().requires_grad_()
-                made = map_.second(map_.first(segment.x, change) * map_.open(segment.between))
-                total += torch.autograd.grad(made, change, made.detach())[0]
-        return total / positions + _RIDGE * precondition.ridge(direction)
 
     zero = fit[0].x.new_zeros(len(map_.pair.first.weight), precondition.columns + 1)
     change = zero.clone()
-    left = transposed(iter(residuals), zero)
+    left = pulled_back(zero, residuals)
     ahead = precondition(left)
     direction, power = ahead, float((left * ahead).sum())
     for _ in range(_ITERATIONS):
         if not power > 0:
             break
-        image = normal(direction)
+        image = pulled_back(direction, None) + _RIDGE * precondition.ridge(direction)
         bend = float((direction * image).sum())
         if not bend > 0:
             break

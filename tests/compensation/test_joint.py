@@ -154,3 +154,15 @@ def test_rounds_out_of_range(residual, rounds):
     original, pruned, plan = residual
     with pytest.raises(ValueError, match="joint_rounds"):
         compensate(pruned, original, images(), plan=plan, joint_rounds=rounds)
+
+
+def test_half_precision_networks_gain_too(residual):
+    original, pruned, plan = (m.bfloat16() if isinstance(m, nn.Module) else m for m in residual)
+    x, fresh = images(240).bfloat16(), images(60, seed=1).bfloat16()
+    errors = []
+    for rounds in (0, 1):
+        net = copy.deepcopy(pruned)
+        compensate(net, original, x, plan=plan, progress=False, joint_rounds=rounds)
+        assert net.stem.weight.dtype == torch.bfloat16
+        errors.append(error(net, original, fresh))
+    assert errors[1] < errors[0]
