@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -315,8 +316,10 @@ def test_leftovers_of_killed_writes_go(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_finishes_the_update_and_a_second_one_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     handler, pressed = signal.getsignal(signal.SIGINT), [1]
     step = TrainingLoop._step
 
@@ -346,23 +349,46 @@ def reference_without(monkeypatch: pytest.MonkeyPatch, step: Any) -> dict[str, A
     return reference("swa")
 
 
-def forked(call: Callable[[], Any], output: Path) -> int:
-    """Runs ``call`` in a process of its own, its output going to a file; the process's id."""
-    child = os.fork()
-    if child:
-        return child
+def separate(call: Callable[..., Any], *arguments: Any, output: Path) -> int:
+    """Begins ``call`` in a new interpreter, its output going to a file; the process's id.
+
+    A fork of this process would not do: what ran in it before may have started threads.
+    """
+    ready = output.with_suffix(".ready")
+    ready.unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=in_a_process, args=(torch.get_num_threads(), call, arguments, output, ready)
+    )
+    process.start()
+    while not ready.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid is not None
+    return process.pid
+
+
+def in_a_process(
+    threads: int, call: Callable[..., Any], arguments: Any, output: Path, ready: Path
+) -> None:
+    torch.set_num_threads(threads)  # sums of several threads are rounded in another order
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     code = 1
     try:
         with output.open("w") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
             sys.stdout = sys.stderr = file
-            call()
+            ready.touch()
+            call(*arguments)
             code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:
         os._exit(code)
+
+
+def on_the_command_line(arguments: list[str]) -> None:
+    app(arguments)
 
 
 def exit_code(child: int) -> int:
@@ -391,7 +417,7 @@ def killed_again_and_again(
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     def start(arguments: list[str]) -> int:
-        return forked(lambda: main(*arguments), tmp_path / "log")
+        return separate(main, *arguments, output=tmp_path / "log")
 
     assert killed_again_and_again("mixup", tmp_path, 4, start) >= 3
 
@@ -412,9 +438,9 @@ def test_a_program_killed_ten_times_at_random_moments(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("moment", ["half written", "not yet renamed", "not yet rotated"])
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path, moment: str) -> None:
-    """A forked process dies by SIGKILL inside the sixth write."""
+    """A process dies by SIGKILL inside the sixth write."""
     folder = tmp_path / "checkpoints"
-    child = forked(lambda: die_in_a_write(folder, moment), tmp_path / "log")
+    child = separate(die_in_a_write, folder, moment, output=tmp_path / "log")
     assert exit_code(child) == -signal.SIGKILL
     assert bool(list(folder.glob(".*.tmp"))) == (moment != "not yet rotated")
     assert_same(resumed("plain", folder), reference("plain"))
@@ -459,7 +485,7 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
     whole, again = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
     folder, log = tmp_path / "checkpoints", tmp_path / "log"
     kept = ("--checkpoints", str(folder), "--resume", "auto", "--out", str(again))
-    child = forked(lambda: app([*command, *kept]), log)
+    child = separate(on_the_command_line, [*command, *kept], output=log)
     while not list(folder.glob("checkpoint-*")):
         assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()
         time.sleep(0.02)
