@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,21 +99,21 @@ def _windows(groups: Sequence[CouplingGroup]) -> dict[str, bool]:
 
     Whole windows tell more, but a residual stream has too many readers for them.
     """
-    readers = [[m.entry for m in g.members if m.role == "in" and m.dim == 1] for g in groups]
-    counts: dict[str, int] = {}
-    for entries in readers:
-        for entry in dict.fromkeys(entries):
-            counts[entry] = counts.get(entry, 0) + 1
-    windows: dict[str, bool] = {}
-    for entries in readers:
-        for entry in entries:
-            windows[entry] = len(set(entries)) <= 2 and counts[entry] == 1
-    return windows
+    through = [_reading_entries(group) for group in groups]
+    counts = Counter(entry for entries in through for entry in entries)
+    return {
+        entry: len(entries) <= 2 and counts[entry] == 1 for entries in through for entry in entries
+    }
+
+
+def _reading_entries(group: CouplingGroup) -> list[str]:
+    """Weights along whose input channels the group is read, each once."""
+    found = (m.entry for m in group.members if m.role == "in" and m.dim == 1)
+    return list(dict.fromkeys(found))
 
 
 def _read_through(group: CouplingGroup, readers: dict[str, Reader]) -> list[str]:
-    found = [m.entry for m in group.members if m.role == "in" and m.dim == 1]
-    return [entry for entry in dict.fromkeys(found) if entry in readers]
+    return [entry for entry in _reading_entries(group) if entry in readers]
 
 
 def _components(
@@ -139,7 +140,7 @@ def _component_scores(
     units = sum(g.units for g in groups)
     stops = sorted({max(1, min(units - 1, round(share * units))) for share in _PROBES})
     found = eliminate(problems, units, stops if probe is not None else ())
-    loss = np.cumsum(found.increase.numpy())
+    loss = np.cumsum(found.increase.cpu().numpy())
     if probe is not None:
         points = []
         for stop, state in found.states.items():
@@ -147,7 +148,7 @@ def _component_scores(
             points.append((float(loss[stop - 1]), probe.loss(change)))
         loss = loss_curve(loss, points)
     score = np.empty(units)
-    score[found.order.numpy()] = convex_steps(loss)
+    score[found.order.cpu().numpy()] = convex_steps(loss)
     ends = np.cumsum([g.units for g in groups])
     return {g.index: score[end - g.units : end] for g, end in zip(groups, ends, strict=True)}
 
