@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,25 @@ def test_job_writes_everything(small_run: tuple[RunReport, Path, list[str]]) -> 
     assert {path.name for path in out.iterdir()} == expected
     assert load_report(out / "report.json") == report
     assert len(said) == 4
+
+
+def test_fine_tuning_is_a_stage_and_the_best_epoch_is_told(small_job: Job, tmp_path: Path) -> None:
+    options = {"epochs": 3, "lr": 0.05, "batch_size": 256, "progress": False}
+    job = replace(small_job, fine_tune_options=options, stage_notes=())
+    report = run_job(job, tmp_path, command="chanprune test", say=lambda _: None)
+
+    assert [stage.name for stage in report.stages][3:] == ["fine-tuned", "distilled"]
+    fine_tuned = report.stages[3]
+    assert evaluate(load(tmp_path / "fine-tuned.safetensors", small_network()), job.test).top1 == (
+        fine_tuned.accuracy
+    )
+    (told,) = [note for note in report.notes if note.startswith("Fine-tuned: ")]
+    last, best = (float(found) for found in re.findall(r"([0-9.]+)%", told))
+    assert last == round(100 * fine_tuned.accuracy, 2)
+    assert best >= last
+    distilled = [note for note in report.notes if note.startswith("Distilled: ")]
+    top = max(epoch.val_accuracy or 0.0 for epoch in report.history)
+    assert f"{top:.2%}" in distilled[0]
 
 
 def test_stages_are_what_the_files_hold(

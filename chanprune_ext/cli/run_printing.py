@@ -27,6 +27,8 @@ def run_and_print(job: Job, out: Path) -> None:
     console.print(f"top-1: n = {samples:,}, with one standard error", style="dim")
     console.print(f"latency: {report.conditions}", style="dim")
     console.print("x: MACs and speed relative to the original", style="dim")
+    for note in report.notes:
+        console.print(note, style="dim", highlight=False, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 

@@ -34,6 +34,7 @@ _STEPS = 2  # Gauss-Newton steps on the same samples
 _SHARES = (1.0, 0.5, 0.25)  # of a step that are tried
 _RIDGE = 3e-3  # next to the preconditioner
 _LEAST_GAIN = 1e-3  # relative; less is not worth a refit of the next layer
+_ENOUGH_VALUES = 1 << 24  # between the layers: a step looks at some of the batches beyond that
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,11 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
         )
     map_ = _Linearised(pair, dtype)
     start = before = _error(pair, segments)
-    precondition = _Preconditioner(pair, segments, options.piece)
+    fit = _some([s for s in segments if not s.held_back])
+    precondition = _Preconditioner(pair, fit, options.piece)
     total = segments[0].x.new_zeros(len(pair.first.weight), precondition.columns + 1)
     for _ in range(_STEPS):
-        step = _gauss_newton(map_, segments, precondition)
+        step = _gauss_newton(map_, fit, precondition)
         best: tuple[float, Tensor] | None = None
         for share in _SHARES:
             after = _error(pair, segments, map_, share * step)
@@ -129,6 +131,12 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     _apply(pair.first, total, ledger)
     runs.replace(pair, segments)
     return True
+
+
+def _some(segments: list[Segment]) -> list[Segment]:
+    """All of them, or evenly spread ones where there is more than enough to see."""
+    every = max(1, sum(s.between.numel() for s in segments) // _ENOUGH_VALUES)
+    return segments[:: min(every, len(segments))]
 
 
 def _error(
@@ -152,12 +160,11 @@ def _error(
 class _Preconditioner:
     """The inverse of ``(E[x x^T] + l I)`` by row, over the gain of the second layer."""
 
-    def __init__(self, pair: Pair, segments: list[Segment], piece: int) -> None:
+    def __init__(self, pair: Pair, fit: list[Segment], piece: int) -> None:
         layer = pair.first
         groups, rows, columns = layer.shape
         self.columns = columns
         self.groups, self.rows = groups, rows
-        fit = [s for s in segments if not s.held_back]
         samples = sum(s.between.numel() for s in fit) // (groups * rows)
         every = thinned(samples, columns, layer.geometry.axes)
         moments = Moments(groups, 0, columns + 1, layer.weight.device)
@@ -193,11 +200,10 @@ class _Preconditioner:
 
 def _gauss_newton(
     map_: _Linearised,
-    segments: list[Segment],
+    fit: list[Segment],
     precondition: _Preconditioner,
 ) -> Tensor:
     """The change that explains the residual best, to first order."""
-    fit = [s for s in segments if not s.held_back]
     positions = sum(s.between.numel() for s in fit) / len(precondition.gain)
     residuals = [one_sided_residual(s.original, s.pruned, map_.pair.target.bounds) for s in fit]
 
