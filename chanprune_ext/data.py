@@ -13,31 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .class_names import class_names
 from .errors import DataError, InvalidArgumentError
-from .image_archive import ImageArchive, decode, is_archive, pixels_of
-from .image_sets import (
-    FileImages,
-    ImageDataset,
-    TensorImages,
-    calibration_batches,
-    make_loader,
-    require_positive,
-)
+from .image_archive import ImageArchive, decode, is_archive
+from .image_files import FileImages
+from .image_loader import calibration_batches, make_loader
+from .image_sets import ImageDataset, TensorImages, require_positive
+from .image_shards import ShardedImages
+from .image_transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Preset
+from .shard_files import count_images, find_shards, is_shard_pattern
+from .unreadable_images import UnreadableImages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "Augmentation",
     "FileImages",
     "ImageDataset",
+    "Preset",
+    "ShardedImages",
     "TensorImages",
     "calibration_batches",
     "make_loader",
     "open_dataset",
 ]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
 SMALL_EDGE = 64  # images up to this many pixels a side are decoded once and kept in memory
 
@@ -46,13 +47,14 @@ def open_dataset(
     spec: str | os.PathLike[str],
     split: str = "test",
     *,
-    augment: bool = False,
+    augment: bool | Augmentation = False,
     size: int | None = None,
     resize: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     class_file: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    preset: Preset | None = None,
 ) -> ImageDataset:
     """Opens a labelled image set.
 
@@ -62,15 +64,19 @@ def open_dataset(
             - a ``.npz`` file with uint8 ``{train,test}_images`` ``[N, H, W, C]`` and
               ``{train,test}_labels`` ``[N]``;
             - a folder ``[split/]class/image``, or a tar archive of one (also gzip, bzip2, xz);
+            - tar shards, read one after the other: a folder of tar files, or a pattern such as
+              ``imagenet/train-{0000..0127}.tar`` or ``imagenet/*.tar``; ``shards:<file>`` for one
+              alone. Classes are the samples' ``.cls`` numbers, or the folder or the first part of
+              their names, as for folders. Needs ``pip install 'chanprune_ext[webdataset]'``;
             - ``cifar10:<root>``: torchvision's CIFAR-10 under that folder, downloaded if missing;
             - ``digits``: the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn,
               every fifth of them for the test.
         split (str): ``"train"``, ``"val"`` or ``"test"``; the last two stand in for each other
             where only one exists. A folder without split folders is one set, returned for any
             split. Default: ``"test"``.
-        augment (bool): random changes for training: shift by up to 4 pixels and mirroring for
-            small images (digits: 1 pixel, never mirrored), random resized crop and mirroring for
-            large ones. Default: False.
+        augment (bool or Augmentation): random changes for training: shift by up to 4 pixels and
+            mirroring for small images (digits: 1 pixel, never mirrored), random resized crop and
+            mirroring for large ones; and what an :class:`Augmentation` names. Default: False.
         size (int, optional): edge of the images handed out, for folders and archives. Default: as
             they are if the first one is square and at most 64 pixels wide, otherwise 224.
         resize (int, optional): shorter side before the centre is cut out, for images larger than
@@ -79,11 +85,16 @@ def open_dataset(
             channel. Default: ImageNet's for colour, 0.5 otherwise, the set's own for digits.
         std (Sequence[float], optional): what the difference is divided by, likewise.
         class_file (str or PathLike, optional): text file with one class folder name a line, in
-            label order. Default: labels follow the sorted folder names.
+            label order, or ``"imagenet"`` for the ids of ILSVRC 2012. Default: labels follow the
+            sorted folder names.
         seed (int): seed of the augmentation. Default: 0.
+        preset (Preset, optional): what the weights expect; sets size, resize, mean and std where
+            these are not given, and the interpolation. Default: None.
 
     Returns:
-        ImageDataset: :class:`TensorImages` for images up to 64 pixels, else :class:`FileImages`.
+        ImageDataset: :class:`TensorImages` for images up to 64 pixels, else :class:`FileImages`,
+        or :class:`ShardedImages`. Images that can't be read are left out, with a warning that
+        names them; more than one in a hundred is an error.
 
     Raises:
         DataError: the data are missing, truncated, empty, or labelled outside the classes.
@@ -95,9 +106,19 @@ def open_dataset(
         if value is not None:
             require_positive(**{name: value})
     name, path = os.fspath(spec), Path(spec)
+    if preset is not None:
+        size, resize = size or preset.size, resize or preset.resize
+        mean, std = mean or preset.mean, std or preset.std
+    interpolation = "bilinear" if preset is None else preset.interpolation
+    if is_shard_pattern(name):
+        looks = _looks(size or 224, resize, mean, std, interpolation)
+        shards = count_images(find_shards(name, split))
+        return ShardedImages(shards, class_file, looks, augment, seed)
     if path.is_dir() or (path.is_file() and is_archive(path)):
         archive = ImageArchive(path)
-        return _from_archive(archive, split, augment, size, resize, mean, std, class_file, seed)
+        return _from_archive(
+            archive, split, augment, size, resize, mean, std, class_file, seed, interpolation
+        )
     for argument, given in (("size", size), ("resize", resize), ("class_file", class_file)):
         if given is not None:
             raise InvalidArgumentError(f"{argument}: only folders and archives of images take it")
@@ -196,53 +217,54 @@ def _npz(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 def _from_archive(
     archive: ImageArchive,
     split: str,
-    augment: bool,
+    augment: bool | Augmentation,
     size: int | None,
     resize: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     class_file: str | os.PathLike[str] | None,
     seed: int,
+    interpolation: str,
 ) -> ImageDataset:
-    classes = _class_names(archive, class_file)
+    folders = (entry.class_name for entry in archive.entries)
+    classes = class_names(str(archive.path), folders, class_file)
     rank = {name: label for label, name in enumerate(classes)}
     wanted = _wanted_split(archive, split)
     positions = [i for i, entry in enumerate(archive.entries) if entry.split == wanted]
     labels = torch.tensor([rank[archive.entries[i].class_name] for i in positions])
-    mean, std = _normalisation(3, mean, std)
-    first = decode(archive, positions[0])
     if size is None:
-        size = first.width if first.width == first.height <= SMALL_EDGE else 224
+        width, height = _size_of_first(archive, positions)
+        size = width if width == height <= SMALL_EDGE else 224
     if size > SMALL_EDGE:
-        shorter = resize or round(size * 256 / 224)
-        if shorter < size:
-            raise InvalidArgumentError(f"resize: expected at least size = {size}, got {shorter}")
-        return FileImages(
-            archive, positions, labels, classes, size, shorter, mean, std, augment, seed
-        )
+        looks = _looks(size, resize, mean, std, interpolation)
+        return FileImages(archive, positions, labels, classes, looks, augment, seed)
     if resize is not None:
         raise InvalidArgumentError(f"resize: only taken with size > {SMALL_EDGE}, got size {size}")
-    images = _decode_all(archive, positions, size)
-    return TensorImages(images, labels, classes, mean, std, augment, seed)
+    mean, std = _normalisation(3, mean, std)
+    images, readable = _decode_all(archive, positions, size)
+    return TensorImages(images, labels[readable], classes, mean, std, augment, seed)
 
 
-def _class_names(
-    archive: ImageArchive, class_file: str | os.PathLike[str] | None
-) -> tuple[str, ...]:
-    folders = sorted({entry.class_name for entry in archive.entries})
-    if class_file is None:
-        return tuple(folders)
-    try:
-        names = tuple(Path(class_file).read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"class_file: can't read {os.fspath(class_file)}: {error}") from error
-    unknown = [folder for folder in folders if folder not in set(names)]
-    if unknown:
-        raise DataError(
-            f"{archive.path}: the class folder {unknown[0]!r} (one of {len(unknown)}) is not among "
-            f"the {len(names)} names in {os.fspath(class_file)}"
-        )
-    return names
+def _looks(
+    size: int,
+    resize: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    interpolation: str,
+) -> Preset:
+    mean, std = _normalisation(3, mean, std)
+    return Preset(size, resize, mean, std, interpolation)
+
+
+def _size_of_first(archive: ImageArchive, positions: Sequence[int]) -> tuple[int, int]:
+    """Width and height of the first image that can be read."""
+    for position in positions:
+        try:
+            height, width = decode(archive, position).shape[1:]
+            return width, height
+        except DataError as error:
+            reason = error
+    raise DataError(f"{archive.path}: none of {len(positions)} images can be read: {reason}")
 
 
 def _wanted_split(archive: ImageArchive, split: str) -> str | None:
@@ -257,17 +279,31 @@ def _wanted_split(archive: ImageArchive, split: str) -> str | None:
     )
 
 
-def _decode_all(archive: ImageArchive, positions: Sequence[int], size: int) -> Tensor:
+def _decode_all(
+    archive: ImageArchive, positions: Sequence[int], size: int
+) -> tuple[Tensor, Tensor]:
+    """The images that can be read, and which of them these are."""
     from torchvision.transforms import v2
 
     fit = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     images = torch.empty((len(positions), 3, size, size), dtype=torch.uint8)
+    readable = torch.ones(len(positions), dtype=torch.bool)
+    errors: dict[int, str] = {}
 
     def fill(index: int) -> None:
-        image = decode(archive, positions[index])
-        images[index] = pixels_of(image if image.size == (size, size) else fit(image))
+        try:
+            image = decode(archive, positions[index])
+        except DataError as error:
+            readable[index] = False
+            errors[index] = str(error).removeprefix(f"{archive.path}: ")
+            return
+        images[index] = image if image.shape[1:] == (size, size) else fit(image)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(len(positions))):
             pass
-    return images
+    unreadable = UnreadableImages(str(archive.path), len(positions), errors.__getitem__)
+    for index in errors:
+        unreadable.mark(index)
+    unreadable.finish()
+    return (images[readable] if errors else images), readable

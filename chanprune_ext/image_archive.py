@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import shutil
@@ -21,17 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
 from .errors import DataError
+from .image_decoding import decoded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL.Image import Image
+    from torch import Tensor
 
-__all__ = ["ImageArchive", "ImageEntry", "decode", "is_archive", "pixels_of"]
+__all__ = ["ImageArchive", "ImageEntry", "decode", "is_archive"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -201,23 +198,11 @@ def _entries(names: Sequence[str]) -> list[ImageEntry]:
     return entries
 
 
-def decode(archive: ImageArchive, position: int) -> Image:
-    """The image at that position of :attr:`ImageArchive.entries`, in RGB.
+def decode(archive: ImageArchive, position: int) -> Tensor:
+    """The image at that position of :attr:`ImageArchive.entries`, uint8 RGB ``[3, H, W]``.
 
     Raises:
         DataError: the bytes are no complete image.
     """
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(archive.read(position))).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        name = archive.entries[position].name
-        raise DataError(f"{archive.path}: {name} is no readable image ({error})") from error
-
-
-def pixels_of(image: Image) -> torch.Tensor:
-    """The image as uint8 ``[C, H, W]``."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    name = f"{archive.path}: {archive.entries[position].name}"
+    return decoded(archive.read(position), name)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from ..data import ImageDataset
-from ..image_sets import EpochSampler
+from ..image_loader import EpochSampler, ImageLoader
+from ..image_sets import ImageDataset
+from ..image_shards import ShardLoader
+from ..unreadable_images import watched
 from .random_state import generators_of, random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class ResumablePass:
             return
         assert resumed is not None, "a pass begins at its start unless it is resumed"
         if self._seeks():
-            self._source.sampler.start = done * self._source.batch_size
+            self._source.seek(done)
             iterator = iter(self._loader)
             batch = next(iterator, _END)  # the loader itself draws a seed here
             self._set(resumed)
@@ -98,6 +100,9 @@ class ResumablePass:
         yield from self._watched(iterator)
 
     def _watched(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        # accelerate makes a data loader of its own, which does not tell of unreadable images
+        dataset = getattr(self._source, "dataset", None)
+        iterator = watched(iterator, getattr(dataset, "unreadable", None))
         while True:
             if self._watch:
                 self.moments["fetch"] = self.random_now()
@@ -108,10 +113,13 @@ class ResumablePass:
 
     def _seeks(self) -> bool:
         """Whether the loader can begin in the middle: made here, of images of our own."""
-        dataset = getattr(self._source, "dataset", None)
-        dataset = getattr(dataset, "dataset", dataset)
-        sampler = getattr(self._source, "sampler", None)
-        return isinstance(dataset, ImageDataset) and isinstance(sampler, EpochSampler)
+        if isinstance(self._source, ShardLoader):
+            return True
+        if not isinstance(self._source, ImageLoader):
+            return False
+        dataset = getattr(self._source.dataset, "dataset", self._source.dataset)
+        own = isinstance(dataset, ImageDataset)
+        return own and isinstance(self._source.sampler, EpochSampler)
 
     def _set(self, state: dict[str, Tensor]) -> None:
         set_random_state(state, self._device, self._generators)
