@@ -204,7 +204,7 @@ class ShardLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
-        self.workers = workers
+        self.num_workers = workers
         self.divided = shuffle if divided is None else divided
         self.buffer = buffer
         self._start = 0
@@ -233,7 +233,7 @@ class ShardLoader:
         loader = DataLoader(
             stream,
             batch_size=None,
-            num_workers=self.workers,
+            num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
         return watched(iter(loader), self.dataset.unreadable)

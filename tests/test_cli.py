@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from image_files import jpeg, write_shards, write_tar
 from typer.testing import CliRunner, Result
 
 import chanprune_ext as cpx
@@ -134,6 +135,37 @@ def test_prune_compensate_recover_evaluate_on_data(tmp_path: Path, narrow_weight
     evaluated = succeed("evaluate", *common, "--weights", better)
     accuracy = output.split("after: top-1 ")[1].split(" (n")[0]
     assert accuracy in evaluated
+
+
+def test_recover_and_evaluate_read_shards(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    train = {f"{'ab'[i % 2]}/{i}.jpg": jpeg(i, 66, 66) for i in range(8)}
+    write_shards(tmp_path / "train", train, (5, 3))
+    write_tar(tmp_path / "test" / "0.tar", {f"b/{i}.jpg": jpeg(i, 70, 90) for i in range(3)})
+    model = ("resnet20", "--model-arg", "width=2", "--model-arg", "num_classes=2")
+    plain, small, better = (tmp_path / f"{name}.safetensors" for name in ("0", "small", "better"))
+    save(resnet20(width=2, num_classes=2), plain)
+    succeed(
+        *("prune", *model, "--weights", plain, "--ratio", "0.5", "--out", small),
+        *("--input-shape", "1,3,66,66"),
+    )
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    common = ("--class-file", tmp_path / "classes.txt", "--image-size", 66, "--resize", 66)
+    output = succeed(
+        *("recover", *model, "--weights", small, "--out", better, *common, "--epochs", "1"),
+        *("--data", tmp_path / "train", "--test-data", tmp_path / "test", "--batch-size", 4),
+        *("--auto-augment", "randaugment", "--random-erasing", 0.5, "--repeats", 2),
+    )
+    assert output.count("(n = 3)") == 2
+    evaluated = succeed(
+        *("evaluate", *model, "--weights", better, "--data", tmp_path / "test", *common)
+    )
+    assert output.split("after: top-1 ")[1].split(" (n")[0] in evaluated
+    message = fail(
+        *("evaluate", *model, "--weights", better, "--data", tmp_path / "test"),
+        *("--preset", "ResNet9_Weights.BEST"),
+    )
+    assert "ResNet50_Weights.IMAGENET1K_V2" in message
 
 
 def test_recover_keeps_its_recipe(tmp_path: Path, narrow_weights: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from image_files import DATA, jpeg, write_folder, write_shards, write_tar
+from torch import nn
 from torch.utils.data import DataLoader
 
 from chanprune_ext.class_names import read_class_file
@@ -22,6 +23,7 @@ from chanprune_ext.data import (
 )
 from chanprune_ext.errors import DataError
 from chanprune_ext.image_shards import ShardLoader
+from chanprune_ext.recovery import recover
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -279,3 +281,23 @@ def test_real_images_agree_pixel_by_pixel(tmp_path: Path) -> None:
     for index in range(0, 40, 7):
         assert expected[index // 8][1][index % 8] == reference[index][1]
         torch.testing.assert_close(images[index], reference[index][0], rtol=0, atol=2e-6)
+
+
+def test_recovery_on_shards_goes_on_bit_by_bit(root: Path, tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(), nn.Linear(27, 3))
+
+    def run(**options: Any) -> nn.Module:
+        data = open_dataset(root, "train", augment=Augmentation(auto="trivialaugment"), **SMALL)
+        student = network()
+        settings: dict[str, Any] = {"epochs": 2, "batch_size": 4, "warmup": 0, "progress": False}
+        recover(student, train=data, **settings, **options)
+        return student
+
+    whole = run(checkpoint_dir=tmp_path, checkpoint_every=1, keep_checkpoints=20)
+    checkpoints = sorted(path for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert len(checkpoints) >= 8
+    for path in checkpoints[1:7:2]:
+        again = run(resume=path)
+        assert torch.equal(again[3].weight, whole[3].weight)

@@ -34,13 +34,13 @@ def bench(
     shapes: InputShapes = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Batch size; may be repeated. [default: 1, 16]", show_default=False),
+        typer.Option(help="Batch size; may be repeated.", show_default="1, 16"),
     ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"One of {', '.join(BACKENDS)}; may be repeated. [default: all]",
-            show_default=False,
+            help=f"One of {', '.join(BACKENDS)}; may be repeated.",
+            show_default="all",
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to measure each row.")] = 10.0,

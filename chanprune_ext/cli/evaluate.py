@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from chanprune_ext.cli.image_options import ImageSize, PresetName, Resize, open_images
 from chanprune_ext.cli.loading import load_model, place
 from chanprune_ext.cli.options import (
     DATA_HELP,
@@ -16,7 +17,6 @@ from chanprune_ext.cli.options import (
     Weights,
 )
 from chanprune_ext.cli.tables import facts_table
-from chanprune_ext.data import open_dataset
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import evaluate as measure
 
@@ -30,12 +30,15 @@ def evaluate(
     model_arg: ModelArguments = None,
     split: Annotated[str, typer.Option(help="Which images: test, val or train.")] = "test",
     class_file: ClassFile = None,
+    preset: PresetName = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
     batch_size: BatchSize = 128,
     device: Device = "auto",
 ) -> None:
     """Measures top-1 and top-5 accuracy, with sample size and standard error."""
     network = load_model(model, model_arg, weights, device)
-    images = open_dataset(data, split, class_file=class_file)
+    images = open_images(data, split, class_file, preset, image_size, resize)
     found = measure(network, images, batch_size=batch_size, device=place(device))
     facts = {
         "top-1": format_accuracy(found.top1, found.standard_error),

@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 DATA_HELP = (
-    "A .npz file, a folder or tar archive of images in one folder a class, 'cifar10:<root>', "
-    "or 'digits'."
+    "A .npz file, a folder or tar archive of images in one folder a class, tar shards "
+    "('train-{0000..0127}.tar', or a folder of them), 'cifar10:<root>', or 'digits'."
 )
 
 ModelSpec = Annotated[
@@ -92,7 +92,9 @@ Device = Annotated[
 ClassFile = Annotated[
     Path | None,
     typer.Option(
-        help="Text file with one class folder name a line, in label order.", show_default=False
+        help="Text file with one class folder name a line, in label order; 'imagenet' for the "
+        "1,000 ids of ILSVRC 2012.",
+        show_default=False,
     ),
 ]
 OutFolder = Annotated[Path, typer.Option(help="Folder for the results; made where missing.")]

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from chanprune_ext.checkpoint import save
+from chanprune_ext.cli.image_options import PresetName, TestData, open_images
 from chanprune_ext.cli.loading import load_model
 from chanprune_ext.cli.model_spec import parse_arguments, parse_ratios, parse_shape
 from chanprune_ext.cli.options import (
@@ -23,7 +24,7 @@ from chanprune_ext.cli.options import (
     Weights,
 )
 from chanprune_ext.compensation import compensate
-from chanprune_ext.data import calibration_batches, open_dataset
+from chanprune_ext.data import calibration_batches
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import format_accuracy
@@ -107,6 +108,8 @@ def prune(
     input_shape: InputShape = None,
     data: Data = None,
     class_file: ClassFile = None,
+    test_data: TestData = None,
+    preset: PresetName = None,
     calibration_images: Annotated[
         int, typer.Option(min=0, help="Unlabelled images for compensation; 0 leaves it out.")
     ] = 512,
@@ -124,7 +127,9 @@ def prune(
     console = Console()
     network = load_model(model, model_arg, weights, device)
     place = next(network.parameters()).device
-    images = None if data is None else open_dataset(data, "test", class_file=class_file)
+    images = None
+    if test_data is not None or data is not None:
+        images = open_images(test_data or data or "", "test", class_file, preset)
     if input_shape is not None:
         shape = parse_shape(input_shape)
     elif images is not None:
@@ -154,8 +159,8 @@ def prune(
     if images is not None:
         console.print(f"original:    {measured(network, images)}")
         console.print(f"pruned:      {measured(pruned, images)}")
-        if calibration_images:
-            training = open_dataset(data or "", "train", class_file=class_file)
+        if calibration_images and data is not None:
+            training = open_images(data, "train", class_file, preset)
             batches = calibration_batches(training, calibration_images, seed=seed)
             compensate(pruned, network, [batch.to(place) for batch in batches])
             console.print(f"compensated: {measured(pruned, images)}")

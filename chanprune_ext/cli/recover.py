@@ -8,6 +8,18 @@ import typer
 from rich.console import Console
 
 from chanprune_ext.checkpoint import save
+from chanprune_ext.cli.image_options import (
+    AutoAugmentation,
+    ImageSize,
+    Magnitude,
+    PresetName,
+    RandomErasing,
+    Repeats,
+    Resize,
+    TestData,
+    open_images,
+    open_training_images,
+)
 from chanprune_ext.cli.loading import load_model, place
 from chanprune_ext.cli.options import (
     DATA_HELP,
@@ -18,7 +30,7 @@ from chanprune_ext.cli.options import (
     OutFile,
     Seed,
 )
-from chanprune_ext.data import open_dataset
+from chanprune_ext.data import Augmentation
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import Recipe, RecoveryInterrupted
@@ -68,6 +80,14 @@ def recover(
     ] = None,
     model_arg: ModelArguments = None,
     class_file: ClassFile = None,
+    test_data: TestData = None,
+    preset: PresetName = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    auto_augment: AutoAugmentation = None,
+    magnitude: Magnitude = 9,
+    random_erasing: RandomErasing = 0.0,
+    repeats: Repeats = 1,
     loss: Annotated[
         list[str] | None,
         typer.Option(
@@ -171,14 +191,20 @@ def recover(
     teacher = None
     if teacher_weights is not None:
         teacher = load_model(model, model_arg, teacher_weights, device)
-    training = open_dataset(data, "train", augment=True, class_file=class_file, seed=seed)
+    augmentation = Augmentation(
+        None if auto_augment is None else auto_augment.value,
+        magnitude=magnitude,
+        erasing=random_erasing,
+        repeats=repeats,
+    )
+    training = open_training_images(data, class_file, preset, image_size, augmentation, seed)
     make_folder(out.parent)  # a place that cannot be written shows now and not after the training
     try:
         result = train_back(
             student,
             teacher,
             train=training,
-            val=open_dataset(data, "test", class_file=class_file),
+            val=open_images(test_data or data, "test", class_file, preset, image_size, resize),
             recipe=chosen,
             device=place(device),
             checkpoint_dir=checkpoints,

@@ -16,7 +16,9 @@ def report(
     run: Annotated[Path, typer.Argument(help="The report.json of a run.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for report.html and report.json [default: that of the run]"),
+        typer.Option(
+            help="Folder for report.html and report.json.", show_default="that of the run"
+        ),
     ] = None,
 ) -> None:
     """Prints the table of a saved run and writes its HTML page again."""
