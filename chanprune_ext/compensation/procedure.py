@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..analysis.call_trace import record_calls
 from ..analysis.calls import steady_calls
 from ..errors import InvalidArgumentError
+from ..host_memory import freed_memory_kept
 from .batch_norm import measured_batch_norms, reestimate
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
 from .checks import HasKept, check_networks, check_options, check_same_calls, kept_of
@@ -121,6 +122,7 @@ def compensate(
     )
     try:
         with (
+            freed_memory_kept(),
             torch.autocast(device.type, enabled=False),
             steady_calls(original),
             steady_calls(pruned),

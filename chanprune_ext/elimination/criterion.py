@@ -13,6 +13,7 @@ from ..compensation.batches import read_batches, split_batches
 from ..compensation.ridge import Factor
 from ..criteria import l1
 from ..errors import InvalidArgumentError
+from ..host_memory import freed_memory_kept
 from .backward import Problem, eliminate
 from .probes import Probe, convex_steps, loss_curve
 from .readers import Reader, find_readers, measure_readers
@@ -76,6 +77,7 @@ def elimination(
     if not 0 <= held_back < 1:
         raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
 
+    @freed_memory_kept()
     def criterion(model: nn.Module, groups: Sequence[CouplingGroup], seed: int) -> list[np.ndarray]:
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
         items = read_batches(batches, model, device=device)

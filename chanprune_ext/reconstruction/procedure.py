@@ -17,6 +17,7 @@ from ..compensation.checks import check_networks, kept_of
 from ..compensation.ledger import Ledger
 from ..compensation.memory import free_memory
 from ..compensation.outputs import DeviationMeter, forward, output_tensors
+from ..host_memory import freed_memory_kept
 from ..module_modes import evaluating
 from ..plan import plan_of
 from .block_tuning import Options, tune_block
@@ -162,6 +163,7 @@ def _surroundings(
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
+            freed_memory_kept(),
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
