@@ -51,6 +51,7 @@ COUPLING_SOURCES = ["csrc/coupling/label_store.cpp", "csrc/coupling/bindings.cpp
 
 EXTRA_FLAGS = os.environ.get("CHANPRUNE_CXX_FLAGS", "").split()
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+CXX_FLAGS.append("-Wno-psabi")  # vectors are passed between inlined functions only
 
 
 def find_cuda_home() -> Path | None:

@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "new_tensor.h"
+#include "vector_pool.h"
 
 namespace chanprune {
 namespace {
@@ -153,6 +154,7 @@ ChannelNormPlan plan_channel_norms(const std::vector<Tensor>& weights,
   plan.units.reserve(2 * weights.size());
   plan.unit_elements.reserve(2 * weights.size());
   const TensorMaker maker(weights[0]);
+  int64_t bytes = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const int64_t ndim = weight.dim();
@@ -163,8 +165,15 @@ ChannelNormPlan plan_channel_norms(const std::vector<Tensor>& weights,
     CHANPRUNE_CHECK(maker.is_on_device_of(weight),
                     "channel_norms: all weights should be on one device, but weights[", i,
                     "] is elsewhere than weights[0]");
-    const int64_t dim = dims[i] < 0 ? dims[i] + ndim : dims[i];
-    plan.results.push_back(maker.vector(weight.size(dim), accumulation_dtype(dtype)));
+    bytes += VectorPool::bytes_of(weight.size(dims[i] < 0 ? dims[i] + ndim : dims[i]),
+                                  accumulation_dtype(dtype));
+  }
+  VectorPool pool(maker, bytes);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    const ScalarType dtype = weight.scalar_type();
+    const int64_t dim = dims[i] < 0 ? dims[i] + weight.dim() : dims[i];
+    plan.results.push_back(pool.next(weight.size(dim), accumulation_dtype(dtype)));
     Tensor& result = plan.results.back();
     if (weight.numel() == 0) {
       torch::stable::zero_(result);

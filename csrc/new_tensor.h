@@ -39,6 +39,8 @@ class TensorMaker {
     return strided(1, &size, &stride, dtype);
   }
 
+  bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
+
  private:
   int32_t device_type_ = 0;
   int32_t device_index_;

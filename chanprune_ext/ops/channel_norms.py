@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["channel_norms", "channel_norms_reference"]
 
 _OPS = torch.ops.chanprune
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -83,10 +85,13 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
             return channel_norms_reference(weights, dims, p)
         return list(_OPS.channel_norms(weights, list(dims), float(p)))
     try:
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            return list(_OPS.channel_norms.default(weights, list(dims), float(p)))
-        with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
-            return list(_OPS.channel_norms.default(weights, list(dims), float(p)))
+        norms: list[Tensor]
+        if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, weights)):
+            norms = _OPS.channel_norms.default(weights, list(dims), float(p))
+        else:
+            with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
+                norms = _OPS.channel_norms.default(weights, list(dims), float(p))
+        return norms
     except RuntimeError:
         _check(weights, dims, p)  # the kernel checks the same; the culprit is named only here
         raise

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/half_types.h"
+#include "cpu/norm_rows.h"
 #include "cpu/simd.h"
 
 namespace chanprune {
@@ -18,10 +19,11 @@ namespace {
 // Columns of a unit: wide, because memory is read fastest in long runs; their accumulators still
 // stay in the second-level cache.
 constexpr int64_t kUnitColumns = 8192;
-constexpr int64_t kRowsAtOnce = 4;  // of a column task: their accumulators are loaded once for all
+constexpr int64_t kOuterAtOnce = 4;  // of a column task: their accumulators are loaded once for all
 constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64};
 // A row is summed in lanes over this many elements, then in float64: short float32 chains.
 constexpr int64_t kRowChunk = 4096;
+constexpr int kValues = 256;       // rows reduced in one call
 constexpr int64_t kGrain = 32768;  // elements worth a thread
 
 CHANPRUNE_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
@@ -38,60 +40,6 @@ CHANPRUNE_INLINE A take(A total, A x) {
     const A m = magnitude(x);
     return (m > total || m != m) ? m : total;
   }
-}
-
-// Joins two partial results.
-template <NormKind Kind, typename A>
-CHANPRUNE_INLINE A join(A a, A b) {
-  if constexpr (Kind == NormKind::kInf) {
-    return (b > a || b != b) ? b : a;
-  } else {
-    return a + b;
-  }
-}
-
-// Joins lanes pairwise until `To` of `From` are left.
-template <NormKind Kind, int From, int To, typename A>
-CHANPRUNE_INLINE void fold(A* lanes) {
-  for (int width = From / 2; width >= To; width /= 2) {
-    for (int j = 0; j < width; ++j) {
-      lanes[j] = join<Kind>(lanes[j], lanes[j + width]);
-    }
-  }
-}
-
-// Reduces x: [n], n small enough for a plain accumulator. Short rows are mostly the end of this, so
-// what remains of a wide block goes on in the same lanes, and is padded with zeros, which add
-// nothing to any norm.
-template <NormKind Kind, typename T>
-CHANPRUNE_CLONES Accumulator<T> reduce_run(const T* x, int64_t n) {
-  constexpr int kWide = std::is_same_v<T, double> ? 16 : 64;
-  constexpr int kNarrow = kWide / 4;
-  using A = Accumulator<T>;
-  A lanes[kWide] = {};
-  int64_t i = 0;
-  for (; i + kWide <= n; i += kWide) {
-    for (int j = 0; j < kWide; ++j) {
-      lanes[j] = take<Kind>(lanes[j], load(x[i + j]));
-    }
-  }
-  fold<Kind, kWide, kNarrow>(lanes);
-  for (; i + kNarrow <= n; i += kNarrow) {
-    for (int j = 0; j < kNarrow; ++j) {
-      lanes[j] = take<Kind>(lanes[j], load(x[i + j]));
-    }
-  }
-  if (i < n) {
-    A rest[kNarrow] = {};
-    for (int64_t j = 0; i + j < n; ++j) {
-      rest[j] = load(x[i + j]);
-    }
-    for (int j = 0; j < kNarrow; ++j) {
-      lanes[j] = take<Kind>(lanes[j], rest[j]);
-    }
-  }
-  fold<Kind, kNarrow, 1>(lanes);
-  return lanes[0];
 }
 
 // Takes `Rows` rows of n columns, `stride` apart, into totals: [n].
@@ -131,25 +79,51 @@ struct Sink {
   }
 };
 
+// One past the last element of a task's block.
+template <typename T>
+const T* block_end(const ChannelNormTask& task) {
+  return static_cast<const T*>(task.data) + (task.outer - 1) * task.outer_stride +
+         (task.channels - 1) * task.channel_stride + task.inner;
+}
+
 template <NormKind Kind, typename T>
 void run_rows(const ChannelNormTask& task, const ChannelNormUnit& unit, double* partials) {
   const Sink<Kind, T> sink(task, unit.piece, partials);
+  const T* const end = block_end<T>(task);
   const int64_t inner_pieces = (task.inner + task.piece_inner - 1) / task.piece_inner;
   const int64_t outer_begin = unit.piece / inner_pieces * task.piece_outer;
   const int64_t outer_end = std::min(task.outer, outer_begin + task.piece_outer);
   const int64_t inner_begin = unit.piece % inner_pieces * task.piece_inner;
   const int64_t inner_end = std::min(task.inner, inner_begin + task.piece_inner);
-  for (int64_t c = unit.first; c < unit.first + unit.count; ++c) {
-    const T* channel = static_cast<const T*>(task.data) + c * task.channel_stride;
-    double total = 0;
-    for (int64_t o = outer_begin; o < outer_end; ++o) {
-      const T* row = channel + o * task.outer_stride;
-      for (int64_t i = inner_begin; i < inner_end; i += kRowChunk) {
-        const double part = reduce_run<Kind, T>(row + i, std::min(kRowChunk, inner_end - i));
-        total = join<Kind>(total, part);
+  const T* const first = static_cast<const T*>(task.data) + unit.first * task.channel_stride;
+  Accumulator<T> values[kValues];
+  if (outer_end - outer_begin == 1 && inner_end - inner_begin <= kRowChunk) {
+    const T* const row = first + outer_begin * task.outer_stride + inner_begin;
+    for (int64_t c = 0; c < unit.count; c += kValues) {
+      const int64_t count = std::min<int64_t>(kValues, unit.count - c);
+      reduce_rows<Kind, T>(row + c * task.channel_stride, task.channel_stride, count,
+                           inner_end - inner_begin, end, values);
+      for (int64_t i = 0; i < count; ++i) {
+        sink.put(unit.first + c + i, values[i]);
       }
     }
-    sink.put(c, total);
+    return;
+  }
+  for (int64_t c = 0; c < unit.count; ++c) {
+    const T* channel = first + c * task.channel_stride;
+    double total = 0;
+    for (int64_t i = inner_begin; i < inner_end; i += kRowChunk) {
+      const int64_t n = std::min(kRowChunk, inner_end - i);
+      for (int64_t o = outer_begin; o < outer_end; o += kValues) {
+        const int64_t count = std::min<int64_t>(kValues, outer_end - o);
+        reduce_rows<Kind, T>(channel + o * task.outer_stride + i, task.outer_stride, count, n, end,
+                             values);
+        for (int64_t j = 0; j < count; ++j) {
+          total = join<Kind, double>(total, values[j]);
+        }
+      }
+    }
+    sink.put(unit.first + c, total);
   }
 }
 
@@ -162,9 +136,9 @@ void run_columns(const ChannelNormTask& task, const ChannelNormUnit& unit, doubl
   const int64_t end = std::min(task.outer, begin + task.piece_outer);
   const T* first = static_cast<const T*>(task.data) + unit.first;
   int64_t o = begin;
-  for (; o + kRowsAtOnce <= end; o += kRowsAtOnce) {
-    take_columns<Kind, kRowsAtOnce, T>(first + o * task.outer_stride, task.outer_stride, unit.count,
-                                       totals);
+  for (; o + kOuterAtOnce <= end; o += kOuterAtOnce) {
+    take_columns<Kind, kOuterAtOnce, T>(first + o * task.outer_stride, task.outer_stride,
+                                        unit.count, totals);
   }
   for (; o < end; ++o) {
     take_columns<Kind, 1, T>(first + o * task.outer_stride, 0, unit.count, totals);
@@ -251,8 +225,8 @@ void run(const ChannelNormPlan& plan) {
       });
 }
 
-std::vector<torch::stable::Tensor> channel_norms_cpu(std::vector<torch::stable::Tensor> weights,
-                                                     std::vector<int64_t> dims, double p) {
+std::vector<torch::stable::Tensor> channel_norms_cpu(
+    const std::vector<torch::stable::Tensor>& weights, const std::vector<int64_t>& dims, double p) {
   ChannelNormPlan plan = plan_channel_norms(weights, dims, p, kLimits);
   switch (plan.kind) {
     case NormKind::kL1:
@@ -265,7 +239,7 @@ std::vector<torch::stable::Tensor> channel_norms_cpu(std::vector<torch::stable::
       run<NormKind::kInf>(plan);
       break;
   }
-  return plan.results;
+  return std::move(plan.results);
 }
 
 }  // namespace

@@ -29,8 +29,8 @@ std::vector<ChannelNormUnit> joining_units(const ChannelNormPlan& plan) {
   return units;
 }
 
-std::vector<torch::stable::Tensor> channel_norms_cuda(std::vector<torch::stable::Tensor> weights,
-                                                      std::vector<int64_t> dims, double p) {
+std::vector<torch::stable::Tensor> channel_norms_cuda(
+    const std::vector<torch::stable::Tensor>& weights, const std::vector<int64_t>& dims, double p) {
   if (weights.empty()) {
     return {};
   }

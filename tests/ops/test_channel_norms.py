@@ -86,6 +86,37 @@ def test_every_regime(native_device, dtype, p):
 
 
 @pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_of_every_length(native_device, dtype, p):
+    # More rows than are folded together, up to more elements than a row's loops take in one step;
+    # beyond each row lies something that must not be read into it, or nothing.
+    rows, longest = 21, 70
+    lengths = range(1, longest + 1)
+    packed = [torch.randn(rows, n, device=native_device).to(dtype) for n in lengths]
+    wide = torch.full((rows, longest + 9), math.nan, device=native_device, dtype=dtype)
+    sliced = []
+    for weight in packed:
+        padded = wide.clone()
+        padded[:, : weight.shape[1]] = weight
+        sliced.append(padded[:, : weight.shape[1]])
+    for weights in (packed, sliced):
+        for weight, norm in zip(weights, channel_norms(weights, [0] * longest, p), strict=True):
+            expected = torch.linalg.vector_norm(weight.double(), p, dim=1)
+            torch.testing.assert_close(norm.double(), expected, rtol=TOLERANCE[dtype], atol=0)
+
+
+def test_results_outlive_each_other():
+    weights = [torch.full((size, 2), float(size)) for size in range(1, 40)]
+    norms = channel_norms(weights, [0] * 39)
+    kept = norms[20]
+    for norm in norms[:20]:  # each has a storage of its own
+        norm.zero_()
+    del norms, norm
+    channel_norms(weights, [0] * 39)
+    assert torch.equal(kept, torch.full((21,), 42.0))
+
+
+@pytest.mark.parametrize("p", NORMS)
 def test_reference_agrees(p):
     weights = [torch.randn(8, 3, 3, 3), torch.randn(5), torch.zeros(4, 0)]
     dims = [1, 0, 0]

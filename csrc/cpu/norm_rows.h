@@ -1,0 +1,194 @@
+// Norms of rows that lie one behind another in memory.
+//
+// The end of a row costs more than a short row itself if its lanes are folded into one value there
+// and then. Here a row leaves kParts values, and kRowsAtOnce rows are folded together. Vectors are
+// explicit: plain arrays of lanes end up on the stack between the loops of a row.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "channel_norms_task.h"
+#include "cpu/half_types.h"
+#include "cpu/simd.h"
+
+namespace chanprune {
+namespace {  // clones are exported otherwise, whatever their visibility
+
+// 32 bytes suit two of the three clones; compilers take wider ones apart through memory where the
+// instruction set lacks them.
+constexpr int kVectorBytes = CHANPRUNE_HAS_CLONES ? 32 : 16;
+
+template <typename A>
+struct VectorTypes;
+
+template <>
+struct VectorTypes<float> {
+  typedef float Values __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  static constexpr int32_t kMagnitude = 0x7fffffff;
+};
+
+template <>
+struct VectorTypes<double> {
+  typedef double Values __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t kMagnitude = 0x7fffffffffffffff;
+};
+
+template <typename A>
+using Vector = typename VectorTypes<A>::Values;
+using FloatBits = VectorTypes<float>::Integers;
+
+template <typename A>
+constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+CHANPRUNE_INLINE Vector<A> load_vector(const A* x) {
+  Vector<A> values;
+  std::memcpy(&values, x, sizeof(values));
+  return values;
+}
+
+template <typename H>
+CHANPRUNE_INLINE FloatBits load_bits(const H* x) {
+  VectorTypes<float>::Halves halves;
+  std::memcpy(&halves, x, sizeof(halves));
+  return __builtin_convertvector(halves, FloatBits);
+}
+
+CHANPRUNE_INLINE Vector<float> load_vector(const BFloat16* x) {
+  return reinterpret_cast<Vector<float>>(load_bits(x) << 16);
+}
+
+// See load(Float16).
+CHANPRUNE_INLINE Vector<float> load_vector(const Float16* x) {
+  const FloatBits bits = load_bits(x);
+  const FloatBits sign = (bits & 0x8000) << 16;
+  const FloatBits magnitude = (bits & 0x7fff) << 13;
+  const Vector<float> finite = reinterpret_cast<Vector<float>>(magnitude) * 0x1p112f;
+  const FloatBits special = (magnitude >= 0x0f800000) & 0x7f800000;
+  return reinterpret_cast<Vector<float>>(reinterpret_cast<FloatBits>(finite) | special | sign);
+}
+
+// Joins two partial results. NaN, once met, stays.
+template <NormKind Kind, typename V>
+CHANPRUNE_INLINE V join(V a, V b) {
+  if constexpr (Kind == NormKind::kInf) {
+    return ((b > a) | (b != b)) ? b : a;
+  } else {
+    return a + b;
+  }
+}
+
+// One step of a reduction: `total` with the raw elements `x` taken in.
+template <NormKind Kind, typename A>
+CHANPRUNE_INLINE Vector<A> take_vector(Vector<A> total, Vector<A> x) {
+  if constexpr (Kind == NormKind::kL2) {
+    return total + x * x;
+  } else {
+    using Integers = typename VectorTypes<A>::Integers;
+    return join<Kind>(total, reinterpret_cast<Vector<A>>(reinterpret_cast<Integers>(x) &
+                                                         VectorTypes<A>::kMagnitude));
+  }
+}
+
+// The first n elements of x, fewer than a vector, and zeros, which add nothing to any norm.
+// `end`: elements up to there may be read.
+template <typename T>
+CHANPRUNE_INLINE Vector<Accumulator<T>> load_some(const T* x, int64_t n, const T* end) {
+  using A = Accumulator<T>;
+  constexpr int kSize = kVectorSize<A>;
+  if (x + kSize <= end) {
+    typename VectorTypes<A>::Integers index;
+    for (int j = 0; j < kSize; ++j) {
+      index[j] = j;
+    }
+    using Index = decltype(VectorTypes<A>::kMagnitude);
+    return index < static_cast<Index>(n) ? load_vector(x) : Vector<A>{};
+  }
+  A values[kSize] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    values[j] = load(x[j]);
+  }
+  return load_vector(values);
+}
+
+// Reduces x: [n] to one vector; n small enough for plain accumulators.
+template <NormKind Kind, typename T>
+CHANPRUNE_INLINE Vector<Accumulator<T>> reduce_to_vector(const T* x, int64_t n, const T* end) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int kSize = kVectorSize<A>;
+  V a = {};
+  V b = {};
+  V c = {};
+  V d = {};
+  int64_t i = 0;
+  for (; i + 4 * kSize <= n; i += 4 * kSize) {
+    a = take_vector<Kind, A>(a, load_vector(x + i));
+    b = take_vector<Kind, A>(b, load_vector(x + i + kSize));
+    c = take_vector<Kind, A>(c, load_vector(x + i + 2 * kSize));
+    d = take_vector<Kind, A>(d, load_vector(x + i + 3 * kSize));
+  }
+  a = join<Kind>(a, c);
+  b = join<Kind>(b, d);
+  if (i + 2 * kSize <= n) {
+    a = take_vector<Kind, A>(a, load_vector(x + i));
+    b = take_vector<Kind, A>(b, load_vector(x + i + kSize));
+    i += 2 * kSize;
+  }
+  a = join<Kind>(a, b);
+  if (i + kSize <= n) {
+    a = take_vector<Kind, A>(a, load_vector(x + i));
+    i += kSize;
+  }
+  if (i < n) {
+    a = take_vector<Kind, A>(a, load_some(x + i, n - i, end));
+  }
+  return a;
+}
+
+constexpr int kParts = 4;        // a row leaves this many values
+constexpr int kRowsAtOnce = 16;  // are folded together
+
+template <NormKind Kind, typename A>
+CHANPRUNE_INLINE void put_parts(Vector<A> values, A* parts) {
+  constexpr int kSize = kVectorSize<A>;
+  A lanes[kSize];
+  std::memcpy(lanes, &values, sizeof(lanes));
+  for (int j = 0; j < kParts; ++j) {
+    if constexpr (kSize == 2 * kParts) {
+      parts[j] = join<Kind>(lanes[j], lanes[j + kParts]);
+    } else {
+      parts[j] = j < kSize ? lanes[j % kSize] : A(0);
+    }
+  }
+}
+
+// Reduces x: [rows, n], rows `stride` apart, to out: [rows]; n small enough for plain accumulators.
+template <NormKind Kind, typename T>
+CHANPRUNE_CLONES void reduce_rows(const T* x, int64_t stride, int64_t rows, int64_t n, const T* end,
+                                  Accumulator<T>* __restrict out) {
+  using A = Accumulator<T>;
+  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+    A parts[kRowsAtOnce * kParts] = {};
+    const int64_t count = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;
+    for (int64_t r = 0; r < count; ++r) {
+      put_parts<Kind, A>(reduce_to_vector<Kind>(x + (first + r) * stride, n, end),
+                         parts + r * kParts);
+    }
+    A values[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const A* row = parts + r * kParts;
+      values[r] = join<Kind>(join<Kind>(row[0], row[2]), join<Kind>(row[1], row[3]));
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      out[first + r] = values[r];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace chanprune
