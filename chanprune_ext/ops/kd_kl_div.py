@@ -2,130 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops.kd_kl_div_arguments import (
+    REDUCTIONS,
+    Reduction,
+    accumulation_dtype,
+    check_arguments,
+    check_label_values,
+    flat_rows,
+    row_factors,
+)
+from chanprune_ext.ops.kd_kl_div_reference import kd_kl_div_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Reduction", "kd_kl_div", "kd_kl_div_reference"]
 
-Reduction = Literal["none", "sum", "batchmean"]
-
-_REDUCTIONS: dict[Reduction, int] = {"none": 0, "sum": 1, "batchmean": 2}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATISTICS = 5  # per row, see csrc/kd_kl_div_options.h
 _WIDE = (torch.float32, torch.float64)
 _OPS = torch.ops.chanprune
 _HAS_CPU = CPU_MODULE.loaded
-
-
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    labels: Tensor | None,
-    factors: tuple[float, float],
-    label_smoothing: float,
-    reduction: str,
-) -> None:
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if logits.dtype not in _FLOATS:
-            raise InvalidArgumentError(
-                f"{name} should hold float16, bfloat16, float32 or float64 logits, "
-                f"got {logits.dtype}"
-            )
-    if student.dim() < 1 or student.shape[-1] < 1:
-        raise InvalidArgumentError(
-            f"student should be logits [..., classes] with at least one class, "
-            f"got shape {tuple(student.shape)}"
-        )
-    if teacher.shape != student.shape or teacher.device != student.device:
-        raise InvalidArgumentError(
-            f"teacher should have the shape and device of student, {tuple(student.shape)} on "
-            f"{student.device}, got {tuple(teacher.shape)} on {teacher.device}"
-        )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise InvalidArgumentError(
-            f"temperature should be a finite number above 0, got {temperature}"
-        )
-    if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
-        raise InvalidArgumentError(
-            f"soft_weight and hard_weight should be finite and not negative, got {factors}"
-        )
-    if not 0 <= label_smoothing <= 1:
-        raise InvalidArgumentError(f"label_smoothing should be in [0, 1], got {label_smoothing}")
-    if reduction not in _REDUCTIONS:
-        raise InvalidArgumentError(
-            f"reduction should be one of {', '.join(_REDUCTIONS)}, got {reduction!r}"
-        )
-    if labels is None and factors[1] != 0:
-        raise InvalidArgumentError(f"hard_weight={factors[1]} needs labels; pass labels=...")
-    if labels is not None:
-        _check_per_row("labels", labels, student, (torch.int64,), "int64 class indices")
-
-
-def _check_per_row(
-    name: str, values: Tensor, student: Tensor, dtypes: tuple[torch.dtype, ...], expected: str
-) -> None:
-    if (
-        values.shape != student.shape[:-1]
-        or values.dtype not in dtypes
-        or values.device != student.device
-    ):
-        raise InvalidArgumentError(
-            f"{name} should be {expected} of shape {tuple(student.shape[:-1])} on "
-            f"{student.device}, got {values.dtype} {tuple(values.shape)} on {values.device}"
-        )
-
-
-def _check_label_values(labels: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Raises for labels out of range; reads every value."""
-    if labels is None:
-        return
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
-    if bool(wrong.any()):
-        raise InvalidArgumentError(
-            f"labels should be in [0, {classes}) or ignore_index ({ignore_index}), "
-            f"got {int(labels[wrong][0])}"
-        )
-
-
-def _row_weights(
-    student: Tensor, weights: Tensor | None, mask: Tensor | None, reduction: str
-) -> Tensor | None:
-    """One factor per row of the flat logits, the mask among them; None where all are 1.
-
-    For "batchmean" the rows under the mask do not count, so that the mean is over the others. All
-    of it stays on the device.
-    """
-    if weights is None and mask is None:
-        return None
-    dtype = _accumulation_dtype(student)
-    if weights is not None:
-        _check_per_row("weights", weights, student, _FLOATS, "floating-point factors")
-        if weights.requires_grad and torch.is_grad_enabled():
-            raise InvalidArgumentError(
-                "weights should not require gradients, which kd_kl_div does not compute for them; "
-                "pass weights.detach()"
-            )
-        weights = weights.to(dtype)
-    if mask is None:
-        assert weights is not None
-        return weights.reshape(-1)
-    _check_per_row("mask", mask, student, (torch.bool,), "booleans")
-    kept = mask.to(dtype) if weights is None else torch.where(mask, weights, 0)
-    kept = kept.reshape(-1)
-    if reduction == "batchmean":  # the operator divides by the number of all rows
-        kept = kept * (kept.numel() / mask.sum().clamp(min=1))
-    return kept
 
 
 def kd_kl_div(
@@ -197,14 +100,14 @@ def kd_kl_div(
         and teacher.dtype is student.dtype
         and weights is None
         and mask is None
-        and reduction in _REDUCTIONS
+        and reduction in REDUCTIONS
         and not torch.compiler.is_compiling()
         and not inside_transform()
     )
     row_weights = None
     if not plain:  # else the kernel checks, faster than Python, and the culprit is named if it must
-        _check(student, teacher, temperature, labels, factors, label_smoothing, reduction)
-        row_weights = _row_weights(student, weights, mask, reduction)
+        check_arguments(student, teacher, temperature, labels, factors, label_smoothing, reduction)
+        row_weights = row_factors(student, weights, mask, reduction)
         if teacher.dtype != student.dtype:
             dtype = torch.promote_types(student.dtype, teacher.dtype)
             student, teacher = student.to(dtype), teacher.to(dtype)
@@ -222,7 +125,7 @@ def kd_kl_div(
         )
     if not plain and _reference_only(student):
         if student.is_cpu and not inside_transform():
-            _check_label_values(labels, student.shape[-1], ignore_index)
+            check_label_values(labels, student.shape[-1], ignore_index)
         return kd_kl_div_reference(
             student,
             teacher,
@@ -237,25 +140,25 @@ def kd_kl_div(
             reduction=reduction,
         )
     call = (
-        _flat(teacher),
+        flat_rows(teacher),
         labels if labels is None or plain else labels.reshape(-1),
         row_weights,
         *options,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
     )
     loss: Tensor
     try:
         if not plain and torch.compiler.is_compiling():
-            loss = _OPS.kd_kl_div(_flat(student), *call)[0]
+            loss = _OPS.kd_kl_div(flat_rows(student), *call)[0]
         elif student.requires_grad and torch.is_grad_enabled():
             loss = _EagerLoss.apply(student, call, gradient_in_forward)
         else:
             with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
-                loss = _OPS.kd_kl_div.default(_flat(student), *call)[0]
+                loss = _OPS.kd_kl_div.default(flat_rows(student), *call)[0]
     except RuntimeError:
-        _check(student, teacher, temperature, labels, factors, label_smoothing, reduction)
+        check_arguments(student, teacher, temperature, labels, factors, label_smoothing, reduction)
         if student.is_cpu:
-            _check_label_values(labels, student.shape[-1], ignore_index)
+            check_label_values(labels, student.shape[-1], ignore_index)
         raise
     return loss if plain or not loss.dim() else loss.reshape(student.shape[:-1])
 
@@ -267,63 +170,9 @@ def _reference_only(student: Tensor) -> bool:
     return inside_transform() or not native_available(student.device)
 
 
-def _flat(logits: Tensor) -> Tensor:
-    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-
-
-def kd_kl_div_reference(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float = 4.0,
-    *,
-    labels: Tensor | None = None,
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    weights: Tensor | None = None,
-    mask: Tensor | None = None,
-    reduction: Reduction = "batchmean",
-) -> Tensor:
-    """`kd_kl_div` in plain torch: fallback, test oracle and benchmark baseline."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    if dtype != torch.float64:
-        dtype = torch.float32
-    s, t = _flat(student).to(dtype), _flat(teacher).to(dtype)
-    row_weights = _row_weights(s.view(student.shape), weights, mask, reduction)
-    if row_weights is not None:  # rows left out must not reach the gradient with 0 * NaN
-        left_out = (row_weights == 0).unsqueeze(1)
-        s, t = s.masked_fill(left_out, 0), t.masked_fill(left_out, 0)
-    losses = s[:, :0].sum(1)  # zeros that belong to the graph even if both factors are 0
-    if soft_weight != 0:
-        log_p = F.log_softmax(s / temperature, dim=1)
-        log_q = F.log_softmax(t / temperature, dim=1)
-        q = log_q.exp()
-        terms = torch.where(q == 0, torch.zeros_like(q), q * (log_q - log_p))
-        losses = losses + soft_weight * temperature**2 * terms.sum(1)
-    if labels is not None and hard_weight != 0:
-        losses = losses + hard_weight * F.cross_entropy(
-            s,
-            labels.reshape(-1),
-            reduction="none",
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
-    if row_weights is not None:
-        losses = losses * row_weights
-    if reduction == "none":
-        return losses.reshape(student.shape[:-1])
-    total = losses.sum()
-    return total / max(s.shape[0], 1) if reduction == "batchmean" else total
-
-
-def _accumulation_dtype(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
 def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    dtype = _accumulation_dtype(student)
-    shape = (student.shape[0],) if arguments[-1] == _REDUCTIONS["none"] else ()
+    dtype = accumulation_dtype(student)
+    shape = (student.shape[0],) if arguments[-1] == REDUCTIONS["none"] else ()
     return (
         student.new_empty(shape, dtype=dtype),
         student.new_empty((student.shape[0], _STATISTICS), dtype=dtype),
@@ -366,7 +215,7 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, call: tuple[Any, ...], with_gradient: bool) -> Tensor:
         run = _OPS.kd_kl_div_with_gradient if with_gradient else _OPS.kd_kl_div
         loss: Tensor
-        loss, kept = run.default(_flat(student), *call)
+        loss, kept = run.default(flat_rows(student), *call)
         teacher, labels, row_weights, *_ = call
         statistics = None if with_gradient else kept
         ctx.gradient = [kept] if with_gradient else []
@@ -385,7 +234,7 @@ class _EagerLoss(torch.autograd.Function):
             gradient = _scaled(ctx.gradient.pop(), grad)
             return gradient if ctx.shape is None else gradient.view(ctx.shape), None, None
         student, teacher, statistics, *others = ctx.saved_tensors
-        inputs = (_flat(student), teacher)
+        inputs = (flat_rows(student), teacher)
         if statistics is None:
             _, gradient = _OPS.kd_kl_div_with_gradient.default(*inputs, *others, *ctx.options)
             gradient = _scaled(gradient, grad)
@@ -409,7 +258,7 @@ def _differentiable_gradient(ctx: Any, grad: Tensor) -> Tensor:
     """The gradient as the reference computes it: with a graph, for derivatives of any order."""
     student, teacher, _, labels, row_weights = ctx.saved_tensors
     temperature, soft_weight, hard_weight, label_smoothing, ignore_index, reduction = ctx.options
-    flat = _flat(student)
+    flat = flat_rows(student)
     losses = kd_kl_div_reference(
         flat,
         teacher,
@@ -420,7 +269,7 @@ def _differentiable_gradient(ctx: Any, grad: Tensor) -> Tensor:
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         weights=row_weights,
-        reduction=next(name for name, number in _REDUCTIONS.items() if number == reduction),
+        reduction=next(name for name, number in REDUCTIONS.items() if number == reduction),
     )
     return torch.autograd.grad(losses, student, grad, create_graph=True)[0]
 
