@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Checkpoint", "CheckpointFolder"]
+__all__ = ["Checkpoint", "CheckpointFolder", "read_checkpoint"]
 
 FORMAT = "chanprune-recovery"
 VERSION = 1
@@ -117,11 +117,11 @@ class CheckpointFolder:
             return None
         source = Path(self._source)
         if not source.is_dir():
-            return _read(source)
+            return read_checkpoint(source)
         paths = [path for _, path in sorted(_numbered(source).items(), reverse=True)]
         for path in paths:
             try:
-                return _read(path)
+                return read_checkpoint(path)
             except CheckpointError as error:
                 if path is paths[-1]:
                     raise CheckpointError(
@@ -181,7 +181,12 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads one file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no checkpoint.
+    """
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is no checkpoint of a recovery run")

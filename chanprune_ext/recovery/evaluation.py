@@ -19,7 +19,7 @@ from .outputs import check_labels, logits, moved, split_batch
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Evaluation", "device_of", "evaluate"]
+__all__ = ["Evaluation", "correct_counts", "device_of", "evaluate", "validation_loader"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,17 @@ class Evaluation:
     top5: float
     loss: float
     n: int
+
+    @classmethod
+    def of_sums(cls, loss: float, top1: float, top5: float, n: float) -> Evaluation:
+        """From what :func:`correct_counts` found, perhaps added up over processes.
+
+        Raises:
+            DataError: there was no image.
+        """
+        if n == 0:
+            raise DataError("data: expected at least one batch, got none")
+        return cls(top1 / n, top5 / n, loss / n, int(n))
 
     @property
     def standard_error(self) -> float:
@@ -57,7 +68,6 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     data: Dataset[Any] | Iterable[Any],
@@ -86,17 +96,33 @@ def evaluate(
         DataError: there is no image, or a label is outside the model's classes.
         InvalidArgumentError: the model does not return logits.
     """
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        data = validation_loader(data, batch_size, workers)
+    target = device_of(model) if device is None else torch.device(device)
+    return Evaluation.of_sums(*correct_counts(model, data, target, channels_last))
+
+
+def validation_loader(data: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+    """Batches of a dataset in its order, without augmentation."""
     if isinstance(data, ImageDataset):
         data = data.without_augmentation()
-    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        data = make_loader(data, batch_size, workers=workers)
-    target = device_of(model) if device is None else torch.device(device)
+    return make_loader(data, batch_size, workers=workers)
+
+
+@torch.no_grad()
+def correct_counts(
+    model: nn.Module, batches: Iterable[Any], device: torch.device, channels_last: bool
+) -> tuple[float, float, float, int]:
+    """Sums over all images: cross-entropy, right at once, right among five; and how many images.
+
+    Arguments as for :func:`evaluate`.
+    """
     loss = top1 = top5 = 0.0
     n = 0
     with evaluating(model):
-        for batch in data:
+        for batch in batches:
             images, labels = split_batch(batch)
-            scores = logits(model, moved(images, target, channels_last=channels_last)).float()
+            scores = logits(model, moved(images, device, channels_last=channels_last)).float()
             check_labels(labels, scores.shape[1])
             labels = labels.to(scores.device)
             loss += F.cross_entropy(scores, labels, reduction="sum").item()
@@ -104,6 +130,4 @@ def evaluate(
             top1 += best[:, 0].sum().item()
             top5 += best.sum().item()
             n += len(labels)
-    if n == 0:
-        raise DataError("data: expected at least one batch, got none")
-    return Evaluation(top1 / n, top5 / n, loss / n, n)
+    return loss, top1, top5, n

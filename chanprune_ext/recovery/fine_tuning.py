@@ -11,9 +11,11 @@ from torch.utils.data import Dataset
 from ..data import make_loader
 from ..errors import DataError, InvalidArgumentError
 from ..module_modes import evaluating
+from .batch_norm_sync import synchronised_batch_norm
 from .checkpoints import CheckpointFolder
 from .evaluation import device_of
 from .loop import TrainingLoop
+from .processes import launched_processes, make_accelerator
 from .recipe import Recipe
 from .rollback import Snapshot
 
@@ -41,6 +43,7 @@ def recover(
     resume: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     keep_checkpoints: int = 2,
+    log_dir: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> RecoveryResult:
     """Trains ``student`` in place, on labels, or towards a teacher's outputs and features.
@@ -49,6 +52,11 @@ def recover(
     The teacher sees the very images the student sees, augmentation included. If anything goes
     wrong, the student is put back into the state it came in. The global random state is left
     alone.
+
+    Started by ``torchrun`` or ``accelerate launch``, every process calls this with the same
+    student, teacher and data. They share the batches (docs/recovery.md says which data are split
+    here and which are not), each takes ``batch_size`` images at once, and all end with the same
+    weights and the same result. The first of them prints and writes.
 
     Args:
         student (nn.Module): classifier returning logits ``[N, K]``; only parameters that require
@@ -63,7 +71,8 @@ def recover(
         recipe (Recipe, optional): settings to start from, a result's ``recipe`` to repeat it, say.
             Default: the defaults of :class:`Recipe`.
         device (torch.device or str, optional): where to train; both networks return to where they
-            were afterwards. Default: where the student is.
+            were afterwards. Several processes take the GPU of their own each, or the CPU. Default:
+            where the student is; with several processes, GPUs where there are any.
         progress (bool): draw a progress bar. Default: True.
         checkpoint_dir (str or PathLike, optional): folder for checkpoints of the run, made where it
             is missing. With it, Ctrl-C finishes the update at hand, writes a checkpoint and raises
@@ -75,6 +84,8 @@ def recover(
         checkpoint_every (int, optional): updates between checkpoints; there is one after each epoch
             anyway. Default: None.
         keep_checkpoints (int): how many of the latest stay in the folder. Default: 2.
+        log_dir (str or PathLike, optional): folder for TensorBoard: losses, learning rate, images a
+            second, waiting for data, validation. Default: None, none.
         **settings: what differs from the recipe: any attribute of :class:`Recipe`, among them
             ``epochs``, ``lr``, ``losses={"kd": 0.9, "hard": 0.1, "features": 1.0}``, ``ema_decay``.
 
@@ -85,7 +96,7 @@ def recover(
         InvalidArgumentError: a setting is outside its range, or the models do not fit together.
         DataError: the training data are empty, have no labels where the losses need them, or a
             label is outside the model's classes.
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: the loss became NaN or infinite, or the device ran out of memory.
         CheckpointError: the checkpoint is of another network, plan, recipe or amount of data; the
             message names the first difference. Or none can be read.
         OutputError: a checkpoint can't be written; those before it are intact.
@@ -101,7 +112,15 @@ def recover(
     elif checkpoint_every is not None:
         raise InvalidArgumentError("checkpoint_every: needs a folder; pass checkpoint_dir=...")
     return train_in_place(
-        student, teacher, train, val, recipe, device, progress, checkpoints=checkpoints
+        student,
+        teacher,
+        train,
+        val,
+        recipe,
+        device,
+        progress,
+        checkpoints=checkpoints,
+        log_dir=log_dir,
     )
 
 
@@ -115,10 +134,11 @@ def train_in_place(
     progress: bool,
     penalty: Callable[[float], Tensor] | None = None,
     checkpoints: CheckpointFolder | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
 ) -> RecoveryResult:
     """:func:`recover` with a complete recipe, and perhaps a penalty on the student's weights.
 
-    ``penalty`` and ``checkpoints`` are as for :class:`TrainingLoop`, the rest as for
+    ``penalty``, ``checkpoints`` and ``log_dir`` are as for :class:`TrainingLoop`, the rest as for
     :func:`recover`.
     """
     for name, used in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
@@ -128,9 +148,12 @@ def train_in_place(
             )
     if teacher is student:
         raise InvalidArgumentError("teacher: is the student itself; pass the unpruned network")
-    loader = _training_loader(train, recipe)
     home = device_of(student)
-    place = home if device is None else torch.device(device)
+    place = _place(home, device)
+    accelerator = make_accelerator(place)
+    if accelerator.num_processes > 1:
+        place = accelerator.device
+    loader = _training_loader(train, recipe, accelerator.num_processes)
     snapshot = Snapshot(student)
     try:
         with ExitStack() as stack:
@@ -141,8 +164,20 @@ def train_in_place(
             if teacher is not None:
                 stack.callback(teacher.to, device_of(teacher))
                 stack.enter_context(evaluating(teacher.to(place)))
+            student.to(place)
+            if recipe.sync_batch_norm and accelerator.num_processes > 1:
+                stack.enter_context(synchronised_batch_norm(student, place))
             loop = TrainingLoop(
-                student.to(place), teacher, loader, val, recipe, place, penalty, checkpoints
+                student,
+                teacher,
+                loader,
+                val,
+                recipe,
+                place,
+                accelerator,
+                penalty,
+                checkpoints,
+                log_dir,
             )
             result = loop.run(progress)
     except BaseException:
@@ -154,7 +189,18 @@ def train_in_place(
     return result
 
 
-def _training_loader(train: Dataset[Any] | Iterable[Any], recipe: Recipe) -> Iterable[Any]:
+def _place(home: torch.device, device: torch.device | str | None) -> torch.device:
+    """Where to train; of several processes, each has its own device of that kind."""
+    if device is not None:
+        return torch.device(device)
+    if launched_processes() > 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return home
+
+
+def _training_loader(
+    train: Dataset[Any] | Iterable[Any], recipe: Recipe, processes: int
+) -> Iterable[Any]:
     length = _length(train)
     if isinstance(train, Dataset):
         train = make_loader(
@@ -162,7 +208,7 @@ def _training_loader(train: Dataset[Any] | Iterable[Any], recipe: Recipe) -> Ite
             recipe.batch_size,
             shuffle=True,
             # a small last batch would upset batch norm
-            drop_last=length >= recipe.batch_size,
+            drop_last=length >= recipe.batch_size * processes,
             seed=recipe.seed,
             workers=recipe.workers,
         )

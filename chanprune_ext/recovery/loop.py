@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,63 +14,45 @@ from torch import Tensor, nn
 from ..compensation.batch_norm import reestimate
 from ..compensation.ledger import Ledger
 from ..errors import DataError, InvalidArgumentError, TrainingError
+from .advice import out_of_memory, wait_hint
+from .checkpoints import read_checkpoint
+from .data_wait import DataWait
 from .ema import WeightAverage
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, correct_counts
 from .interruption import Interruption, RecoveryInterrupted
 from .objective import Objective
-from .optimizers import make_optimizer
+from .optimizers import gradient_scaler, make_optimizer
 from .outputs import inputs_and_labels, moved
+from .position import Position
+from .processes import Processes
 from .progress import RecoveryProgress
 from .result import EpochRecord, RecoveryResult
 from .resumable_pass import ResumablePass
 from .run_state import captured, put_back
+from .scalar_log import ScalarLog
 from .schedule import learning_rate
+from .shares import OwnShare, images_a_batch, training_share, validation_share
 from .weights import copied, named_tensors, overwrite
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable
 
-    from .checkpoints import CheckpointFolder
+    from accelerate import Accelerator
+
+    from .checkpoints import Checkpoint, CheckpointFolder
     from .recipe import Recipe
 
-__all__ = ["Position", "TrainingLoop"]
+__all__ = ["TrainingLoop"]
 
 ACCELERATE_MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
 LOSS_CHECK_INTERVAL = 50  # updates between looks at the loss where looking stalls the device
 
 
-@dataclass
-class Position:
-    """How far a run is.
-
-    Attributes:
-        update (int): updates made.
-        epoch (int): the epoch at hand, from 1; one more than the run has when it is over.
-        batches (int): batches of it that are done.
-        loss_sum (float): their summed loss, per image.
-        images (int): images in them.
-        lr (float): learning rate of the last of them.
-        seconds (float): time they took.
-    """
-
-    update: int = 0
-    epoch: int = 1
-    batches: int = 0
-    loss_sum: float = 0.0
-    images: int = 0
-    lr: float = 0.0
-    seconds: float = 0.0
-
-    def next_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch."""
-        self.epoch, self.batches, self.images = epoch, 0, 0
-        self.loss_sum = self.lr = self.seconds = 0.0
-
-
 class TrainingLoop:
     """One run of :func:`chanprune_ext.recovery.recover`, whose arguments these are.
 
-    Updates go through accelerate, which also knows how to run them on several devices.
+    Updates go through accelerate, which also runs them in several processes.
 
     Args:
         student (nn.Module): trained in place, already on ``device``.
@@ -80,10 +61,12 @@ class TrainingLoop:
         val (Dataset or Iterable, optional): validation data.
         recipe (Recipe): settings.
         device (torch.device): where the batches go.
+        accelerator (Accelerator): of :func:`make_accelerator`.
         penalty (Callable, optional): called with the share of the run that is done, 0 to 1; what it
             returns is added to the loss. Default: None.
         checkpoints (CheckpointFolder, optional): where the run is kept, and perhaps resumed from.
             Default: None.
+        log_dir (str or PathLike, optional): folder for TensorBoard. Default: None.
     """
 
     def __init__(
@@ -94,11 +77,11 @@ class TrainingLoop:
         val: Any,
         recipe: Recipe,
         device: torch.device,
+        accelerator: Accelerator,
         penalty: Callable[[float], Tensor] | None = None,
         checkpoints: CheckpointFolder | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        from accelerate import Accelerator
-
         self.student = student
         self.teacher = teacher
         self.val = val
@@ -106,68 +89,109 @@ class TrainingLoop:
         self.device = device
         self.penalty = penalty
         self.checkpoints = checkpoints
+        self.log_dir = log_dir
         self.source = loader
         self.marks = {m: student.__dict__[m] for m in ACCELERATE_MARKS if m in student.__dict__}
-        self.accelerator = Accelerator(device_placement=False)
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(
-            student, make_optimizer(student, recipe), loader
-        )
-        steps = len(self.loader)
-        self.updates = steps * recipe.epochs
-        self.warmup = min(round(steps * recipe.warmup), self.updates - 1)
+        self.accelerator = accelerator
+        self.processes = Processes(accelerator)
+        self.val_share = validation_share(val, self.processes, recipe.workers)
+        self.scaler = gradient_scaler(student, recipe, device, accelerator)
+        self.objective = Objective(recipe, student, teacher)
+        if teacher is not None:
+            self.processes.require_same("teacher", teacher)
+        self.model: Any
+        self.model, self.optimizer = accelerator.prepare(student, make_optimizer(student, recipe))
+        self.loader, self.own_share = training_share(loader, accelerator, self.processes)
+        if recipe.compile:
+            self.model = torch.compile(self.model)
+            self.objective.compile_teacher()
+        self.steps = len(self.loader)
+        self.updates_an_epoch = math.ceil(self.steps / recipe.gradient_accumulation_steps)
+        self.updates = self.updates_an_epoch * recipe.epochs
+        self.warmup = min(round(self.updates_an_epoch * recipe.warmup), self.updates - 1)
+        self.peak_lr = self._peak_lr()
         self.at = Position()
         self.before: Evaluation | None = None
         self.history: list[EpochRecord] = []
-        self.pass_ = ResumablePass(self.loader, loader, device, watch=checkpoints is not None)
+        self.pass_ = ResumablePass(
+            self.loader, loader, device, checkpoints is not None, self.processes.number
+        )
+        self.wait = DataWait(device)
         self.interruption = Interruption()
+        self.interrupted = False  # as all processes know of it
         self.hold = None
         self.average: WeightAverage | None = None
         if recipe.swa_start is not None:
             self.hold = min(max(round(self.updates * recipe.swa_start), 1), self.updates - 1)
         if recipe.ema_decay is not None or recipe.swa_start is not None:
             self.average = WeightAverage(student, recipe.ema_decay)
-        self.objective = Objective(recipe, student, teacher)
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        if self.processes.index:  # images differ between the processes, so shall what is drawn
+            torch.manual_seed(recipe.seed + self.processes.index)
 
     def run(self, progress: bool) -> RecoveryResult:
         """Trains to the end and leaves the weights asked for in the student."""
         recipe, at = self.recipe, self.at
+        progress = progress and self.processes.first
+        log = ScalarLog(None)
         try:
             self._begin()
+            log = ScalarLog(self.log_dir, at.update, write=self.processes.first)
+            if at.update == 0:
+                log.validation(0, self.before)
             bar = RecoveryProgress(recipe.epochs, self.updates, progress, at.update)
             with self.interruption if self._keeps() else nullcontext(), bar, self.objective:
                 while at.epoch <= recipe.epochs:
-                    record = self._epoch(at.epoch, bar)
+                    record = self._epoch(at.epoch, bar, log)
                     bar.validated(record.val)
                     self.history.append(record)
+                    log.epoch(at.update, record)
+                    bar.say(wait_hint(record, self.source))
                     at.next_epoch(recipe.epochs + 1 if self._stuck(at.epoch) else at.epoch + 1)
                     self._keep()
         finally:
-            # accelerate marks what it has prepared, and wraps its forward where the user has asked
-            # accelerate for mixed precision; the student is handed back without either
-            for mark in ACCELERATE_MARKS:
-                self.student.__dict__.pop(mark, None)
-            self.student.__dict__.update(self.marks)
+            log.close()
+            self._release()
         kept = len(self.history)
         if recipe.keep == "best" and self.best is not None:
             kept = self.best[1]
             overwrite(self.student, self.best[2])
+        self._even_out()
+        self.processes.send(named_tensors(self.student))
         for name, tensor in named_tensors(self.student).items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise TrainingError(
                     f"{name} holds NaN or infinity after the last update; the student is as it "
-                    f"was before. Lower lr ({recipe.peak_lr})"
+                    f"was before. Lower lr ({self.peak_lr})"
                 )
         return RecoveryResult(tuple(self.history), self.before, kept, recipe)
 
+    def _release(self) -> None:
+        """Takes from the student what accelerate and DistributedDataParallel have put on it."""
+        # accelerate marks what it has prepared, and wraps its forward where the user has asked
+        # accelerate for mixed precision; the student is handed back without either
+        for mark in ACCELERATE_MARKS:
+            self.student.__dict__.pop(mark, None)
+        self.student.__dict__.update(self.marks)
+        self.model = self.student
+        if self.accelerator.use_distributed:
+            self.accelerator.free_memory()  # with it go the hooks that wait for other processes
+
+    def _peak_lr(self) -> float:
+        recipe = self.recipe
+        if recipe.lr_scale is None:
+            return recipe.peak_lr
+        size = images_a_batch(self.source)
+        if size is None:
+            raise InvalidArgumentError(
+                "lr_scale: needs a dataset or a DataLoader with a batch size, to know how many "
+                "images an update sees; leave it out and scale lr yourself"
+            )
+        return recipe.scaled_lr(size * self.processes.number * recipe.gradient_accumulation_steps)
+
     def _begin(self) -> None:
         """Goes on from a checkpoint, or measures what there is before the first update."""
-        if self.checkpoints is not None and self.accelerator.num_processes > 1:
-            raise InvalidArgumentError(
-                f"checkpoint_dir: expected a run of one process, got one of "
-                f"{self.accelerator.num_processes}; leave it out"
-            )
-        found = None if self.checkpoints is None else self.checkpoints.latest()
+        found = self._found()
         if found is not None:
             put_back(self, found)
             return
@@ -175,51 +199,117 @@ class TrainingLoop:
         if self._keeps():
             self._keep()  # a folder that can't be written shows now and not after an epoch
 
+    def _found(self) -> Checkpoint | None:
+        """The checkpoint to go on from; the first process chooses, all read it."""
+        folder = self.checkpoints
+        if folder is None:
+            return None
+        held: list[Checkpoint | None] = []
+
+        def choose() -> Any:
+            held.append(folder.latest())
+            return held[0] and held[0].path
+
+        path = self.processes.first_alone(choose)
+        if held or path is None:
+            return held[0] if held else None
+        return read_checkpoint(path)
+
     def _keeps(self) -> bool:
         return self.checkpoints is not None and self.checkpoints.writes
 
     def _keep(self) -> None:
         """Writes a checkpoint, and ends the run if Ctrl-C was pressed."""
-        if self.checkpoints is None or not self.checkpoints.writes:
+        checkpoints = self.checkpoints
+        if checkpoints is None or not checkpoints.writes:
             return
-        path = self.checkpoints.write(self.at.update, *captured(self))
-        if self.interruption.asked:
+        self._even_out()
+        tensors, state = captured(self)
+        path = self.processes.first_alone(lambda: checkpoints.write(self.at.update, tensors, state))
+        if self._stopping():
             raise RecoveryInterrupted(path, self.at.update, self.updates)
 
-    def _epoch(self, epoch: int, bar: RecoveryProgress) -> EpochRecord:
+    def _even_out(self) -> None:
+        """Gives all processes the same running statistics, and whatever else is in buffers."""
+        self.processes.even_out(self.student, dict(self.student.named_buffers()))
+        if self.average is not None:
+            self.processes.even_out(self.student, self.average.state)
+
+    def _stopping(self) -> bool:
+        return self.interruption.asked if self.processes.number == 1 else self.interrupted
+
+    def _epoch(self, epoch: int, bar: RecoveryProgress, log: ScalarLog) -> EpochRecord:
         at = self.at
         started = time.perf_counter() - at.seconds
         self.pass_.choose(epoch)
         self.student.train()
-        total = torch.tensor(at.loss_sum, device=self.device, dtype=torch.float64)
-        for batch in self.pass_.batches(at.batches):
-            at.lr = learning_rate(
-                at.update, self.updates, self.warmup, self.recipe.peak_lr, self.hold
-            )
-            loss, size = self._step(batch, at.lr)
+        self.wait.seconds = at.data_seconds
+        # What a checkpoint knows of the epoch is the sum over all; one process carries it on.
+        loss_sum, images = (at.loss_sum, at.images) if self.processes.first else (0.0, 0)
+        total = torch.tensor(loss_sum, device=self.device, dtype=torch.float64)
+        for batch in self.wait.timed(self.pass_.batches(at.batches)):
+            if self.own_share is not None:
+                self.own_share.check()
+            at.lr = learning_rate(at.update, self.updates, self.warmup, self.peak_lr, self.hold)
+            loss, size = self._guarded_step(batch, at.lr)
             total += loss.double() * size
-            at.images += size
-            at.update += 1
+            images += size
             at.batches += 1
-            watched = self.device.type == "cpu" or at.update % LOSS_CHECK_INTERVAL == 0
-            bar.step(epoch, self._finite(total, epoch) / at.images if watched else None, at.lr)
-            if self._checkpoint_due():
-                at.loss_sum = self._finite(total, epoch)
+            if not self._completes(at.batches):
+                continue
+            at.update += 1
+            mean, due = None, self._checkpoint_due()
+            if due or self.device.type == "cpu" or at.update % LOSS_CHECK_INTERVAL == 0:
+                mean = self._look(total, images, epoch)
+                log.update(at.update, mean, at.lr)
+            bar.step(epoch, mean, at.lr)
+            if due or self.interrupted:
                 at.seconds = time.perf_counter() - started
                 self._keep()
-        if at.images == 0:
-            raise DataError(f"train: expected at least one batch, got none in epoch {epoch}")
-        mean = self._finite(total, epoch) / at.images
+        mean = self._look(total, images, epoch)
         if epoch == self.recipe.epochs:
             self._settle(epoch)
         seconds = time.perf_counter() - started
-        return EpochRecord(epoch, mean, at.lr, self._validate(epoch), seconds, at.images)
+        share = min(1.0, at.data_seconds / seconds) if seconds else 0.0
+        return EpochRecord(epoch, mean, at.lr, self._validate(epoch), seconds, at.images, share)
+
+    def _completes(self, batches: int) -> bool:
+        """Whether an update is made after so many batches of an epoch."""
+        return batches % self.recipe.gradient_accumulation_steps == 0 or batches == self.steps
 
     def _checkpoint_due(self) -> bool:
         if self.checkpoints is None:
             return False
         every = self.checkpoints.every
-        return self.interruption.asked or (every is not None and self.at.update % every == 0)
+        asked = self.processes.number == 1 and self.interruption.asked
+        return asked or (every is not None and self.at.update % every == 0)
+
+    def _look(self, total: Tensor, images: int, epoch: int) -> float:
+        """Adds up what all processes have seen of an epoch; its mean loss.
+
+        Raises:
+            TrainingError: the loss is not finite. All processes raise it.
+            DataError: there were no images.
+        """
+        at = self.at
+        # A NaN or an infinity stays in the sum, so looking now and then misses none.
+        own = total.item()
+        self.wait.settle()
+        at.loss_sum, seen, waited, asked = self.processes.sums(
+            own, images, self.wait.seconds, self.interruption.asked
+        )
+        at.images, at.data_seconds = int(seen), waited / self.processes.number
+        self.interrupted = asked > 0
+        if not math.isfinite(at.loss_sum):
+            raise TrainingError(
+                f"the training loss became {at.loss_sum} in epoch {epoch}, at or before update "
+                f"{at.update} of {self.updates}; the student is as it was before. Lower lr "
+                f"({self.peak_lr}) or max_grad_norm ({self.recipe.max_grad_norm}), and "
+                "check the images for NaN"
+            )
+        if at.images == 0:
+            raise DataError(f"train: expected at least one batch, got none in epoch {epoch}")
+        return at.loss_sum / at.images
 
     def _settle(self, epoch: int) -> None:
         """Gives the student the average, and batch-norm statistics that go with it."""
@@ -235,45 +325,55 @@ class TrainingLoop:
             )
             reestimate(self.student, placed, Ledger())
 
+    def _guarded_step(self, batch: Any, rate: float) -> tuple[Tensor, int]:
+        try:
+            return self._step(batch, rate)
+        except torch.OutOfMemoryError as error:
+            message = out_of_memory(error, batch, self.at.update, self.recipe)
+            raise TrainingError(message) from error
+
     def _step(self, batch: Any, rate: float) -> tuple[Tensor, int]:
-        recipe = self.recipe
+        """One batch forward and backward, and the update if it is the last one for it."""
+        recipe, at = self.recipe, self.at
         inputs, labels = inputs_and_labels(batch)
         inputs = moved(inputs, self.device, channels_last=recipe.channels_last)
-        done = self.at.update / self.updates
-        loss, size = self.objective(self.model, inputs, labels, done * recipe.epochs)
-        if self.penalty is not None:
-            loss = loss + self.penalty(done)
+        begin = at.batches - at.batches % recipe.gradient_accumulation_steps
+        parts = min(recipe.gradient_accumulation_steps, self.steps - begin)
+        last = self._completes(at.batches + 1)
+        done = at.update / self.updates
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            loss, size = self.objective(self.model, inputs, labels, done * recipe.epochs)
+            whole = loss if self.penalty is None else loss + self.penalty(done)
+            if at.batches == begin:
+                self.optimizer.zero_grad(set_to_none=True)
+            self.accelerator.backward(whole if parts <= 1 else whole / parts)
+        if last:
+            self._update(rate)
+        return whole.detach(), size
+
+    def _update(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        if recipe.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        if self.recipe.max_grad_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer.optimizer)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
         if self.average is not None and (self.hold is None or self.at.update >= self.hold):
             self.average.update(self.student)
-        return loss.detach(), size
-
-    def _finite(self, total: Tensor, epoch: int) -> float:
-        # A NaN or an infinity stays in the sum, so looking now and then misses none.
-        value = total.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the training loss became {value} in epoch {epoch}, at or before update "
-                f"{self.at.update} of {self.updates}; the student is as it was before. Lower lr "
-                f"({self.recipe.peak_lr}) or max_grad_norm ({self.recipe.max_grad_norm}), and "
-                "check the images for NaN"
-            )
-        return value
 
     def _validate(self, epoch: int) -> Evaluation | None:
         if self.val is None:
             return None
+        self._even_out()
         average = self.average if self.hold is None or self.at.update > self.hold else None
         with average.applied_to(self.student) if average is not None else nullcontext():
-            found = evaluate(
-                self.student, self.val, device=self.device, channels_last=self.recipe.channels_last
+            counts = correct_counts(
+                self.student, self.val_share, self.device, self.recipe.channels_last
             )
+            if isinstance(self.val_share, OwnShare):
+                self.val_share.check()
+            found = Evaluation.of_sums(*self.processes.sums(*counts))
             if self.best is None or found.top1 > self.best[0]:
                 weights = copied(self.student) if self.recipe.keep == "best" else {}
                 self.best = (found.top1, epoch, weights)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Objective"]
 
+_HALF: dict[torch.dtype | None, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 
 class Objective:
     """Context manager: computes the loss of one batch after the other.
@@ -47,6 +49,7 @@ class Objective:
         self.recipe = recipe
         self.student = student
         self.teacher = teacher
+        self._running_teacher: Any = teacher
         self._mixer = InputMixer(recipe)
         self._stack = ExitStack()
         self._taps: tuple[Tap, ...] | None = None
@@ -64,6 +67,11 @@ class Objective:
                 "losses: expected one that learns from the teacher, such as 'kd', got "
                 f"{dict(losses)}; leave the teacher out to train on labels alone"
             )
+
+    def compile_teacher(self) -> None:
+        """Runs the teacher through ``torch.compile`` from now on."""
+        if self.teacher is not None:
+            self._running_teacher = torch.compile(self.teacher)
 
     def __enter__(self) -> Self:
         return self
@@ -106,8 +114,9 @@ class Objective:
         wanted = None
         if self.teacher is not None:
             precision = self.recipe.teacher_precision or self.recipe.precision
+            precision = _HALF.get(_dtype_of(self.teacher), precision)
             with torch.no_grad(), _autocast(device, precision):
-                wanted = _widened(logits(self.teacher, inputs))
+                wanted = _widened(logits(self._running_teacher, inputs))
         with _autocast(device, self.recipe.precision):
             scores = _widened(logits(model, inputs))
         if wanted is not None and wanted.shape != scores.shape:
@@ -122,6 +131,8 @@ class Objective:
         for term in self._feature_losses(weights):
             loss = term if loss is None else loss + term
         assert loss is not None, "a recipe has at least one loss"
+        if _distributed(model) and _features_alone(weights):
+            loss = loss + 0 * scores.sum()  # it waits for a gradient of every parameter
         return loss, size
 
     def _weights(self, labels: Tensor | None, epochs_done: float) -> dict[str, float]:
@@ -263,6 +274,16 @@ class Objective:
         return [weights[name] * torch.stack(terms).mean() for name, terms in found.items()]
 
 
+def _distributed(model: nn.Module) -> bool:
+    compiled = model._modules.get("_orig_mod")  # noqa: SLF001 - torch.compile has no public name
+    return isinstance(compiled or model, nn.parallel.DistributedDataParallel)
+
+
+def _features_alone(weights: Mapping[str, float]) -> bool:
+    """Whether no loss looks at the logits."""
+    return not any(weight for name, weight in weights.items() if name not in FEATURE_LOSSES)
+
+
 def _teaches(losses: Mapping[str, float]) -> bool:
     return any(weight for name, weight in losses.items() if name != "hard")
 
@@ -280,7 +301,12 @@ def _batch_norm_scale(module: nn.Module, tap: Tap) -> Tensor | None:
 
 
 def _autocast(device: str, precision: str) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=precision != "fp32")
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def _widened(scores: Tensor) -> Tensor:

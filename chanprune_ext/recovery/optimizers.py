@@ -10,9 +10,11 @@ from torch import nn
 from ..errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .recipe import Recipe
 
-__all__ = ["make_optimizer", "parameter_groups"]
+__all__ = ["gradient_scaler", "make_optimizer", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -44,3 +46,24 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=recipe.peak_lr)
     nesterov = recipe.momentum > 0
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=nesterov)
+
+
+def gradient_scaler(
+    model: nn.Module, recipe: Recipe, device: torch.device, accelerator: Accelerator
+) -> torch.amp.GradScaler | None:
+    """Gives accelerate a scaler for training in float16; None where it has one or needs none.
+
+    accelerate's own is a setting of the whole program, and can't change between two runs.
+
+    Raises:
+        InvalidArgumentError: the weights themselves are float16.
+    """
+    if recipe.precision != "fp16" or accelerator.scaler is not None:
+        return None
+    if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        raise InvalidArgumentError(
+            "precision: 'fp16' computes in float16 and updates float32 weights, the student's are "
+            "float16; call student.float() first"
+        )
+    accelerator.scaler = torch.amp.GradScaler(device.type)
+    return accelerator.scaler

@@ -44,6 +44,7 @@ class RecoveryProgress:
         )
         self._task = self._bar.add_task("recovering", total=updates, completed=done, state="")
         self._loss = self._score = ""
+        self._said = False
 
     def __enter__(self) -> RecoveryProgress:
         self._bar.start()
@@ -72,3 +73,9 @@ class RecoveryProgress:
         """Shows the latest validation, if there is one."""
         if score is not None:
             self._score = f" val {100 * score.top1:.2f} %"
+
+    def say(self, line: str | None) -> None:
+        """Writes a line above the bar where that is drawn; only the first one of a run."""
+        if line is not None and not self._bar.disable and not self._said:
+            self._said = True
+            self._bar.console.print(line, highlight=False)

@@ -16,12 +16,13 @@ from ..errors import CheckpointError, InvalidArgumentError
 if TYPE_CHECKING:
     import os
 
-__all__ = ["FEATURE_LOSSES", "LOSSES", "Recipe"]
+__all__ = ["FEATURE_LOSSES", "LOSSES", "PRECISIONS", "Recipe"]
 
 DEFAULT_LR = {"sgd": 0.005, "adamw": 5e-4}
 LABEL_LOSSES = ("hard",)
 LOGIT_LOSSES = ("kd", "dkd", "dist")
 FEATURE_LOSSES = ("features", "attention", "statistics")
+PRECISIONS = ("fp32", "bf16", "fp16")
 LOSSES = (*LABEL_LOSSES, *LOGIT_LOSSES, *FEATURE_LOSSES)
 
 _FORMAT = "chanprune-recipe"
@@ -35,11 +36,19 @@ class Recipe:
         epochs (int): passes over the training data. Default: 10.
         lr (float, optional): highest learning rate. Default: 0.005 for SGD, 0.0005 for AdamW, safe
             for a network that starts close to its teacher.
+        lr_scale (str, optional): ``"linear"`` multiplies the learning rate by the images of an
+            update over ``lr_base_size`` (Goyal et al. 2017), ``"sqrt"`` by the root of that. The
+            images of an update are those of all processes and of all accumulated batches.
+            Default: None, ``lr`` as it is.
+        lr_base_size (int): images an update that ``lr`` is meant for. Default: 256.
         optimizer (str): ``"sgd"`` (Nesterov momentum) or ``"adamw"``. Default: ``"sgd"``.
         momentum (float): of SGD. Default: 0.9.
         weight_decay (float): not applied to biases and normalisation layers. Default: 5e-4.
         warmup (float): epochs until the highest learning rate. Default: 0.3.
-        batch_size (int): images an update, if the training data are a dataset. Default: 128.
+        batch_size (int): images that a process takes at once, if the training data are a dataset.
+            Default: 128.
+        gradient_accumulation_steps (int): batches an update; each process adds up their gradients.
+            Default: 1.
         losses (Mapping[str, float], optional): what is made small, and its weight: ``"hard"``
             (cross-entropy of the labels), ``"kd"``, ``"dkd"``, ``"dist"`` (on the teacher's
             logits), ``"features"``, ``"attention"``, ``"statistics"`` (on its feature maps); see
@@ -73,8 +82,13 @@ class Recipe:
             data, the start included. The last ones give an unbiased figure where these are also the
             images reported on. Default: ``"last"``.
         precision (str): ``"fp32"``, or ``"bf16"`` for mixed precision: about twice as fast on
-            hardware with bfloat16 arithmetic. Default: ``"fp32"``.
-        teacher_precision (str, optional): likewise, of the teacher alone. Default: as the student.
+            hardware with bfloat16 arithmetic; or ``"fp16"``, with gradients scaled against
+            underflow, for hardware without. Default: ``"fp32"``.
+        teacher_precision (str, optional): likewise, of the teacher alone; a teacher whose weights
+            are bfloat16 or float16 runs in that. Default: as the student.
+        compile (bool): run the student through ``torch.compile``, the teacher too. Default: False.
+        sync_batch_norm (bool): let batch norm average over all processes while training, for few
+            images a GPU. Needs CUDA; nothing changes in a single process. Default: False.
         channels_last (bool): feed images in NHWC layout, which most convolutions run faster on.
             The model must not call ``view`` on feature maps. Default: False.
         seed (int): of the order of the images, their augmentation and dropout. Default: 0.
@@ -86,11 +100,14 @@ class Recipe:
 
     epochs: int = 10
     lr: float | None = None
+    lr_scale: str | None = None
+    lr_base_size: int = 256
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.3
     batch_size: int = 128
+    gradient_accumulation_steps: int = 1
     losses: Mapping[str, float] | None = None
     label_smoothing: float = 0.0
     temperature: float = 4.0
@@ -110,6 +127,8 @@ class Recipe:
     keep: str = "last"
     precision: str = "fp32"
     teacher_precision: str | None = None
+    compile: bool = False
+    sync_batch_norm: bool = False
     channels_last: bool = False
     seed: int = 0
     workers: int = 0
@@ -121,7 +140,7 @@ class Recipe:
         if self.taps is not None:
             taps = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps)
             object.__setattr__(self, "taps", taps)
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "lr_base_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "mixup", "cutmix", "max_grad_norm", "feature_epochs", "patience"):
             value = getattr(self, name)
@@ -142,17 +161,27 @@ class Recipe:
         )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         self._require("keep", self.keep in ("last", "best"), "'last' or 'best'")
-        self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        self._require("precision", self.precision in PRECISIONS, "'fp32', 'bf16' or 'fp16'")
         self._require(
             "teacher_precision",
-            self.teacher_precision in (None, "fp32", "bf16"),
-            "None, 'fp32' or 'bf16'",
+            self.teacher_precision in (None, *PRECISIONS),
+            "None, 'fp32', 'bf16' or 'fp16'",
+        )
+        self._require(
+            "lr_scale", self.lr_scale in (None, "linear", "sqrt"), "None, 'linear' or 'sqrt'"
         )
 
     @property
     def peak_lr(self) -> float:
         """The highest learning rate: ``lr``, or the optimizer's default."""
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    def scaled_lr(self, images: int) -> float:
+        """The highest learning rate where an update sees so many images: see ``lr_scale``."""
+        if self.lr_scale is None:
+            return self.peak_lr
+        ratio = images / self.lr_base_size
+        return self.peak_lr * (ratio if self.lr_scale == "linear" else math.sqrt(ratio))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain numbers, strings, lists and dicts."""

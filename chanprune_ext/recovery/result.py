@@ -27,7 +27,8 @@ class EpochRecord:
         lr (float): learning rate of its last update.
         val (Evaluation | None): on the validation data after the pass.
         seconds (float): wall time of the pass, without validation.
-        images (int): images trained on.
+        images (int): images trained on, in all processes.
+        data_wait (float): share of the time in which the device waited for data, 0 to 1.
     """
 
     epoch: int
@@ -36,6 +37,7 @@ class EpochRecord:
     val: Evaluation | None
     seconds: float
     images: int
+    data_wait: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,18 @@ class ResumablePass:
         source (Iterable): the same as it came.
         device (torch.device): whose generator is watched besides the CPU's.
         watch (bool): whether random states are kept.
+        processes (int): how many processes take their batches from the source. Default: 1.
     """
 
-    def __init__(self, loader: Any, source: Any, device: torch.device, watch: bool) -> None:
+    def __init__(
+        self, loader: Any, source: Any, device: torch.device, watch: bool, processes: int = 1
+    ) -> None:
         self.moments: dict[str, dict[str, Tensor]] = {}
         self._loader = loader
         self._source = source
         self._device = device
         self._watch = watch
+        self._processes = processes
         self._generators = generators_of(source)
         self._resumed: dict[str, Tensor] | None = None
 
@@ -62,13 +66,14 @@ class ResumablePass:
 
     def choose(self, epoch: int) -> None:
         """Prepares the order and the augmentation of epoch ``epoch``, counted from 1."""
+        # accelerate counts the passes too, from 0, and has the last word where it splits batches
+        counts = isinstance(self._loader, DataLoader) and hasattr(self._loader, "iteration")
+        if counts:
+            self._loader.iteration = epoch - 1
         for part in ("sampler", "dataset"):
             choose = getattr(getattr(self._source, part, None), "set_epoch", None)
             if choose is not None:
-                choose(epoch)
-        # accelerate counts the passes too, from 0, and has the last word
-        if isinstance(self._loader, DataLoader) and hasattr(self._loader, "iteration"):
-            self._loader.iteration = epoch - 1
+                choose(epoch - 1 if counts else epoch)
 
     def batches(self, done: int) -> Iterator[Any]:
         """The batches of the pass after the first ``done``, which a resumed run has seen."""
@@ -82,7 +87,9 @@ class ResumablePass:
             return
         assert resumed is not None, "a pass begins at its start unless it is resumed"
         if self._seeks():
-            self._source.seek(done)
+            # Shards are divided among the processes, a loader deals its batches out to them.
+            divided = isinstance(self._source, ShardLoader)
+            self._source.seek(done if divided else done * self._processes)
             iterator = iter(self._loader)
             batch = next(iterator, _END)  # the loader itself draws a seed here
             self._set(resumed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import without_duplicates
-from ..errors import CheckpointError
 from ..plan import plans_of
 from .evaluation import Evaluation
 from .feature_matching import composed_kept
 from .result import EpochRecord
+from .same_run import check_same, regrouped_position
+from .shares import images_a_batch
 from .taps import plain_module
 from .weights import named_tensors
 
@@ -27,19 +27,23 @@ if TYPE_CHECKING:
 
 __all__ = ["captured", "put_back"]
 
-_WITHOUT_EFFECT = ("workers", "format")  # on what is computed
+_WITHOUT_EFFECT = ("workers", "compile", "format")  # on what is computed
 
 
 def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a run under names of their own, and all the rest as plain values."""
+    """All tensors of a run under names of their own, and all the rest as plain values.
+
+    Random states are those of all processes, all else is the same in each of them.
+    """
     weights, _ = without_duplicates(named_tensors(loop.student))
     parts: dict[str, Mapping[str, Tensor]] = {"student": weights}
     if loop.average is not None:
         parts["average"] = loop.average.state
     if loop.best is not None:
         parts["best"] = loop.best[2]
-    parts |= {f"random.{moment}": state for moment, state in loop.pass_.moments.items()}
-    parts["random.now"] = loop.pass_.random_now()
+    own = {**loop.pass_.moments, "now": loop.pass_.random_now()}
+    for index, moments in enumerate(loop.processes.gathered(own)):
+        parts |= {f"{_random(index)}{moment}": state for moment, state in moments.items()}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in loop.optimizer.state_dict()["state"].items():
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
@@ -65,8 +69,10 @@ def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is of another run; the message names the first difference.
     """
-    state = checkpoint.state
-    _check_same(checkpoint, identity(loop))
+    state, ours = checkpoint.state, identity(loop)
+    regrouped = ours["processes"] != state["run"]["processes"]
+    check_same(checkpoint, ours, regrouped)
+    position = regrouped_position(checkpoint, ours, loop) if regrouped else state["position"]
     parts: dict[str, dict[str, Tensor]] = {}
     for path, tensor in checkpoint.tensors.items():
         part, _, name = path.partition("/")
@@ -91,14 +97,24 @@ def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     loop.history = [
         EpochRecord(**{**record, "val": _evaluation(record["val"])}) for record in state["history"]
     ]
-    for name, value in state["position"].items():
+    for name, value in position.items():
         setattr(loop.at, name, value)
+    mine = _random(loop.processes.index)
+    known = any(part.startswith(mine) for part in parts)
+    prefix = mine if known else _random(0)
     moments = {
-        part.removeprefix("random."): values
+        part.removeprefix(prefix): values
         for part, values in parts.items()
-        if part.startswith("random.")
+        if part.startswith(prefix)
     }
+    if not known:  # a process more than there were: what it draws shall be its own
+        moments["now"] = {**moments["now"], "torch": torch.get_rng_state()}
     loop.pass_.put_back(moments)
+
+
+def _random(index: int) -> str:
+    """What the names of a process's random states begin with."""
+    return f"random{index or ''}."
 
 
 def identity(loop: TrainingLoop) -> dict[str, dict[str, Any]]:
@@ -121,26 +137,11 @@ def identity(loop: TrainingLoop) -> dict[str, dict[str, Any]]:
         "train": {
             "batches an epoch": len(loop.loader),
             "images": _length(getattr(loop.source, "dataset", None)),
-            "images a batch": getattr(loop.source, "batch_size", None),
+            "images a batch": images_a_batch(loop.source),
         },
         "val": {"length": _length(loop.val)},
         "processes": {"number": loop.accelerator.num_processes},
     }
-
-
-def _check_same(checkpoint: Checkpoint, ours: Mapping[str, Any]) -> None:
-    theirs = checkpoint.state["run"]
-    ours = json.loads(json.dumps(ours))
-    for part, values in ours.items():
-        others = theirs.get(part, {})
-        for name in dict.fromkeys([*values, *others]):
-            one, other = values.get(name), others.get(name)
-            if one != other:
-                raise CheckpointError(
-                    f"{checkpoint.path}: is of another run: {part}: {name} was {other!r} and is "
-                    f"{one!r} now; go on with what the run began with, or start anew in another "
-                    "checkpoint_dir"
-                )
 
 
 def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -127,6 +127,7 @@ def outcome(student: nn.Module, result: RecoveryResult) -> dict[str, Any]:
     record.pop("seconds")
     for epoch in record["history"]:
         epoch.pop("seconds")
+        epoch.pop("data_wait")
     return {"weights": {k: v.clone() for k, v in student.state_dict().items()}, "record": record}
 
 

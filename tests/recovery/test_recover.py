@@ -381,7 +381,7 @@ def test_bad_training_data_change_nothing(train: Any, error: type[Exception], me
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected None or a positive number"),
         ({"ema_decay": 1.0}, "ema_decay: expected None or between 0 and 1"),
         ({"optimizer": "lbfgs"}, "optimizer: expected 'sgd' or 'adamw', got 'lbfgs'"),
-        ({"precision": "fp8"}, "precision: expected 'fp32' or 'bf16'"),
+        ({"precision": "fp8"}, "precision: expected 'fp32', 'bf16' or 'fp16'"),
         ({"keep": "first"}, "keep: expected 'last' or 'best'"),
         ({"keep": "best"}, "keep: 'best' needs validation data"),
         ({"workers": -1}, "workers"),

@@ -1,0 +1,60 @@
+"""What a run says about its speed and its memory, with the settings to change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..compensation.batches import sample_count
+from .outputs import inputs_and_labels
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .result import EpochRecord
+
+__all__ = ["out_of_memory", "wait_hint"]
+
+WAIT_SHARE = 0.2  # of an epoch spent waiting for data, worth a word ...
+WAIT_SECONDS = 10.0  # ... where the epoch is long enough for that to mean anything
+
+
+def wait_hint(record: EpochRecord, loader: Any) -> str | None:
+    """A sentence where the device waited much for its data in an epoch; otherwise None.
+
+    Args:
+        record (EpochRecord): the epoch.
+        loader (Any): what the data come from.
+    """
+    if record.data_wait < WAIT_SHARE or record.seconds < WAIT_SECONDS:
+        return None
+    workers = getattr(loader, "num_workers", None)
+    more = "a faster loader" if workers is None else f"more workers than {workers}"
+    return (
+        f"epoch {record.epoch}: {100 * record.data_wait:.0f} % of the time went into waiting for "
+        f"data; {more}, or images stored in the size they are trained in, would make it faster"
+    )
+
+
+def out_of_memory(error: BaseException, batch: Any, update: int, recipe: Recipe) -> str:
+    """A sentence with the numbers to change.
+
+    Args:
+        error (BaseException): what torch has raised.
+        batch (Any): the batch that did not fit.
+        update (int): updates made until then.
+        recipe (Recipe): settings of the run.
+    """
+    size = sample_count(inputs_and_labels(batch)[0])
+    steps = recipe.gradient_accumulation_steps
+    half = max(1, size // 2)
+    advice = [f"take batches of {half} (batch_size) with gradient_accumulation_steps={2 * steps}"]
+    if recipe.precision == "fp32":
+        advice.append("precision='bf16'")
+    if recipe.ema_decay is not None or recipe.swa_start is not None:
+        advice.append("leave the running average out")
+    if recipe.keep == "best":
+        advice.append("keep='last'")
+    return (
+        f"the device ran out of memory in update {update + 1}, with {size} images at once; the "
+        f"student is as it was before. Try in this order: {', '.join(advice)}. torch says: "
+        f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )

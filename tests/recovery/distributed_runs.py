@@ -1,0 +1,208 @@
+"""Recovery runs in several processes, for tests: what each process of ``launch`` executes.
+
+``python distributed_runs.py FOLDER`` reads ``FOLDER/job.json``, runs the jobs in it one after the
+other, and writes what each process has ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from chanprune_ext.recovery import recover
+from chanprune_ext.recovery.loop import TrainingLoop
+
+
+class Plain(nn.Module):
+    """Without anything that depends on the other images of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh())
+
+
+class Normed(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.norm(self.one(x)).tanh())
+
+
+class Dropping(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[float]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.functional.dropout(torch.ones(16), 0.3, self.training)
+        self.masks.append(mask.tolist())
+        return self.two(self.one(x).tanh() * mask)
+
+
+class Endless(IterableDataset[Any]):
+    """Batches of a process's own; the same in all of them unless ``split``."""
+
+    def __init__(self, split: bool) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Any:
+        rank = dist.get_rank() if self.split and dist.is_initialized() else 0
+        x, y = points(96).tensors
+        for k in range(rank, 12, 2):
+            yield x[8 * k : 8 * k + 8], y[8 * k : 8 * k + 8]
+
+
+NETS = {kind.__name__: kind for kind in (Plain, Normed, Dropping)}
+
+
+def net(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return NETS[kind]()
+
+
+def points(n: int, seed: int = 0) -> TensorDataset:
+    """Three classes told apart by which pair of the six inputs is largest."""
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, x.view(n, 3, 2).sum(2).argmax(1))
+
+
+def batches(data: TensorDataset, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(tensor.split(size) for tensor in data.tensors), strict=True))
+
+
+def data_of(job: dict[str, Any], size: int) -> Any:
+    data, how = points(job.get("images", 96)), job.get("data", "dataset")
+    if how == "loader":  # shuffled by a generator of torch
+        generator = torch.Generator().manual_seed(3)
+        return DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
+    if how == "uneven loader":
+        return DataLoader(data, size)
+    if how == "sampler":
+        return DataLoader(data, size, sampler=DistributedSampler(data, shuffle=False))
+    if how == "foreign sampler":
+        return DataLoader(data, size, sampler=DistributedSampler(data, 3, 0))
+    if how == "filled list":  # what two processes make of an uneven loader
+        filled = [*range(len(data)), *range(-len(data) % size)]
+        return batches(TensorDataset(*data[filled]), size)
+    if how == "list":
+        return batches(data, size)
+    if how == "own":
+        return DataLoader(Endless(split=True), batch_size=None)
+    if how == "same":
+        return DataLoader(Endless(split=False), batch_size=None)
+    return data
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One call of ``recover``; weights, loss curve, and whatever else is compared."""
+    student = net(job.get("net", "Plain"), job.get("seed", 0))
+    teacher = None
+    if job.get("teacher"):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        teacher = net("Plain", 1 + rank * (job["teacher"] == "another in each process"))
+    settings = {"epochs": 2, "lr": 0.05, "batch_size": 8, **job.get("settings", {})}
+    val = points(job["val"], seed=1) if job.get("val") else None
+    if job.get("val_data") == "loader":
+        val = DataLoader(val, 7, shuffle=True, drop_last=False)
+    if job.get("val_data") == "sampler":
+        val = DataLoader(val, 7, sampler=DistributedSampler(val))
+    if "die_at" in job:
+        _die_at(job["die_at"])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            result = recover(
+                student,
+                teacher,
+                train=data_of(job, settings["batch_size"]),
+                val=val,
+                progress=job.get("progress", False),
+                **settings,
+            )
+        except Exception as error:  # noqa: BLE001 - told to the test
+            return {"error": f"{type(error).__name__}: {error}", "weights": student.state_dict()}
+    if dist.is_initialized() and dist.get_rank() == 0:
+        # Nothing waits for the other processes any more.
+        student.eval()(points(8).tensors[0]).sum().backward()
+        student.zero_grad()
+    record = json.loads(json.dumps(result.to_dict()))
+    return {
+        "weights": student.state_dict(),
+        "losses": [epoch["loss"] for epoch in record["history"]],
+        "images": [epoch["images"] for epoch in record["history"]],
+        "val": [record["before"], *(epoch["val"] for epoch in record["history"])],
+        "kept": record["kept_epoch"],
+        "wrapped": type(student).__name__,
+        "warnings": [str(w.message) for w in told if "was written by" in str(w.message)],
+        "masks": getattr(student, "masks", [])[:3],
+    }
+
+
+def _die_at(update: int) -> None:
+    step = TrainingLoop._step
+
+    def dying(loop: TrainingLoop, batch: Any, rate: float) -> Any:
+        if loop.at.update == update:
+            os.kill(os.getpid(), 9)
+        return step(loop, batch, rate)
+
+    TrainingLoop._step = dying  # type: ignore[method-assign]
+
+
+def launch(folder: Path, *jobs: dict[str, Any], processes: int = 2, dies: bool = False) -> Any:
+    """Runs jobs under torch.distributed.run; for each a list of what the processes ended with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(jobs))
+    paths = [str(Path(__file__).parents[2]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), __file__, str(folder)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert (done.returncode != 0) == dies, done.stdout + done.stderr
+    (folder / "output").write_text(done.stdout)
+    (folder / "errors").write_text(done.stderr)
+    if dies:
+        return None
+    return [[_read(folder / f"{k}-{rank}") for rank in range(processes)] for k in range(len(jobs))]
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    save_file(found.pop("weights"), f"{path}.safetensors")
+    Path(f"{path}.json").write_text(json.dumps(found))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(f"{path}.json").read_text())
+    return {**found, "weights": load_file(f"{path}.safetensors")}
+
+
+def main(folder: str) -> None:
+    rank = int(os.environ["RANK"])
+    for k, job in enumerate(json.loads(Path(folder, "job.json").read_text())):
+        _write(Path(folder, f"{k}-{rank}"), run(job))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
