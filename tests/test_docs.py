@@ -39,7 +39,7 @@ def test_code_parses_and_public_names_exist(page: Path) -> None:
 def test_commands_and_their_options_exist(page: Path) -> None:
     commands = get_command(app).commands
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    for line in re.findall(r"^chanprune (.*)$", text, re.M):
+    for line in re.findall(r"^(?:torchrun .*-m chanprune_ext|chanprune) (.*)$", text, re.M):
         words = line.partition("#")[0].split()
         command = commands[words[0]]
         known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}

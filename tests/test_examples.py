@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 import chanprune_ext as cpx
+from chanprune_ext.models import resnet20
 
 FOLDER = Path(__file__).parents[1] / "examples"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -70,6 +74,28 @@ def test_lightning_callback(tmp_path: Path) -> None:
     # It went on training what is left: those are not the weights of the cut any more.
     cut = cpx.plan_of(net).apply(small_network())
     assert not torch.equal(net[0].weight, cut[0].weight)
+
+
+def test_several_gpus(tmp_path: Path) -> None:
+    """On two CPU processes, as a user starts it."""
+    pytest.importorskip("sklearn")
+    file = tmp_path / "recovered.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(FOLDER / "several_gpus.py"), "digits", "1", str(file)]
+    paths = os.pathsep.join([str(FOLDER.parent), *sys.path])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # Of 1437 images 44 batches of 32 are full, 22 for each.
+    assert done.stdout.count("1408 images an epoch") == 1
+    assert cpx.plan_of(cpx.load(file, resnet20(10, 1))) is not None
+    assert len(list(Path(f"{file}.checkpoints").iterdir())) == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import nn
 
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.image_options import (
@@ -33,8 +34,13 @@ from chanprune_ext.cli.options import (
 from chanprune_ext.data import Augmentation
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.quantities import format_accuracy
-from chanprune_ext.recovery import Recipe, RecoveryInterrupted
+from chanprune_ext.recovery import Recipe, RecoveryInterrupted, RecoveryResult
 from chanprune_ext.recovery import recover as train_back
+from chanprune_ext.recovery.processes import (
+    is_first_process,
+    launched_processes,
+    leave_processes,
+)
 from chanprune_ext.recovery.recipe import LOSSES
 from chanprune_ext.report import make_folder
 
@@ -62,6 +68,14 @@ class Precision(str, Enum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class LearningRateScale(str, Enum):
+    """How the learning rate grows with the images of an update."""
+
+    LINEAR = "linear"
+    SQRT = "sqrt"
 
 
 def recover(
@@ -111,11 +125,26 @@ def recover(
         float | None,
         typer.Option(help="Highest learning rate [default: 0.005 for SGD, 0.0005 for AdamW]"),
     ] = None,
+    lr_scale: Annotated[
+        LearningRateScale | None,
+        typer.Option(
+            help="Multiply the learning rate by the images of an update over --lr-base-size, or by "
+            "the root of that.",
+            show_default=False,
+        ),
+    ] = None,
+    lr_base_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images an update that --lr is meant for [default: 256]"),
+    ] = None,
     optimizer: Annotated[
         Optimizer | None, typer.Option(help="Optimizer [default: sgd]", show_default=False)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per batch [default: 128]")
+        int | None, typer.Option(min=1, help="Images per batch, in each process [default: 128]")
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, help="Batches per update, in each process [default: 1]")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the losses on logits [default: 4]")
@@ -143,6 +172,26 @@ def recover(
     precision: Annotated[
         Precision | None, typer.Option(help="Arithmetic [default: fp32]", show_default=False)
     ] = None,
+    teacher_precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the teacher [default: as --precision]", show_default=False),
+    ] = None,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option("--channels-last", help="Lay images out as NHWC.", show_default=False),
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile", help="Run through torch.compile.", show_default=False),
+    ] = None,
+    sync_batch_norm: Annotated[
+        bool | None,
+        typer.Option(
+            "--sync-batch-norm",
+            help="Let batch norm average over all processes; needs GPUs.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoints: Annotated[
         Path | None,
         typer.Option(
@@ -165,11 +214,19 @@ def recover(
             show_default=False,
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode images, for each that trains.")
+    ] = 0,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Trains a pruned model back to accuracy; writes it, and beside it the recipe of the run."""
+    """Trains a pruned model back to accuracy; writes it, and beside it the recipe of the run.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m chanprune_ext recover ...
+    """
     given = {
         "losses": parse_losses(loss) if loss else None,
         "epochs": epochs,
@@ -183,14 +240,24 @@ def recover(
         "ema_decay": ema_decay,
         "keep": None if keep is None else keep.value,
         "precision": None if precision is None else precision.value,
+        "teacher_precision": None if teacher_precision is None else teacher_precision.value,
+        "lr_scale": None if lr_scale is None else lr_scale.value,
+        "lr_base_size": lr_base_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "channels_last": channels_last,
+        "compile": compile_,
+        "sync_batch_norm": sync_batch_norm,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     start = Recipe() if recipe is None else Recipe.load(recipe)
     chosen = start.changed(**settings, workers=workers, seed=seed)
-    student = load_model(model, model_arg, weights, device)
+    several = launched_processes() > 1
+    # Of several processes each finds its own GPU; until then its networks stay off all of them.
+    home = "cpu" if several else device
+    student = load_model(model, model_arg, weights, home)
     teacher = None
     if teacher_weights is not None:
-        teacher = load_model(model, model_arg, teacher_weights, device)
+        teacher = load_model(model, model_arg, teacher_weights, home)
     augmentation = Augmentation(
         None if auto_augment is None else auto_augment.value,
         magnitude=magnitude,
@@ -206,19 +273,30 @@ def recover(
             train=training,
             val=open_images(test_data or data, "test", class_file, preset, image_size, resize),
             recipe=chosen,
-            device=place(device),
+            device=None if several and device == "auto" else place(device),
             checkpoint_dir=checkpoints,
             resume=resume,
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
+            log_dir=log_dir,
         )
     except RecoveryInterrupted as interruption:
         message = (
             f"interrupted after update {interruption.update} of {interruption.updates}; go on with "
             "the same command and --resume auto"
         )
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        if is_first_process():
+            Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        leave_processes()
         raise typer.Exit(_INTERRUPTED) from interruption
+    first = is_first_process()
+    leave_processes()
+    if first:
+        _finish(student, out, result)
+
+
+def _finish(student: nn.Module, out: Path, result: RecoveryResult) -> None:
+    """Writes the model and its recipe, and says what was reached."""
     save(student, out)
     record = out.with_suffix(".recipe.json")
     result.recipe.save(record)

@@ -24,7 +24,7 @@ from .objective import Objective
 from .optimizers import gradient_scaler, make_optimizer
 from .outputs import inputs_and_labels, moved
 from .position import Position
-from .processes import Processes
+from .processes import Processes, prepared
 from .progress import RecoveryProgress
 from .result import EpochRecord, RecoveryResult
 from .resumable_pass import ResumablePass
@@ -99,8 +99,8 @@ class TrainingLoop:
         self.objective = Objective(recipe, student, teacher)
         if teacher is not None:
             self.processes.require_same("teacher", teacher)
-        self.model: Any
-        self.model, self.optimizer = accelerator.prepare(student, make_optimizer(student, recipe))
+        optimizer = make_optimizer(student, recipe)
+        self.model, self.optimizer = prepared(accelerator, student, optimizer)
         self.loader, self.own_share = training_share(loader, accelerator, self.processes)
         if recipe.compile:
             self.model = torch.compile(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-__all__ = ["Processes", "launched_processes", "make_accelerator"]
+__all__ = [
+    "Processes",
+    "is_first_process",
+    "launched_processes",
+    "leave_processes",
+    "make_accelerator",
+    "prepared",
+]
 
 T = TypeVar("T")
 
@@ -32,6 +40,19 @@ def launched_processes() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process prints and writes; also before the processes have found each other."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def leave_processes() -> None:
+    """Parts from the other processes, as a program does at its end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
@@ -76,6 +97,19 @@ def make_accelerator(device: torch.device) -> Accelerator:
         )
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates, whatever the launcher says
     return accelerator
+
+
+def prepared(
+    accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any]:
+    """The student and its optimizer as accelerate trains them, the same in all processes."""
+    with warnings.catch_warnings():
+        # The name that torch is to give this option is not known to its releases until now.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, wrapped = accelerator.prepare(student, optimizer)
+    # Parameters are sent by DistributedDataParallel, buffers are not.
+    Processes(accelerator).send(dict(student.named_buffers()))
+    return model, wrapped
 
 
 class Processes:

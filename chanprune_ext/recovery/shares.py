@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Mapping
 from itertools import islice
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ..errors import DataError, InvalidArgumentError
+from ..image_loader import ImageLoader
+from ..image_shards import ShardLoader
 from .evaluation import validation_loader
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ def training_share(
       unless the loader drops what is not full.
     - One with a ``DistributedSampler`` is split already and left alone.
     - A list of batches is split likewise.
-    - Anything else is taken as this process's own share.
+    - Anything else is taken as this process's own share; shards are divided by their own loader.
 
     Returns:
         tuple: the batches, and the same where they are the process's own share.
@@ -123,6 +126,10 @@ def validation_share(val: Any, processes: Processes, workers: int) -> Any:
         val, loads = validation_loader(val, size, workers), True
     if processes.number == 1 or val is None:
         return val
+    if isinstance(val, ShardLoader):  # divides its images itself
+        val = copy.copy(val)
+        val.divided = True
+        return val
     if isinstance(val, list | tuple):
         return val[processes.index :: processes.number]
     if not loads or isinstance(val.dataset, IterableDataset) or val.batch_sampler is None:
@@ -133,7 +140,7 @@ def validation_share(val: Any, processes: Processes, workers: int) -> Any:
             "leave it out, recovery splits the batches itself and measures every image once"
         )
     order = processes.told(list(val.batch_sampler) if processes.first else [])
-    return DataLoader(
+    return ImageLoader(
         val.dataset,
         batch_sampler=list(islice(order, processes.index, None, processes.number)),
         num_workers=val.num_workers,

@@ -6,6 +6,7 @@ other, and writes what each process has ended with.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from chanprune_ext.recovery import recover
+from chanprune_ext.data import TensorImages
+from chanprune_ext.recovery import checkpoints, recover
 from chanprune_ext.recovery.loop import TrainingLoop
 
 
@@ -32,7 +34,7 @@ class Plain(nn.Module):
         self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(x).tanh())
+        return self.two(self.one(x.flatten(1)).tanh())
 
 
 class Normed(Plain):
@@ -52,7 +54,7 @@ class Dropping(Plain):
     def forward(self, x: Tensor) -> Tensor:
         mask = nn.functional.dropout(torch.ones(16), 0.3, self.training)
         self.masks.append(mask.tolist())
-        return self.two(self.one(x).tanh() * mask)
+        return self.two(self.one(x.flatten(1)).tanh() * mask)
 
 
 class Endless(IterableDataset[Any]):
@@ -100,6 +102,9 @@ def data_of(job: dict[str, Any], size: int) -> Any:
         return DataLoader(data, size, sampler=DistributedSampler(data, shuffle=False))
     if how == "foreign sampler":
         return DataLoader(data, size, sampler=DistributedSampler(data, 3, 0))
+    if how == "images":  # whose loader can begin in the middle of an epoch
+        pixels = (data.tensors[0] * 40 + 128).clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 6)
+        return TensorImages(pixels, data.tensors[1], ("a", "b", "c"), (0.5,), (0.2,), True, pad=1)
     if how == "filled list":  # what two processes make of an uneven loader
         filled = [*range(len(data)), *range(-len(data) % size)]
         return batches(TensorDataset(*data[filled]), size)
@@ -114,10 +119,12 @@ def data_of(job: dict[str, Any], size: int) -> Any:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One call of ``recover``; weights, loss curve, and whatever else is compared."""
-    student = net(job.get("net", "Plain"), job.get("seed", 0))
-    teacher = None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    student, teacher = net(job.get("net", "Plain")), None
+    if job.get("made") == "differently":
+        student = net(job["net"], rank)
+        student.norm.running_mean.fill_(rank)
     if job.get("teacher"):
-        rank = dist.get_rank() if dist.is_initialized() else 0
         teacher = net("Plain", 1 + rank * (job["teacher"] == "another in each process"))
     settings = {"epochs": 2, "lr": 0.05, "batch_size": 8, **job.get("settings", {})}
     val = points(job["val"], seed=1) if job.get("val") else None
@@ -127,6 +134,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         val = DataLoader(val, 7, sampler=DistributedSampler(val))
     if "die_at" in job:
         _die_at(job["die_at"])
+    save = checkpoints.save_file
+    if job.get("full disk"):
+        checkpoints.save_file = _no_room
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -140,7 +150,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             )
         except Exception as error:  # noqa: BLE001 - told to the test
             return {"error": f"{type(error).__name__}: {error}", "weights": student.state_dict()}
-    if dist.is_initialized() and dist.get_rank() == 0:
+        finally:
+            checkpoints.save_file = save
+    if dist.is_initialized() and rank == 0:
         # Nothing waits for the other processes any more.
         student.eval()(points(8).tensors[0]).sum().backward()
         student.zero_grad()
@@ -154,7 +166,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "wrapped": type(student).__name__,
         "warnings": [str(w.message) for w in told if "was written by" in str(w.message)],
         "masks": getattr(student, "masks", [])[:3],
+        "all masks": getattr(student, "masks", []),
     }
+
+
+def _no_room(tensors: Any, path: Path, metadata: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _die_at(update: int) -> None:
@@ -172,19 +189,29 @@ def launch(folder: Path, *jobs: dict[str, Any], processes: int = 2, dies: bool =
     """Runs jobs under torch.distributed.run; for each a list of what the processes ended with."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(jobs))
-    paths = [str(Path(__file__).parents[2]), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), __file__, str(folder)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = under_torchrun(__file__, str(folder), processes=processes)
     assert (done.returncode != 0) == dies, done.stdout + done.stderr
     (folder / "output").write_text(done.stdout)
     (folder / "errors").write_text(done.stderr)
     if dies:
         return None
     return [[_read(folder / f"{k}-{rank}") for rank in range(processes)] for k in range(len(jobs))]
+
+
+def under_torchrun(*program: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program in several processes on the CPU, each with one thread."""
+    paths = [str(Path(__file__).parents[2]), *sys.path]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *program]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from distributed_runs import launch, net, run
+from distributed_runs import launch, net, run, under_torchrun
+
+import chanprune_ext as cpx
+from chanprune_ext.models import resnet20
+from chanprune_ext.recovery import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,8 +42,10 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
 }
+NORMED = {"net": "Normed", "images": 101, "val": 200, "settings": {"epochs": 4}}
 OTHERS: dict[str, dict[str, Any]] = {
-    "batch norm": {"net": "Normed", "images": 101, "val": 200, "settings": {"epochs": 4}},
+    "batch norm": NORMED,
+    "made differently": {**NORMED, "made": "differently"},
     "dropout": {"net": "Dropping"},
     "mixup": {"settings": {"mixup": 0.4}},
     "small": {"images": 13},
@@ -127,6 +133,13 @@ def test_batch_norm_sees_half_the_images_and_ends_alike(ended: dict[str, Any]) -
     assert first["val"][-1]["n"] == 200
 
 
+def test_all_begin_with_what_the_first_process_has(ended: dict[str, Any]) -> None:
+    expected = ended["batch norm"][0]
+    for found in ended["made differently"]:
+        same_weights(found, expected, rtol=0, atol=0)
+        assert found["losses"] == expected["losses"]
+
+
 def test_each_process_draws_for_itself(ended: dict[str, Any]) -> None:
     first, second = ended["dropout"]
     assert first["masks"] != second["masks"]
@@ -161,3 +174,27 @@ def test_what_goes_wrong_is_said_by_all_processes(ended: dict[str, Any], name: s
     for found in ended[name]:
         assert message in found["error"]
         assert all(torch.equal(found["weights"][k], v) for k, v in before.items())
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(tmp_path: Path) -> None:
+    """One of them writes and prints, and the model is as if one had trained it."""
+    pytest.importorskip("sklearn")
+    small = tmp_path / "small.safetensors"
+    torch.manual_seed(0)
+    cpx.save(resnet20(in_channels=1, width=4), small)
+    arguments = [
+        *("recover", "resnet20", "--model-arg", "in_channels=1", "--model-arg", "width=4"),
+        *("--weights", str(small), "--data", "digits", "--epochs", "1", "--batch-size", "64"),
+        *("--out", str(tmp_path / "out.safetensors"), "--checkpoints", str(tmp_path / "run")),
+    ]
+    done = under_torchrun("-m", "chanprune_ext", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after: top-1") == done.stdout.count("model: ") == 1
+    assert "Warning" not in done.stderr.replace("UserWarning: Grad strides", "")
+    recipe = Recipe.load(tmp_path / "out.recipe.json")
+    assert recipe.batch_size == 64
+    loaded = cpx.load(tmp_path / "out.safetensors", resnet20(in_channels=1, width=4))
+    before = cpx.load(small, resnet20(in_channels=1, width=4)).state_dict()
+    assert not any(torch.equal(p, before[name]) for name, p in loaded.named_parameters())
+    assert len(list((tmp_path / "run").iterdir())) == 2
