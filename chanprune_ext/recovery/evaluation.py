@@ -19,6 +19,9 @@ from .outputs import check_labels, logits, moved, split_batch
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ..image_loader import ImageLoader
+    from ..image_shards import ShardLoader
+
 __all__ = ["Evaluation", "correct_counts", "device_of", "evaluate", "validation_loader"]
 
 
@@ -102,7 +105,9 @@ def evaluate(
     return Evaluation.of_sums(*correct_counts(model, data, target, channels_last))
 
 
-def validation_loader(data: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+def validation_loader(
+    data: Dataset[Any], batch_size: int, workers: int
+) -> ImageLoader | ShardLoader:
     """Batches of a dataset in its order, without augmentation."""
     if isinstance(data, ImageDataset):
         data = data.without_augmentation()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from chanprune_ext.data import TensorImages
+from chanprune_ext.data import TensorImages, open_dataset
 from chanprune_ext.recovery import checkpoints, recover
 from chanprune_ext.recovery.loop import TrainingLoop
 
@@ -34,7 +34,7 @@ class Plain(nn.Module):
         self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(x.flatten(1)).tanh())
+        return self.two(self.one(x.flatten(1)[:, :6]).tanh())
 
 
 class Normed(Plain):
@@ -102,6 +102,8 @@ def data_of(job: dict[str, Any], size: int) -> Any:
         return DataLoader(data, size, sampler=DistributedSampler(data, shuffle=False))
     if how == "foreign sampler":
         return DataLoader(data, size, sampler=DistributedSampler(data, 3, 0))
+    if how == "shards":
+        return open_dataset(job["folder"], "train", augment=True, size=66, resize=70)
     if how == "images":  # whose loader can begin in the middle of an epoch
         pixels = (data.tensors[0] * 40 + 128).clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 6)
         return TensorImages(pixels, data.tensors[1], ("a", "b", "c"), (0.5,), (0.2,), True, pad=1)
@@ -127,7 +129,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("teacher"):
         teacher = net("Plain", 1 + rank * (job["teacher"] == "another in each process"))
     settings = {"epochs": 2, "lr": 0.05, "batch_size": 8, **job.get("settings", {})}
-    val = points(job["val"], seed=1) if job.get("val") else None
+    val: Any = points(job["val"], seed=1) if job.get("val") else None
+    if job.get("val_data") == "shards":
+        val = open_dataset(job["folder"], size=66, resize=70)
     if job.get("val_data") == "loader":
         val = DataLoader(val, 7, shuffle=True, drop_last=False)
     if job.get("val_data") == "sampler":
@@ -210,7 +214,7 @@ def under_torchrun(*program: str, processes: int = 2) -> subprocess.CompletedPro
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), *program]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=540, check=False
     )
 
 

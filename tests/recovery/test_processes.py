@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from distributed_runs import launch, net, run, under_torchrun
+from image_files import jpeg, write_shards
 
 import chanprune_ext as cpx
 from chanprune_ext.models import resnet20
@@ -82,6 +84,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{name: job for name, (job, _) in REFUSED.items()},
     }
     folder: Path = tmp_path_factory.mktemp("distributed")
+    if find_spec("webdataset") is not None:
+        files = {f"n{i % 3}/{i:02}.JPEG": jpeg(i) for i in range(37)}
+        shards = write_shards(folder / "shards", files, (20, 17))
+        jobs["shards"] = {"data": "shards", "val_data": "shards", "folder": str(shards)}
     found = dict(zip(jobs, launch(folder, *jobs.values()), strict=True))
     return {**found, "output": (folder / "output").read_text()}
 
@@ -160,6 +166,15 @@ def test_features_alone(ended: dict[str, Any]) -> None:
 def test_a_dataset_smaller_than_all_batches_is_filled_up(ended: dict[str, Any]) -> None:
     first, second = ended["small"]
     assert first["images"] == second["images"] == [16, 16]
+    same_weights(first, second, rtol=0, atol=0)
+
+
+def test_shards_are_divided_by_their_own_loader(ended: dict[str, Any]) -> None:
+    pytest.importorskip("webdataset")
+    first, second = ended["shards"]
+    assert first["images"] == second["images"] == [32, 32]
+    assert [found["n"] for found in first["val"]] == [37, 37, 37]
+    assert first["val"] == second["val"]
     same_weights(first, second, rtol=0, atol=0)
 
 
