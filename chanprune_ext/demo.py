@@ -11,6 +11,7 @@ from chanprune_ext.data import calibration_batches, open_dataset
 from chanprune_ext.models import resnet20, resnet56
 from chanprune_ext.pipeline import Job
 from chanprune_ext.recovery import recover
+from chanprune_ext.references import RESNET56_CIFAR10
 
 if TYPE_CHECKING:
     import os
@@ -102,4 +103,5 @@ def cifar10_resnet56_job(
             f"{recover_epochs} epochs of distillation on {len(train):,} images",
         ),
         notes=("Test images are only reported on; no weights and no epoch are chosen by them.",),
+        references=RESNET56_CIFAR10,
     )

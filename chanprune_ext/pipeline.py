@@ -20,6 +20,7 @@ from chanprune_ext.pruning import plan
 from chanprune_ext.recovery import evaluate, recover
 from chanprune_ext.report import (
     LayerWidth,
+    Reference,
     RunReport,
     Stage,
     StageLatency,
@@ -58,6 +59,7 @@ class Job:
         stage_notes: One line for the report on each stage: the original, the pruned, the
             compensated, the fine-tuned (where there is one) and the distilled model.
         notes: What the reader of the report must know.
+        references: Published results that the report is drawn beside.
         latency_batch: Images per batch while latency is measured.
         latency_rounds: Interleaved rounds of that measurement.
     """
@@ -72,6 +74,7 @@ class Job:
     fine_tune_options: Mapping[str, Any] | None = None
     stage_notes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
     latency_batch: int = 64
     latency_rounds: int = 30
 
@@ -170,6 +173,7 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
             ),
             *(best_epoch_note(name, result) for name, (_, result) in runs.items()),
         ),
+        references=job.references,
     )
     write_report(report, out)
     return report

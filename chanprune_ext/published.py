@@ -10,6 +10,7 @@ from chanprune_ext.criteria import magnitude
 from chanprune_ext.data import calibration_batches, open_dataset
 from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
+from chanprune_ext.references import MOBILENETV2_IMAGENET, RESNET56_CIFAR10
 from chanprune_ext.selection import Budget
 from chanprune_ext.trials import Trial
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from chanprune_ext.data import ImageDataset
+    from chanprune_ext.report import Reference
 
 __all__ = ["TrialSet", "cifar10_resnet56_set", "imagenet_mobilenetv2_set"]
 
@@ -37,6 +39,7 @@ class TrialSet:
         test: Labelled images to report on.
         trials: Ways of pruning it.
         calibration: Seed -> unlabelled batches.
+        references: Results from elsewhere for the same network and data.
     """
 
     title: str
@@ -44,6 +47,7 @@ class TrialSet:
     test: ImageDataset
     trials: tuple[Trial, ...]
     calibration: Callable[[int], list[Tensor]]
+    references: tuple[Reference, ...] = ()
 
 
 def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int) -> TrialSet:
@@ -86,6 +90,7 @@ def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int
             ),
         ),
         calibration=lambda seed: calibration_batches(train, images, seed=seed, mixed=True),
+        references=RESNET56_CIFAR10,
     )
 
 
@@ -143,6 +148,7 @@ def imagenet_mobilenetv2_set(
             ),
         ),
         calibration=lambda seed: calibration_batches(train, images, seed=seed),
+        references=MOBILENETV2_IMAGENET,
     )
 
 

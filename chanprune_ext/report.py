@@ -31,6 +31,7 @@ from chanprune_ext.quantities import (
 
 __all__ = [
     "LayerWidth",
+    "Reference",
     "RunReport",
     "Stage",
     "StageLatency",
@@ -117,6 +118,25 @@ class TrainingEpoch:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A result from elsewhere that the run is shown beside.
+
+    Attributes:
+        name: Who and how, in a few words.
+        change: Of top-1 accuracy against its own unpruned network, a fraction.
+        macs_share: Multiply-accumulates left, of the unpruned network's; None where not published.
+        latency_share: Time left, likewise.
+        source: Where the figure is from, with what it began.
+    """
+
+    name: str
+    change: float
+    macs_share: float | None = None
+    latency_share: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything one run has to show; the first stage is the model that came in.
 
@@ -132,6 +152,7 @@ class RunReport:
         history: Recovery epochs, empty where nothing was trained.
         notes: What the reader must know to trust the numbers.
         sensitivity: Curves of each group, as :meth:`Sensitivity.to_dict` gives them.
+        references: Published results for the same network and data.
     """
 
     title: str
@@ -145,6 +166,7 @@ class RunReport:
     history: tuple[TrainingEpoch, ...] = ()
     notes: tuple[str, ...] = ()
     sensitivity: Mapping[str, Any] | None = None
+    references: tuple[Reference, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -176,6 +198,9 @@ class RunReport:
             values["widths"] = tuple(LayerWidth(**width) for width in values["widths"])
             values["history"] = tuple(TrainingEpoch(**epoch) for epoch in values["history"])
             values["notes"] = tuple(values["notes"])
+            # reports of earlier releases have none
+            found = values.get("references", ())
+            values["references"] = tuple(Reference(**reference) for reference in found)
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"report: a field is missing or unknown ({error})") from error
@@ -210,7 +235,7 @@ def render_html(report: RunReport) -> str:
         import jinja2
 
         from chanprune_ext import report_charts as charts
-        from chanprune_ext import sensitivity_charts
+        from chanprune_ext import sensitivity_charts, tradeoff_charts
     except ImportError as error:
         raise OutputError(
             f"an HTML report needs {error.name}; install it with: "
@@ -232,6 +257,12 @@ def render_html(report: RunReport) -> str:
         first=report.stages[0],
         last=report.stages[-1],
         accuracy_chart=charts.accuracy_chart(report.stages),
+        tradeoff_chart=(
+            tradeoff_charts.tradeoff_chart(report.stages, report.references)
+            if len(report.stages) > 1 or report.references
+            else ""
+        ),
+        letters="abcdefghijklmnopqrstuvwxyz",
         latency_chart=charts.latency_chart(report.stages) if measured else "",
         widths_chart=charts.widths_chart(report.widths) if report.widths else "",
         training_chart=charts.training_chart(report) if report.history else "",

@@ -20,6 +20,7 @@ from chanprune_ext.quantities import (
 )
 from chanprune_ext.report import (
     LayerWidth,
+    Reference,
     RunReport,
     Stage,
     StageLatency,
@@ -66,6 +67,10 @@ def example_report() -> RunReport:
         widths=(LayerWidth("layer1.0.conv1", 16, 8), LayerWidth("layer1.0.conv2", 16, 16)),
         history=(TrainingEpoch(1, 2.0, 0.8, 0.01), TrainingEpoch(2, 1.5, None, 0.001)),
         notes=("Only 1,017 images.",),
+        references=(
+            Reference("article <2017>", -0.039, 0.5, source="its table 2"),
+            Reference("peer", 0.002, 0.47, latency_share=0.78),
+        ),
     )
 
 
@@ -171,12 +176,47 @@ def test_charts_follow_the_theme_and_share_no_ids() -> None:
     page = render_html(example_report())
     drawings = re.findall(r'<svg class="chart".*?</svg>', page, flags=re.DOTALL)
 
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     for drawing in drawings:
         colors = set(re.findall(r"(?:fill|stroke|color): ?(#[0-9a-fA-F]+)", drawing))
         assert colors == set(), "a colour of its own would not follow dark mode"
     identities = re.findall(r'\bid="([^"]+)"', page)
     assert len(identities) == len(set(identities))
+
+
+def test_published_results_stand_beside_the_run() -> None:
+    report = example_report()
+    text = read_page(render_html(report)).text
+    times = "\N{MULTIPLICATION SIGN}"
+    assert f"article <2017>: {times}0.50 multiply-accumulates, \N{MINUS SIGN}3.9 points" in text
+    assert f"peer: {times}0.78 measured time, +0.2 points" in text
+    assert (
+        f"plain <L1> & nothing else: {times}0.62 measured time, \N{MINUS SIGN}53.5 points" in text
+    )
+    assert [0.0, -0.039, 0.5, -1.0] in read_page(render_html(report)).rows
+    # nothing measured: one panel less, and a word on it
+    unmeasured = replace(
+        report, stages=tuple(replace(stage, latency=None) for stage in report.stages)
+    )
+    text = read_page(render_html(unmeasured)).text
+    assert "Latency was not measured in this run." in text
+    assert "points" in text
+    assert "measured time" not in text
+
+
+def test_reports_without_published_results_are_still_read(tmp_path: Path) -> None:
+    data = example_report().to_dict()
+    del data["references"]
+    assert RunReport.from_dict(data).references == ()
+
+
+def test_what_lost_everything_does_not_hide_the_rest() -> None:
+    page = render_html(example_report())
+    (drawing,) = re.findall(r'<svg[^>]*aria-label="Change of acc.*?</svg>', page, re.DOTALL)
+    labels = re.findall(r">\s*(\N{MINUS SIGN}\d+\.\d)\s*<", drawing)
+    assert "\N{MINUS SIGN}53.5" in labels  # named where it stands, at the border
+    scale = [float(label.replace("\N{MINUS SIGN}", "-")) for label in labels]
+    assert min(value for value in scale if value != -53.5) > -8
 
 
 def test_page_without_optional_parts() -> None:

@@ -50,6 +50,8 @@ def reproduce(
     """Prunes a published network in several ways, without and with training, beside the article."""
     from chanprune_ext.demo import cifar10_resnet56_job
     from chanprune_ext.published import cifar10_resnet56_set, imagenet_mobilenetv2_set
+    from chanprune_ext.report import write_report
+    from chanprune_ext.trial_report import trial_report
     from chanprune_ext.trials import run_trials, save_trials
 
     folder = out or Path("runs") / result.value
@@ -79,6 +81,10 @@ def reproduce(
         )
         folder.mkdir(parents=True, exist_ok=True)
         save_trials(folder / "trials.json", found.title, command_line(), baseline, n, results)
+        if results:
+            made = trial_report(found.title, command_line(), baseline, n, results, found.references)
+            page = write_report(made, folder / "without-training")
+            Console().print(f"report: {page}", soft_wrap=True)
     if small and epochs:
         job = cifar10_resnet56_job(
             weights, data, recover_epochs=epochs, calibration_images=count, seed=seed
