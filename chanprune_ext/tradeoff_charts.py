@@ -132,11 +132,13 @@ def _draw(
         tip = f"{point.name}: {_TIMES}{point.cost:.2f} {quantity}, {_signed(point.change)} points"
         _tip(marker, f"{quantity.split(maxsplit=1)[0]}-{number}", tip, tips)
         if not point.ours or below:
+            left = not below and _crowded(point, points)
             axes.annotate(
                 f"{_signed(point.change)}" if below else point.label,
                 (point.cost, max(point.change, floor)),
-                xytext=(8, -1),
+                xytext=(-8 if left else 8, -1),
                 textcoords="offset points",
+                ha="right" if left else "left",
                 va="center",
                 color=_INK if below else _MUTED,
                 fontsize=9.5,
@@ -150,5 +152,15 @@ def _draw(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _signed(value)))
 
 
+def _crowded(point: _Point, points: Sequence[_Point]) -> bool:
+    """Whether another point stands where the label on the right would go."""
+    return any(
+        0 < other.cost - point.cost < 0.1 and abs(other.change - point.change) < 0.5
+        for other in points
+    )
+
+
 def _signed(value: float) -> str:
+    if abs(value) < 0.05:
+        return "0"
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
