@@ -259,7 +259,7 @@ def render_html(report: RunReport) -> str:
         accuracy_chart=charts.accuracy_chart(report.stages),
         tradeoff_chart=(
             tradeoff_charts.tradeoff_chart(report.stages, report.references)
-            if len(report.stages) > 1 or report.references
+            if len({stage.macs for stage in report.stages}) > 1 or report.references
             else ""
         ),
         letters="abcdefghijklmnopqrstuvwxyz",

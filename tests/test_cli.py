@@ -18,7 +18,7 @@ from chanprune_ext.cli import app
 from chanprune_ext.cli.model_spec import build_model, parse_arguments, parse_ratios, parse_shape
 from chanprune_ext.errors import ChanpruneError, InvalidArgumentError
 from chanprune_ext.models import CifarResNet, resnet20
-from chanprune_ext.report import RunReport, Stage, write_report
+from chanprune_ext.report import RunReport, Stage, load_report, write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,9 +128,17 @@ def test_prune_compensate_recover_evaluate_on_data(tmp_path: Path, narrow_weight
     assert output.count("(n = 360)") == 3
     output = succeed(
         *("recover", *common, "--weights", small, "--teacher-weights", narrow_weights),
-        *("--out", better, "--epochs", "1", "--batch-size", "256"),
+        *("--out", better, "--epochs", "1", "--batch-size", "256", "--report", tmp_path / "report"),
     )
     assert output.count("(n = 360)") == 2
+    report = load_report(tmp_path / "report" / "report.json")
+    assert [stage.name for stage in report.stages] == ["original", "pruned", "recovered"]
+    original, pruned, recovered = report.stages
+    assert pruned.macs == recovered.macs < 0.62 * original.macs
+    assert pruned.latency == recovered.latency
+    assert [epoch.val_accuracy for epoch in report.history] == [recovered.accuracy]
+    assert any(width.after < width.before for width in report.widths)
+    assert (tmp_path / "report" / "report.html").exists()
 
     evaluated = succeed("evaluate", *common, "--weights", better)
     accuracy = output.split("after: top-1 ")[1].split(" (n")[0]

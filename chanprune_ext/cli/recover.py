@@ -31,6 +31,7 @@ from chanprune_ext.cli.options import (
     OutFile,
     Seed,
 )
+from chanprune_ext.cli.run_printing import command_line
 from chanprune_ext.data import Augmentation
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.quantities import format_accuracy
@@ -42,7 +43,8 @@ from chanprune_ext.recovery.processes import (
     leave_processes,
 )
 from chanprune_ext.recovery.recipe import LOSSES
-from chanprune_ext.report import make_folder
+from chanprune_ext.recovery_report import recovery_report
+from chanprune_ext.report import make_folder, write_report
 
 __all__ = ["recover"]
 
@@ -217,6 +219,13 @@ def recover(
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard.", show_default=False)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for an HTML report: accuracies, time, widths, curves of the training.",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that decode images, for each that trains.")
     ] = 0,
@@ -265,13 +274,16 @@ def recover(
         repeats=repeats,
     )
     training = open_training_images(data, class_file, preset, image_size, augmentation, seed)
-    make_folder(out.parent)  # a place that cannot be written shows now and not after the training
+    # a place that cannot be written shows now and not after the training
+    for folder in {out.parent} if report is None else {out.parent, report}:
+        make_folder(folder)
+    test = open_images(test_data or data, "test", class_file, preset, image_size, resize)
     try:
         result = train_back(
             student,
             teacher,
             train=training,
-            val=open_images(test_data or data, "test", class_file, preset, image_size, resize),
+            val=test,
             recipe=chosen,
             device=None if several and device == "auto" else place(device),
             checkpoint_dir=checkpoints,
@@ -293,6 +305,17 @@ def recover(
     leave_processes()
     if first:
         _finish(student, out, result)
+        if report is not None:
+            made = recovery_report(
+                student.to(place(device)),
+                None if teacher is None else teacher.to(place(device)),
+                test,
+                result,
+                title=f"{model}: recovery",
+                command=command_line(),
+                file_bytes=out.stat().st_size,
+            )
+            Console().print(f"report: {write_report(made, report)}", soft_wrap=True)
 
 
 def _finish(student: nn.Module, out: Path, result: RecoveryResult) -> None:
