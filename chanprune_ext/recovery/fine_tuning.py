@@ -21,13 +21,13 @@ from .rollback import Snapshot
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
     from .result import RecoveryResult
 
-__all__ = ["recover", "train_in_place"]
+__all__ = ["checkpoint_folder", "recover", "train_in_place"]
 
 
 def recover(
@@ -106,11 +106,7 @@ def recover(
         >>> recover(pruned, teacher=model, train=images, epochs=10, losses={"kd": 1, "features": 1})
     """
     recipe = (recipe or Recipe()).changed(**settings)
-    checkpoints = None
-    if checkpoint_dir is not None or resume is not None:
-        checkpoints = CheckpointFolder(checkpoint_dir, resume, checkpoint_every, keep_checkpoints)
-    elif checkpoint_every is not None:
-        raise InvalidArgumentError("checkpoint_every: needs a folder; pass checkpoint_dir=...")
+    checkpoints = checkpoint_folder(checkpoint_dir, resume, checkpoint_every, keep_checkpoints)
     return train_in_place(
         student,
         teacher,
@@ -124,6 +120,20 @@ def recover(
     )
 
 
+def checkpoint_folder(
+    folder: str | os.PathLike[str] | None,
+    resume: str | os.PathLike[str] | None,
+    every: int | None,
+    keep: int,
+) -> CheckpointFolder | None:
+    """Where a run is kept; None where it is not. Arguments as for :class:`CheckpointFolder`."""
+    if folder is not None or resume is not None:
+        return CheckpointFolder(folder, resume, every, keep)
+    if every is not None:
+        raise InvalidArgumentError("checkpoint_every: needs a folder; pass checkpoint_dir=...")
+    return None
+
+
 def train_in_place(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -135,11 +145,12 @@ def train_in_place(
     penalty: Callable[[float], Tensor] | None = None,
     checkpoints: CheckpointFolder | None = None,
     log_dir: str | os.PathLike[str] | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> RecoveryResult:
     """:func:`recover` with a complete recipe, and perhaps a penalty on the student's weights.
 
-    ``penalty``, ``checkpoints`` and ``log_dir`` are as for :class:`TrainingLoop`, the rest as for
-    :func:`recover`.
+    ``penalty``, ``checkpoints``, ``log_dir`` and ``task`` are as for :class:`TrainingLoop`, the
+    rest as for :func:`recover`.
     """
     for name, used in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
         if used and val is None:
@@ -178,6 +189,7 @@ def train_in_place(
                 penalty,
                 checkpoints,
                 log_dir,
+                task,
             )
             result = loop.run(progress)
     except BaseException:

@@ -36,7 +36,7 @@ from .weights import copied, named_tensors, overwrite
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from accelerate import Accelerator
 
@@ -67,6 +67,7 @@ class TrainingLoop:
         checkpoints (CheckpointFolder, optional): where the run is kept, and perhaps resumed from.
             Default: None.
         log_dir (str or PathLike, optional): folder for TensorBoard. Default: None.
+        task (Mapping, optional): what else a checkpoint must agree on. Default: None.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class TrainingLoop:
         penalty: Callable[[float], Tensor] | None = None,
         checkpoints: CheckpointFolder | None = None,
         log_dir: str | os.PathLike[str] | None = None,
+        task: Mapping[str, Any] | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -90,6 +92,7 @@ class TrainingLoop:
         self.penalty = penalty
         self.checkpoints = checkpoints
         self.log_dir = log_dir
+        self.task = dict(task or {})
         self.source = loader
         self.marks = {m: student.__dict__[m] for m in ACCELERATE_MARKS if m in student.__dict__}
         self.accelerator = accelerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compensation import compensate
@@ -16,6 +17,7 @@ from .fine_tuning import recover
 from .recipe import Recipe
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
@@ -91,6 +93,9 @@ def prune_progressively(
     recipe: Recipe | None = None,
     recover_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: str | None = None,
+    checkpoint_every: int | None = None,
     **plan_options: Any,
 ) -> ProgressiveResult:
     """Prunes a copy of ``model`` in stages: prune, compensate, recover, and again.
@@ -114,6 +119,11 @@ def prune_progressively(
         recipe (Recipe, optional): settings of each stage's recovery; ``epochs`` are per stage.
         recover_settings (Mapping, optional): what differs from the recipe.
         progress (bool): draw progress bars. Default: True.
+        checkpoint_dir (str or PathLike, optional): folder for the checkpoints of each stage's
+            recovery, in ``stage-1`` and so on. Default: None, none.
+        resume (str, optional): ``"auto"`` goes on where these checkpoints end: what is trained is
+            not trained again, cuts and compensation are repeated. Default: None, start anew.
+        checkpoint_every (int, optional): as for :func:`recover`.
         **plan_options: of :func:`chanprune_ext.plan`: ``ratios``, ``budget``, ``criterion``...
 
     Returns:
@@ -128,7 +138,12 @@ def prune_progressively(
         raise InvalidArgumentError(f"stages: expected a number from 1, got {stages!r}")
     if schedule not in SCHEDULES:
         raise InvalidArgumentError(f"schedule: expected 'linear' or 'cubic', got {schedule!r}")
+    if resume not in (None, "auto"):
+        raise InvalidArgumentError(f"resume: expected None or 'auto', got {resume!r}")
+    if checkpoint_dir is None and resume is not None:
+        raise InvalidArgumentError("resume: needs the folder of the checkpoints, checkpoint_dir")
     chosen = (recipe or Recipe()).changed(**(recover_settings or {}))
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     goal = make_plan(model, example_inputs, ratio, **plan_options)
     current, done = copied(model), []
     widths = {group.name: group.width_before for group in goal.groups}
@@ -152,6 +167,9 @@ def prune_progressively(
             val=val,
             recipe=chosen,
             progress=progress,
+            checkpoint_dir=None if folder is None else folder / f"stage-{stage}",
+            resume=resume,
+            checkpoint_every=checkpoint_every,
         )
         current = pruned
         widths.update({group.name: group.width_after for group in made.groups})

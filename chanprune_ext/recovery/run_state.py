@@ -133,6 +133,7 @@ def identity(loop: TrainingLoop) -> dict[str, dict[str, Any]]:
             for dim, index in dims.items()
         },
         "teacher": {"class": _class_of(loop.teacher)},
+        "task": loop.task,
         "recipe": recipe,
         "train": {
             "batches an epoch": len(loop.loader),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import InvalidArgumentError
-from .fine_tuning import train_in_place
+from .fine_tuning import checkpoint_folder, train_in_place
 from .recipe import Recipe
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
@@ -36,6 +38,11 @@ def sparsify(
     recipe: Recipe | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
+    log_dir: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> RecoveryResult:
     """Trains ``model`` in place before the cut, with a penalty on what ``plan`` removes.
@@ -57,6 +64,11 @@ def sparsify(
         recipe (Recipe, optional): as for :func:`recover`; its weight decay acts besides.
         device (torch.device or str, optional): as for :func:`recover`.
         progress (bool): draw a progress bar. Default: True.
+        checkpoint_dir (str or PathLike, optional): as for :func:`recover`.
+        resume (str or PathLike, optional): likewise.
+        checkpoint_every (int, optional): likewise.
+        keep_checkpoints (int): likewise. Default: 2.
+        log_dir (str or PathLike, optional): likewise.
         **settings: as for :func:`recover`.
 
     Returns:
@@ -64,7 +76,8 @@ def sparsify(
 
     Raises:
         PlanMismatchError: the plan was made for another network.
-        InvalidArgumentError, DataError, TrainingError: as for :func:`recover`.
+        InvalidArgumentError, DataError, TrainingError, CheckpointError, OutputError,
+            RecoveryInterrupted: as for :func:`recover`.
     """
     if penalty not in ("growing", "lasso"):
         raise InvalidArgumentError(f"penalty: expected 'growing' or 'lasso', got {penalty!r}")
@@ -77,7 +90,28 @@ def sparsify(
     def weighted(done: float) -> Tensor:
         return strength * (done if penalty == "growing" else 1.0) * measure()
 
-    return train_in_place(model, teacher, train, val, chosen, device, progress, weighted)
+    return train_in_place(
+        model,
+        teacher,
+        train,
+        val,
+        chosen,
+        device,
+        progress,
+        weighted,
+        checkpoint_folder(checkpoint_dir, resume, checkpoint_every, keep_checkpoints),
+        log_dir,
+        {"penalty": penalty, "strength": float(strength), "removes": _checksum(plan)},
+    )
+
+
+def _checksum(plan: PruningPlan) -> int:
+    """Of what a plan removes, and where."""
+    removed = {
+        entry: {dim: index.tolist() for dim, index in sorted(dims.items())}
+        for entry, dims in sorted(plan.pruned.items())
+    }
+    return zlib.crc32(str(removed).encode())
 
 
 def group_penalty(

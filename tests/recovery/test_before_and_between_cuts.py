@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,10 +12,14 @@ from torch.utils.data import TensorDataset
 
 import chanprune_ext as cpx
 from chanprune_ext.data import open_dataset
-from chanprune_ext.errors import InvalidArgumentError, PlanMismatchError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from chanprune_ext.models import CifarResNet
 from chanprune_ext.recovery import evaluate, prune_progressively, recover, sparsify
+from chanprune_ext.recovery.loop import TrainingLoop
 from chanprune_ext.recovery.sparsity import group_penalty
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 INPUT = torch.zeros(1, 1, 8, 8)
 
@@ -154,3 +158,85 @@ def test_stage_settings_are_checked(trained: nn.Module) -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             prune_progressively(trained, INPUT, 0.5, train=train_data(), **options)
+
+
+def crashing(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Lets a run die in the update after so many, counted over all that run."""
+    step, left = TrainingLoop._step, [after]
+
+    def failing(loop: TrainingLoop, batch: Any, rate: float) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(loop, batch, rate)
+
+    monkeypatch.setattr(TrainingLoop, "_step", failing)
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_sparsity_training_goes_on_after_a_crash(
+    trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = cpx.plan(trained, INPUT, 0.5)
+    x, y = train_data().tensors
+    options: dict[str, Any] = {"train": [(x[:32], y[:32]), (x[32:64], y[32:64])], "epochs": 3}
+
+    def run(**more: Any) -> nn.Module:
+        model = copy.deepcopy(trained)
+        sparsify(model, plan, trained, progress=False, **{**options, **more})
+        return model
+
+    kept = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        crashing(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(**kept)
+    with pytest.raises(CheckpointError, match=r"task: strength was 1\.0 and is 2\.0 now"):
+        run(**kept, resume="auto", strength=2.0)
+    with pytest.raises(CheckpointError, match="task: penalty was 'growing' and is None now"):
+        recover(copy.deepcopy(trained), trained, **options, **kept, resume="auto", progress=False)
+    crashing(monkeypatch, 3)  # three of six updates are left
+    assert same(run(**kept, resume="auto"), run_without(monkeypatch, run))
+
+
+def run_without(monkeypatch: pytest.MonkeyPatch, run: Any) -> nn.Module:
+    monkeypatch.undo()
+    return run()
+
+
+def test_stages_go_on_after_a_crash(
+    trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = train_data().tensors
+    options: dict[str, Any] = {
+        "train": [(x[:32], y[:32]), (x[32:64], y[32:64])],
+        "val": TensorDataset(x[:100], y[:100]),
+        "calibration": x[:64],
+        "recover_settings": {"epochs": 2, "warmup": 0.0},
+        "progress": False,
+    }
+    kept = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        crashing(patch, 6)  # in the second of three stages of four updates
+        with pytest.raises(KeyboardInterrupt):
+            prune_progressively(trained, INPUT, 0.5, **options, **kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-1", "stage-2"]
+    with monkeypatch.context() as patch:
+        crashing(patch, 6)
+        found = prune_progressively(trained, INPUT, 0.5, **options, **kept, resume="auto")
+    expected = prune_progressively(trained, INPUT, 0.5, **options)
+    assert len(found.stages) == len(expected.stages) == 3
+    assert same(found.model, expected.model)
+    for one, two in zip(found.stages, expected.stages, strict=True):
+        assert (one.params, one.compensation) == (two.params, two.compensation)
+        assert [e.loss for e in one.recovery.history] == [e.loss for e in two.recovery.history]
+    with pytest.raises(InvalidArgumentError, match="holds checkpoints of an earlier run"):
+        prune_progressively(trained, INPUT, 0.5, **options, **kept)
+    with pytest.raises(InvalidArgumentError, match="resume: needs the folder"):
+        prune_progressively(trained, INPUT, 0.5, **options, resume="auto")
+    with pytest.raises(InvalidArgumentError, match="resume: expected None or 'auto'"):
+        prune_progressively(trained, INPUT, 0.5, **options, **kept, resume="stage-1")
