@@ -186,6 +186,14 @@ def recover(
         bool | None,
         typer.Option("--compile", help="Run through torch.compile.", show_default=False),
     ] = None,
+    freeze_batch_norm: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze-batch-norm",
+            help="Keep the running statistics; for a network close to its teacher.",
+            show_default=False,
+        ),
+    ] = None,
     sync_batch_norm: Annotated[
         bool | None,
         typer.Option(
@@ -255,6 +263,7 @@ def recover(
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "channels_last": channels_last,
         "compile": compile_,
+        "freeze_batch_norm": freeze_batch_norm,
         "sync_batch_norm": sync_batch_norm,
     }
     settings = {name: value for name, value in given.items() if value is not None}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compensation.batch_norm import reestimate
+from ..compensation.batch_norm import measured_batch_norms, reestimate
 from ..compensation.ledger import Ledger
 from ..errors import DataError, InvalidArgumentError, TrainingError
 from .advice import out_of_memory, wait_hint
@@ -246,6 +246,9 @@ class TrainingLoop:
         started = time.perf_counter() - at.seconds
         self.pass_.choose(epoch)
         self.student.train()
+        if self.recipe.freeze_batch_norm:
+            for norm in measured_batch_norms(self.student):
+                norm.training = False
         self.wait.seconds = at.data_seconds
         # What a checkpoint knows of the epoch is the sum over all; one process carries it on.
         loss_sum, images = (at.loss_sum, at.images) if self.processes.first else (0.0, 0)

@@ -87,6 +87,10 @@ class Recipe:
         teacher_precision (str, optional): likewise, of the teacher alone; a teacher whose weights
             are bfloat16 or float16 runs in that. Default: as the student.
         compile (bool): run the student through ``torch.compile``, the teacher too. Default: False.
+        freeze_batch_norm (bool): batch norms go on with the running statistics they have and do not
+            measure them anew; their scales and shifts are trained. For a network that is close to
+            its teacher already: batch statistics of a few images would move it away first. Not
+            together with ``sync_batch_norm``. Default: False.
         sync_batch_norm (bool): let batch norm average over all processes while training, for few
             images a GPU. Needs CUDA; nothing changes in a single process. Default: False.
         channels_last (bool): feed images in NHWC layout, which most convolutions run faster on.
@@ -128,6 +132,7 @@ class Recipe:
     precision: str = "fp32"
     teacher_precision: str | None = None
     compile: bool = False
+    freeze_batch_norm: bool = False
     sync_batch_norm: bool = False
     channels_last: bool = False
     seed: int = 0
@@ -157,6 +162,11 @@ class Recipe:
         self._require(
             "ema_decay, swa_start",
             self.ema_decay is None or self.swa_start is None,
+            "one of them at most",
+        )
+        self._require(
+            "freeze_batch_norm, sync_batch_norm",
+            not (self.freeze_batch_norm and self.sync_batch_norm),
             "one of them at most",
         )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")

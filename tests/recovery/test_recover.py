@@ -176,6 +176,22 @@ def test_average_of_weights_is_what_is_measured_and_kept() -> None:
     assert evaluate(averaged, points(300, seed=1)) == result.last
 
 
+def test_frozen_batch_norm_trains_what_evaluation_computes() -> None:
+    student = net()
+    student[1].running_mean.fill_(0.3)  # not what the points give
+    before = state(student)
+    result = run(student, lr=1e-9, freeze_batch_norm=True, losses={"hard": 1.0})
+    assert student[1].num_batches_tracked == 0
+    assert torch.equal(student[1].running_mean, before["1.running_mean"])
+    measured = evaluate(student, points()).loss
+    assert result.history[-1].loss == pytest.approx(measured, rel=1e-4)
+    trained = copy.deepcopy(student)
+    run(trained, lr=0.1, freeze_batch_norm=True)
+    assert not torch.equal(trained[1].weight, student[1].weight)
+    with pytest.raises(InvalidArgumentError, match="freeze_batch_norm, sync_batch_norm"):
+        run(student, freeze_batch_norm=True, sync_batch_norm=True)
+
+
 def test_best_weights_include_those_it_came_with() -> None:
     student, val = net(), points(300, seed=1)
     run(student, epochs=12, lr=0.1)
