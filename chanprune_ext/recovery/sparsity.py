@@ -76,8 +76,7 @@ def sparsify(
 
     Raises:
         PlanMismatchError: the plan was made for another network.
-        InvalidArgumentError, DataError, TrainingError, CheckpointError, OutputError,
-            RecoveryInterrupted: as for :func:`recover`.
+        ChanpruneError: as for :func:`recover`, which this runs.
     """
     if penalty not in ("growing", "lasso"):
         raise InvalidArgumentError(f"penalty: expected 'growing' or 'lasso', got {penalty!r}")
