@@ -173,10 +173,10 @@ ChannelNormPlan plan_channel_norms(const std::vector<Tensor>& weights,
     const Tensor& weight = weights[i];
     const ScalarType dtype = weight.scalar_type();
     const int64_t dim = dims[i] < 0 ? dims[i] + weight.dim() : dims[i];
-    plan.results.push_back(pool.next(weight.size(dim), accumulation_dtype(dtype)));
-    Tensor& result = plan.results.back();
+    const AtenTensorHandle result = pool.next(weight.size(dim), accumulation_dtype(dtype));
+    plan.results.push_back(result);
     if (weight.numel() == 0) {
-      torch::stable::zero_(result);
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(result));
       continue;
     }
     plan.tasks.emplace_back();
@@ -185,7 +185,7 @@ ChannelNormPlan plan_channel_norms(const std::vector<Tensor>& weights,
       plan.kept_alive.push_back(torch::stable::contiguous(weight));
       view_as_block(plan.kept_alive.back(), dim, &task);
     }
-    task.result = result.data_ptr();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(result, &task.result));
     task.dtype = static_cast<int32_t>(element_kind(dtype));
     choose_split(limits, &task);
     task.partial_start = -1;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "channel_norms_task.h"
+#include "tensor_handles.h"
 
 namespace chanprune {
 
@@ -21,7 +22,7 @@ struct ChannelNormLimits {
 
 struct ChannelNormPlan {
   NormKind kind;
-  std::vector<torch::stable::Tensor> results;
+  TensorHandles results;
   std::vector<ChannelNormTask> tasks;
   std::vector<ChannelNormUnit> units;
   std::vector<int64_t> unit_elements;             // work of each unit, for balancing
@@ -36,5 +37,15 @@ struct ChannelNormPlan {
 ChannelNormPlan plan_channel_norms(const std::vector<torch::stable::Tensor>& weights,
                                    const std::vector<int64_t>& dims, double p,
                                    const ChannelNormLimits& limits);
+
+// The operator as the dispatcher calls it, around the kernels of one device.
+template <TensorHandles (*Run)(const std::vector<torch::stable::Tensor>& weights,
+                               const std::vector<int64_t>& dims, double p)>
+void boxed_channel_norms(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  using torch::stable::detail::to;
+  const auto weights = to<std::vector<torch::stable::Tensor>>(stack[0]);
+  const auto dims = to<std::vector<int64_t>>(stack[1]);
+  stack[0] = Run(weights, dims, to<double>(stack[2])).release();
+}
 
 }  // namespace chanprune

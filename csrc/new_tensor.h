@@ -26,12 +26,18 @@ class TensorMaker {
 
   torch::stable::Tensor strided(int64_t ndim, const int64_t* sizes, const int64_t* strides,
                                 torch::headeronly::ScalarType dtype) const {
+    return torch::stable::Tensor(strided_handle(ndim, sizes, strides, dtype));
+  }
+
+  // The caller owns the handle.
+  AtenTensorHandle strided_handle(int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                  torch::headeronly::ScalarType dtype) const {
     const int32_t shim_dtype =
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes, strides, shim_dtype,
                                                            device_type_, device_index_, &handle));
-    return torch::stable::Tensor(handle);
+    return handle;
   }
 
   torch::stable::Tensor vector(int64_t size, torch::headeronly::ScalarType dtype) const {

@@ -35,10 +35,11 @@ class VectorPool {
     }
   }
 
-  // An uninitialised vector of dtype float32 or float64.
-  torch::stable::Tensor next(int64_t size, torch::headeronly::ScalarType dtype) {
+  // An uninitialised vector of dtype float32 or float64; the caller owns the handle.
+  AtenTensorHandle next(int64_t size, torch::headeronly::ScalarType dtype) {
     if (block_ == nullptr || size == 0) {
-      return maker_.vector(size, dtype);
+      const int64_t stride = 1;
+      return maker_.strided_handle(1, &size, &stride, dtype);
     }
     void* const data = block_->data() + used_;
     used_ += bytes_of(size, dtype);
@@ -50,7 +51,7 @@ class VectorPool {
                         aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
                         nullptr, 0, &Block::release, block_));
     block_->references.fetch_add(1, std::memory_order_relaxed);
-    return torch::stable::Tensor(handle);
+    return handle;
   }
 
  private:

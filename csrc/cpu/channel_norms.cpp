@@ -225,8 +225,8 @@ void run(const ChannelNormPlan& plan) {
       });
 }
 
-std::vector<torch::stable::Tensor> channel_norms_cpu(
-    const std::vector<torch::stable::Tensor>& weights, const std::vector<int64_t>& dims, double p) {
+TensorHandles channel_norms_cpu(const std::vector<torch::stable::Tensor>& weights,
+                                const std::vector<int64_t>& dims, double p) {
   ChannelNormPlan plan = plan_channel_norms(weights, dims, p, kLimits);
   switch (plan.kind) {
     case NormKind::kL1:
@@ -246,5 +246,5 @@ std::vector<torch::stable::Tensor> channel_norms_cpu(
 }  // namespace chanprune
 
 STABLE_TORCH_LIBRARY_IMPL(chanprune, CPU, m) {
-  m.impl("channel_norms", TORCH_BOX(&chanprune::channel_norms_cpu));
+  m.impl("channel_norms", &chanprune::boxed_channel_norms<&chanprune::channel_norms_cpu>);
 }

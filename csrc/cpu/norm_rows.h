@@ -17,7 +17,11 @@ namespace {  // clones are exported otherwise, whatever their visibility
 
 // 32 bytes suit two of the three clones; compilers take wider ones apart through memory where the
 // instruction set lacks them.
-constexpr int kVectorBytes = CHANPRUNE_HAS_CLONES ? 32 : 16;
+#if CHANPRUNE_HAS_CLONES || defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
 
 template <typename A>
 struct VectorTypes;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "channel_norms.h"
 #include "cuda/channel_norms_kernels.h"
@@ -29,15 +30,15 @@ std::vector<ChannelNormUnit> joining_units(const ChannelNormPlan& plan) {
   return units;
 }
 
-std::vector<torch::stable::Tensor> channel_norms_cuda(
-    const std::vector<torch::stable::Tensor>& weights, const std::vector<int64_t>& dims, double p) {
+TensorHandles channel_norms_cuda(const std::vector<torch::stable::Tensor>& weights,
+                                 const std::vector<int64_t>& dims, double p) {
   if (weights.empty()) {
     return {};
   }
   const LaunchScope scope(weights[0]);
-  const ChannelNormPlan plan = plan_channel_norms(weights, dims, p, kLimits);
+  ChannelNormPlan plan = plan_channel_norms(weights, dims, p, kLimits);
   if (plan.units.empty()) {
-    return plan.results;
+    return std::move(plan.results);
   }
   const std::vector<ChannelNormUnit> joins = joining_units(plan);
   TableUpload upload;
@@ -58,12 +59,12 @@ std::vector<torch::stable::Tensor> channel_norms_cuda(
                        static_cast<int64_t>(joins.size()), partials, scope.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return plan.results;
+  return std::move(plan.results);
 }
 
 }  // namespace
 }  // namespace chanprune
 
 STABLE_TORCH_LIBRARY_IMPL(chanprune, CUDA, m) {
-  m.impl("channel_norms", TORCH_BOX(&chanprune::channel_norms_cuda));
+  m.impl("channel_norms", &chanprune::boxed_channel_norms<&chanprune::channel_norms_cuda>);
 }
