@@ -34,9 +34,9 @@ copying and with summing 256 MB in the same process; data that fit the caches ca
 where in memory the system has put the data makes a difference too. `read` therefore sums every
 weight to one number, which makes no norms but reads the very same memory.
 *Ratio* is the time of a variant over ours: above 1, ours is faster. KD times include the backward;
-`nothing` is an autograd function without any work, the least that any loss can cost, and
-`ours_backward` makes the gradient in the backward, from row statistics, instead of in the
-forward.{cuda}{note}
+`nothing` is an autograd function without any work and `sum` torch's plainest loss, `student.sum()`:
+no loss costs less. `ours_backward` makes the gradient in the backward, from row statistics, instead
+of in the forward.{cuda}{note}
 """
 NO_CUDA = """
 

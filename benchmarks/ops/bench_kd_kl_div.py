@@ -25,7 +25,7 @@ SHAPES = {
     "64x32000": (64, 32000, torch.float32),
     "8192x128256": (8192, 128256, torch.bfloat16),  # CUDA only
 }
-VARIANTS = ("ours", "ours_backward", "eager", "compiled", "liger", "nothing")
+VARIANTS = ("ours", "ours_backward", "eager", "compiled", "liger", "nothing", "sum")
 
 
 class Nothing(torch.autograd.Function):
@@ -63,6 +63,7 @@ def _losses(student: Tensor, teacher: Tensor) -> dict[str, Call]:
         "eager": lambda: eager(student, teacher),
         "compiled": lambda: compiled(student, teacher),
         "nothing": lambda: Nothing.apply(student),
+        "sum": student.sum,  # the cheapest loss that torch's own native code has
     }
     if student.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerKLDIVLoss

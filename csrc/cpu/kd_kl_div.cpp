@@ -20,7 +20,7 @@
 namespace chanprune {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // logits worth a thread
+constexpr int64_t kGrain = 8192;  // logits worth a thread: some 20 microseconds
 
 // The raw data of a call.
 template <typename T>

@@ -13,7 +13,7 @@
 namespace chanprune {
 namespace {  // clones are exported otherwise, whatever their visibility
 
-constexpr int64_t kNarrow = 48;  // most classes of such a row
+constexpr int64_t kNarrow = 112;  // most classes of such a row
 
 // What becomes of kLanes rows; arrays are per row.
 template <typename T>
