@@ -78,12 +78,13 @@ TORCHES ?= 2.11.0? 2.13.0? latest
 wheel-test: $(INSTALLED)
 	$(BIN)/python tools/wheel_test.py --torch $(TORCHES)
 
-# One process per operator: each measures the machine's bandwidth anew beside its own rows.
+# One process per operator: each measures the machine's bandwidth anew beside its own rows. Threads
+# keep to their cores: on a busy machine two would otherwise take turns on one.
 OPERATORS := channel_norms slice_channels kd_kl_div
 bench: $(INSTALLED)
 	mkdir -p runs
 	set -e; for op in $(OPERATORS); do \
-	  $(BIN)/python -m pytest benchmarks/ops/bench_$$op.py --benchmark-only \
+	  OMP_PROC_BIND=true $(BIN)/python -m pytest benchmarks/ops/bench_$$op.py --benchmark-only \
 	    --benchmark-json=runs/benchmarks-$$op.json; \
 	done
 	$(BIN)/python benchmarks/render.py docs '$(NOTE)' $(OPERATORS:%=runs/benchmarks-%.json)

@@ -78,41 +78,51 @@ CHANPRUNE_INLINE void sum_narrow(A* __restrict s, A* __restrict t, A* __restrict
   find_maxima(t, classes, sums->teacher_max);
   A student_max[kLanes];
   A teacher_max[kLanes];
-  A z[kLanes] = {};
-  A w[kLanes] = {};
-  A cross[kLanes] = {};
-  A h[kLanes] = {};
-  A differences[kLanes] = {};
   for (int j = 0; j < kLanes; ++j) {
     const A low = -std::numeric_limits<A>::infinity();
     student_max[j] = sums->student_max[j] == low ? 0 : sums->student_max[j];
     teacher_max[j] = sums->teacher_max[j] == low ? 0 : sums->teacher_max[j];
+    sums->student[j] = 0;
+    sums->teacher[j] = 0;
+    sums->cross[j] = 0;
+    sums->hard[j] = 0;
+    sums->differences[j] = 0;
   }
-  for (int64_t c = 0; c < classes; ++c) {
-    A* const s_c = s + c * kLanes;
-    A* const t_c = t + c * kLanes;
-    A* const h_c = hard + c * kLanes;
-    for (int j = 0; j < kLanes; ++j) {
-      const RowMaxima<A> maxima = {student_max[j], teacher_max[j], inverse_temperature};
-      const ClassTerms<A> terms = class_terms<Hard>(s_c[j], t_c[j], maxima);
-      z[j] += terms.student;
-      w[j] += terms.teacher;
-      cross[j] += terms.cross;
-      s_c[j] = terms.student;
-      t_c[j] = terms.teacher;
-      if constexpr (Hard) {
-        h[j] += terms.hard;
-        differences[j] += terms.difference;
-        h_c[j] = terms.hard;
+  // Chains of a few additions: the loss is a small difference of what comes out.
+  constexpr int64_t kChain = 16;
+  for (int64_t first = 0; first < classes; first += kChain) {
+    const int64_t end = classes - first < kChain ? classes : first + kChain;
+    A z[kLanes] = {};
+    A w[kLanes] = {};
+    A cross[kLanes] = {};
+    A h[kLanes] = {};
+    A differences[kLanes] = {};
+    for (int64_t c = first; c < end; ++c) {
+      A* const s_c = s + c * kLanes;
+      A* const t_c = t + c * kLanes;
+      A* const h_c = hard + c * kLanes;
+      for (int j = 0; j < kLanes; ++j) {
+        const RowMaxima<A> maxima = {student_max[j], teacher_max[j], inverse_temperature};
+        const ClassTerms<A> terms = class_terms<Hard>(s_c[j], t_c[j], maxima);
+        z[j] += terms.student;
+        w[j] += terms.teacher;
+        cross[j] += terms.cross;
+        s_c[j] = terms.student;
+        t_c[j] = terms.teacher;
+        if constexpr (Hard) {
+          h[j] += terms.hard;
+          differences[j] += terms.difference;
+          h_c[j] = terms.hard;
+        }
       }
     }
-  }
-  for (int j = 0; j < kLanes; ++j) {
-    sums->student[j] = z[j];
-    sums->teacher[j] = w[j];
-    sums->cross[j] = cross[j];
-    sums->hard[j] = h[j];
-    sums->differences[j] = differences[j];
+    for (int j = 0; j < kLanes; ++j) {
+      sums->student[j] += z[j];
+      sums->teacher[j] += w[j];
+      sums->cross[j] += cross[j];
+      sums->hard[j] += h[j];
+      sums->differences[j] += differences[j];
+    }
   }
 }
 
