@@ -226,12 +226,15 @@ def _from_archive(
     seed: int,
     interpolation: str,
 ) -> ImageDataset:
-    folders = (entry.class_name for entry in archive.entries)
+    kinds, kind_of = archive.entries.kinds, archive.entries.kind_of
+    folders = (name for _, name in kinds)
     classes = class_names(str(archive.path), folders, class_file)
     rank = {name: label for label, name in enumerate(classes)}
     wanted = _wanted_split(archive, split)
-    positions = [i for i, entry in enumerate(archive.entries) if entry.split == wanted]
-    labels = torch.tensor([rank[archive.entries[i].class_name] for i in positions])
+    chosen = np.array([split == wanted for split, _ in kinds])
+    positions = np.flatnonzero(chosen[kind_of]).tolist()
+    label_of = np.array([rank[name] for _, name in kinds])
+    labels = torch.from_numpy(label_of[kind_of[positions]])
     if size is None:
         width, height = _size_of_first(archive, positions)
         size = width if width == height <= SMALL_EDGE else 224

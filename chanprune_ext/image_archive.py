@@ -16,19 +16,20 @@ import tarfile
 import tempfile
 import weakref
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
 
 from .errors import DataError
 from .image_decoding import decoded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-__all__ = ["ImageArchive", "ImageEntry", "decode", "is_archive"]
+__all__ = ["ImageArchive", "ImageEntries", "ImageEntry", "decode", "is_archive"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -56,6 +57,44 @@ class ImageEntry:
     class_name: str
 
 
+class ImageEntries(Sequence[ImageEntry]):
+    """The images of a set, kept as arrays.
+
+    A list of a million objects would be copied into every data-loader worker, page by page, as
+    its reference counts change; arrays stay shared.
+
+    Attributes:
+        kinds (list[tuple[str | None, str]]): every pair of split and class that occurs.
+        kind_of (ndarray[N]): which of them an image is of.
+
+    Args:
+        names (Sequence[str]): of the images.
+        kinds (Sequence[tuple[str | None, str]]): split and class of each.
+    """
+
+    def __init__(self, names: Sequence[str], kinds: Sequence[tuple[str | None, str]]) -> None:
+        self.kinds = list(dict.fromkeys(kinds))
+        number = {kind: k for k, kind in enumerate(self.kinds)}
+        self.kind_of = np.array([number[kind] for kind in kinds], np.int64)
+        self._names = np.array([os.fsencode(name) for name in names], np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.kind_of)
+
+    def name(self, index: int) -> str:
+        """Path of one image within the set."""
+        return os.fsdecode(self._names[index].tobytes().rstrip(b"\0"))
+
+    @overload
+    def __getitem__(self, index: int) -> ImageEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageEntry]: ...
+    def __getitem__(self, index: int | slice) -> ImageEntry | list[ImageEntry]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return ImageEntry(self.name(index), *self.kinds[self.kind_of[index]])
+
+
 class ImageArchive:
     """Index of an image set laid out as ``[wrapper/][split/]class/image``.
 
@@ -70,18 +109,13 @@ class ImageArchive:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.is_dir():
-            names = sorted(
-                str(file.relative_to(path))
-                for file in path.rglob("*")
-                if _is_image(file.name) and file.is_file()
-            )
+            names = _names_below(path)
             self._blob: Path | None = None
-            self._spans: list[tuple[int, int]] = []
+            self._spans = np.empty((0, 2), np.int64)
         else:
             names = self._index_tar()
         self._fd: tuple[int, int] | None = None
-        self._names = names
-        self.entries: list[ImageEntry] = _entries(names)
+        self.entries = _entries(names)
         if not self.entries:
             raise DataError(
                 f"{path}: no image found in a class folder; expected [split/]class/image with one "
@@ -106,7 +140,8 @@ class ImageArchive:
             raise DataError(
                 f"{self.path}: not a complete tar archive ({error}); copy or download it again"
             ) from error
-        self._spans = [(offset, size) for _, offset, size in found]
+        spans = [(offset, size) for _, offset, size in found]
+        self._spans = np.array(spans, np.int64).reshape(-1, 2)
         return [name for name, _, _ in found]
 
     def _inflated(self) -> Path:
@@ -123,15 +158,16 @@ class ImageArchive:
         Raises:
             DataError: the image has vanished or can't be read.
         """
+        name = self.entries.name(index)
         try:
             if self._blob is None:
-                return (self.path / self._names[index]).read_bytes()
-            offset, size = self._spans[index]
+                return (self.path / name).read_bytes()
+            offset, size = self._spans[index].tolist()
             data = os.pread(self._descriptor(self._blob), size, offset)
         except OSError as error:
-            raise DataError(f"{self.path}: can't read {self._names[index]}: {error}") from error
+            raise DataError(f"{self.path}: can't read {name}: {error}") from error
         if len(data) != size:
-            raise DataError(f"{self.path}: {self._names[index]} is cut short; copy the file again")
+            raise DataError(f"{self.path}: {name} is cut short; copy the file again")
         return data
 
     def _descriptor(self, blob: Path) -> int:
@@ -148,7 +184,7 @@ class ImageArchive:
     @property
     def splits(self) -> set[str]:
         """Names of the split folders, out of ``train``, ``val`` and ``test``; empty if none."""
-        return {entry.split for entry in self.entries if entry.split is not None}
+        return {split for split, _ in self.entries.kinds if split is not None}
 
 
 def _opened(path: Path) -> bz2.BZ2File | gzip.GzipFile | lzma.LZMAFile:
@@ -173,11 +209,20 @@ def _is_image(name: str) -> bool:
     return leaf.lower().endswith(IMAGE_SUFFIXES) and not leaf.startswith(".")
 
 
-def _entries(names: Sequence[str]) -> list[ImageEntry]:
-    """Tells wrapper, split and class folders apart; [] when an image lies in no class folder."""
+def _names_below(folder: Path) -> list[str]:
+    """Paths of all images, relative to the folder, sorted; links are followed."""
+    names = []
+    for root, _, files in os.walk(folder, followlinks=True):
+        below = os.path.relpath(root, folder)
+        names += [f"{below}/{file}" for file in files if _is_image(file)]
+    return sorted(name.removeprefix("./") for name in names)
+
+
+def _entries(names: Sequence[str]) -> ImageEntries:
+    """Tells wrapper, split and class folders apart; none when an image lies in no class folder."""
     split_paths = [[part for part in name.split("/") if part != "."] for name in names]
     if not split_paths:
-        return []
+        return ImageEntries((), ())
     depth = 0
     while (
         all(len(parts) - depth >= 3 for parts in split_paths)
@@ -188,14 +233,14 @@ def _entries(names: Sequence[str]) -> list[ImageEntry]:
     has_splits = all(
         parts[depth] in SPLIT_NAMES and len(parts) - depth >= 3 for parts in split_paths
     )
-    entries = []
-    for name, parts in zip(names, split_paths, strict=True):
+    kinds = []
+    for parts in split_paths:
         split = SPLIT_NAMES[parts[depth]] if has_splits else None
         rest = parts[depth + has_splits :]
         if len(rest) < 2:
-            return []
-        entries.append(ImageEntry(name, split, rest[0]))
-    return entries
+            return ImageEntries((), ())
+        kinds.append((split, rest[0]))
+    return ImageEntries(names, kinds)
 
 
 def decode(archive: ImageArchive, position: int) -> Tensor:
@@ -204,5 +249,5 @@ def decode(archive: ImageArchive, position: int) -> Tensor:
     Raises:
         DataError: the bytes are no complete image.
     """
-    name = f"{archive.path}: {archive.entries[position].name}"
+    name = f"{archive.path}: {archive.entries.name(position)}"
     return decoded(archive.read(position), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -119,7 +120,7 @@ class FileImages(EncodedImages):
     ) -> None:
         super().__init__(str(archive.path), len(labels), class_names, preset, augment, seed)
         self.archive = archive
-        self.positions = list(positions)
+        self.positions = np.asarray(positions)  # shared with workers, as the entries are
         self.labels = labels
 
     def __getitem__(self, index: Index) -> tuple[Tensor, int]:
@@ -144,7 +145,7 @@ class FileImages(EncodedImages):
 
     def explain(self, index: int) -> str:
         """The name of an image that could not be read, and what is wrong with it."""
-        name = self.archive.entries[self.positions[index]].name
+        name = self.archive.entries.name(self.positions[index])
         try:
             decode(self.archive, self.positions[index])
         except DataError as error:

@@ -456,3 +456,17 @@ def test_imagenet_archive_with_its_class_file() -> None:
     image, _ = data[0]
     assert image.shape == (3, 224, 224)
     assert 0.3 < image.std() < 3
+
+
+def test_linked_class_folders_and_names_of_any_alphabet(tmp_path: Path) -> None:
+    elsewhere = write_tree(tmp_path / "elsewhere", {"x/ключ.png": png(3), "x/a b.png": png(4)})
+    root = tmp_path / "set"
+    (root / "train").mkdir(parents=True)
+    (root / "train" / "größer").symlink_to(elsewhere / "x", target_is_directory=True)
+    archive = ImageArchive(root)
+    assert [entry.name for entry in archive.entries] == [
+        "train/größer/a b.png",
+        "train/größer/ключ.png",
+    ]
+    assert archive.entries[-1:][0].class_name == "größer"
+    assert open_dataset(root, "train", **UNIT)[1][0][0, 0, 0] == pytest.approx(3 / 255)
