@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["freed_memory_kept"]
 
 # Parameters of glibc's mallopt(3).
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _KEEP_ALL = 2**31 - 1
 # What glibc's own adjustment ends at in a process that has used large blocks, and its default.
-_USUAL = ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20), (_MMAP_MAX, 65536))
+_USUAL = (
+    (_MMAP_THRESHOLD, 32 << 20),
+    (_TRIM_THRESHOLD, 64 << 20),
+    (_MMAP_MAX, 65536),
+    (_ARENA_MAX, 0),
+)
 
 _lock = threading.Lock()
 _inside: list[int] = []  # one entry a block that is open, by thread
@@ -31,6 +36,8 @@ def freed_memory_kept() -> Iterator[None]:
     the next: each is faulted in and zeroed. A network run again and again on large batches can
     spend more time on that than on arithmetic (MobileNetV2's compensation: two thirds). What was
     kept is given back in the end. Nests. Does nothing where the C library is another one.
+
+    Threads started inside share one heap; glibc may go on sharing it among threads started later.
     """
     library = _glibc()
     if library is None:
@@ -49,6 +56,8 @@ def _enter(library: Any) -> None:
         if len(_inside) == 1:
             library.mallopt(_MMAP_MAX, 0)
             library.mallopt(_TRIM_THRESHOLD, _KEEP_ALL)
+            # Threads' own heaps are given back as soon as they are empty, whatever the threshold.
+            library.mallopt(_ARENA_MAX, 1)
 
 
 def _leave(library: Any) -> None:

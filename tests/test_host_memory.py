@@ -56,8 +56,13 @@ def test_only_the_outermost_block_gives_it_back(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ZeroDivisionError):
         nested()
     assert library.calls[-1] == "trim"
-    assert {parameter for parameter, _ in kept} == {-1, -4}
-    assert dict(library.calls[len(kept) : -1]) == {-1: 64 << 20, -3: 32 << 20, -4: 65536}
+    assert {parameter for parameter, _ in kept} == {-1, -4, -8}
+    assert dict(library.calls[len(kept) : -1]) == {
+        -1: 64 << 20,
+        -3: 32 << 20,
+        -4: 65536,
+        -8: 0,
+    }
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
