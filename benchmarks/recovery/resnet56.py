@@ -33,23 +33,13 @@ from chanprune_ext.models import resnet56
 from chanprune_ext.recovery import evaluate, recover
 
 KD: dict[str, float] = {"kd": 1.0}
+FROZEN: dict[str, Any] = {"losses": KD, "freeze_batch_norm": True}
+MIXED: dict[str, Any] = {"mixup": 1.0, "cutmix": 1.0}
 RECIPES: dict[str, dict[str, Any]] = {
-    "kd": {"losses": KD},
-    "kd-lr002": {"losses": KD, "lr": 0.002},
-    "kd-mix": {"losses": KD, "mixup": 1.0, "cutmix": 1.0},
-    "kd-mix-ema": {"losses": KD, "mixup": 1.0, "cutmix": 1.0, "ema_decay": 0.98},
-    "kd-mix-lr01-ema": {
-        "losses": KD,
-        "lr": 0.01,
-        "mixup": 1.0,
-        "cutmix": 1.0,
-        "ema_decay": 0.98,
-    },
-    "kd-features-mix": {
-        "losses": {"kd": 1.0, "features": 5.0},
-        "mixup": 1.0,
-        "cutmix": 1.0,
-    },
+    "kd-mix-ema": {"losses": KD, **MIXED, "ema_decay": 0.98},
+    "frozen": {**FROZEN, "lr": 0.001},
+    "frozen-t1": {**FROZEN, "lr": 0.001, "temperature": 1.0},
+    "frozen-t1-mix": {**FROZEN, **MIXED, "lr": 0.003, "temperature": 1.0},
 }
 
 
