@@ -202,6 +202,14 @@ def recover(
             show_default=False,
         ),
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard",
+            help="Divide the networks over all processes (FSDP2); needs torchrun.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoints: Annotated[
         Path | None,
         typer.Option(
@@ -265,6 +273,7 @@ def recover(
         "compile": compile_,
         "freeze_batch_norm": freeze_batch_norm,
         "sync_batch_norm": sync_batch_norm,
+        "shard": shard,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     start = Recipe() if recipe is None else Recipe.load(recipe)

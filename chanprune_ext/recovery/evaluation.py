@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from ..image_loader import ImageLoader
     from ..image_shards import ShardLoader
 
-__all__ = ["Evaluation", "correct_counts", "device_of", "evaluate", "validation_loader"]
+__all__ = [
+    "Evaluation",
+    "SpareBatch",
+    "correct_counts",
+    "device_of",
+    "evaluate",
+    "validation_loader",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class Evaluation:
             f"top-1 {100 * self.top1:.2f} % (s.e. {100 * self.standard_error:.2f}), "
             f"top-5 {100 * self.top5:.2f} %, loss {self.loss:.4f}, n = {self.n}"
         )
+
+
+class SpareBatch(NamedTuple):
+    """A batch that is run and not counted, for other processes that wait for this one."""
+
+    batch: Any
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -126,8 +139,11 @@ def correct_counts(
     n = 0
     with evaluating(model):
         for batch in batches:
-            images, labels = split_batch(batch)
+            spare = isinstance(batch, SpareBatch)
+            images, labels = split_batch(batch.batch if spare else batch)
             scores = logits(model, moved(images, device, channels_last=channels_last)).float()
+            if spare:
+                continue
             check_labels(labels, scores.shape[1])
             labels = labels.to(scores.device)
             loss += F.cross_entropy(scores, labels, reduction="sum").item()

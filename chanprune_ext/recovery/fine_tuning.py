@@ -15,9 +15,10 @@ from .batch_norm_sync import synchronised_batch_norm
 from .checkpoints import CheckpointFolder
 from .evaluation import device_of
 from .loop import TrainingLoop
-from .processes import launched_processes, make_accelerator
+from .processes import Processes, launched_processes, make_accelerator
 from .recipe import Recipe
 from .rollback import Snapshot
+from .sharding import hand_back, sharded_copy
 
 if TYPE_CHECKING:
     import os
@@ -159,23 +160,29 @@ def train_in_place(
             )
     if teacher is student:
         raise InvalidArgumentError("teacher: is the student itself; pass the unpruned network")
+    if recipe.shard:
+        _check_shard(launched_processes(), penalty, checkpoints)
     home = device_of(student)
     place = _place(home, device)
     accelerator = make_accelerator(place)
     if accelerator.num_processes > 1:
         place = accelerator.device
     loader = _training_loader(train, recipe, accelerator.num_processes)
-    snapshot = Snapshot(student)
+    # A divided student is a copy, and this one stays as it is until the end.
+    snapshot = Snapshot(student) if not recipe.shard else None
+    whole = (student, teacher)
     try:
         with ExitStack() as stack:
             stack.enter_context(
                 torch.random.fork_rng(devices=[place] if place.type == "cuda" else [])
             )
             torch.manual_seed(recipe.seed)
-            if teacher is not None:
+            if recipe.shard:
+                student, teacher = _divided(student, teacher, recipe, place, Processes(accelerator))
+            elif teacher is not None:
                 stack.callback(teacher.to, device_of(teacher))
                 stack.enter_context(evaluating(teacher.to(place)))
-            student.to(place)
+            student.to(place)  # where a divided one is already
             if recipe.sync_batch_norm and accelerator.num_processes > 1:
                 stack.enter_context(synchronised_batch_norm(student, place))
             loop = TrainingLoop(
@@ -190,15 +197,57 @@ def train_in_place(
                 checkpoints,
                 log_dir,
                 task,
+                whole if recipe.shard else None,
             )
             result = loop.run(progress)
     except BaseException:
-        snapshot.restore()
+        if snapshot is not None:
+            snapshot.restore()
         raise
-    student.to(home)
-    snapshot.restore_modes()
+    if snapshot is None:
+        hand_back(student, whole[0])
+        student = whole[0]
+    else:
+        student.to(home)
+        snapshot.restore_modes()
     student.zero_grad(set_to_none=True)
     return result
+
+
+def _divided(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    recipe: Recipe,
+    place: torch.device,
+    processes: Processes,
+) -> tuple[nn.Module, nn.Module | None]:
+    """Both networks as copies of which each process holds its part."""
+    student = sharded_copy("student", student, place, processes, recipe.precision)
+    if teacher is not None:
+        processes.require_same("teacher", teacher)
+        precision = recipe.teacher_precision or recipe.precision
+        teacher = sharded_copy("teacher", teacher, place, processes, precision).eval()
+    return student, teacher
+
+
+def _check_shard(
+    processes: int, penalty: Callable[[float], Tensor] | None, checkpoints: CheckpointFolder | None
+) -> None:
+    if processes == 1:
+        raise InvalidArgumentError(
+            "shard: expected several processes to divide the student over, this is one alone; "
+            "start the script with torchrun --nproc-per-node N, or leave shard out"
+        )
+    if penalty is not None:
+        raise InvalidArgumentError(
+            "shard: a penalty looks at all of the student's weights, and each process would hold "
+            "a part of them; leave shard out"
+        )
+    if checkpoints is not None:
+        raise InvalidArgumentError(
+            "shard, checkpoint_dir: a divided run writes no checkpoints yet, and can't be "
+            "resumed; leave one of them out"
+        )
 
 
 def _place(home: torch.device, device: torch.device | str | None) -> torch.device:

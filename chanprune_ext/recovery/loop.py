@@ -31,8 +31,8 @@ from .resumable_pass import ResumablePass
 from .run_state import captured, put_back
 from .scalar_log import ScalarLog
 from .schedule import learning_rate
-from .shares import OwnShare, images_a_batch, training_share, validation_share
-from .weights import copied, named_tensors, overwrite
+from .shares import OwnShare, images_a_batch, in_step, training_share, validation_share
+from .weights import broken, copied, named_tensors, overwrite
 
 if TYPE_CHECKING:
     import os
@@ -68,6 +68,7 @@ class TrainingLoop:
             Default: None.
         log_dir (str or PathLike, optional): folder for TensorBoard. Default: None.
         task (Mapping, optional): what else a checkpoint must agree on. Default: None.
+        whole (tuple, optional): both networks before they were divided. Default: None, they aren't.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TrainingLoop:
         checkpoints: CheckpointFolder | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         task: Mapping[str, Any] | None = None,
+        whole: tuple[nn.Module, nn.Module | None] | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -99,11 +101,11 @@ class TrainingLoop:
         self.processes = Processes(accelerator)
         self.val_share = validation_share(val, self.processes, recipe.workers)
         self.scaler = gradient_scaler(student, recipe, device, accelerator)
-        self.objective = Objective(recipe, student, teacher)
-        if teacher is not None:
+        self.objective = Objective(recipe, student, teacher, whole)
+        if teacher is not None and not recipe.shard:
             self.processes.require_same("teacher", teacher)
         optimizer = make_optimizer(student, recipe)
-        self.model, self.optimizer = prepared(accelerator, student, optimizer)
+        self.model, self.optimizer = prepared(accelerator, student, optimizer, recipe.shard)
         self.loader, self.own_share = training_share(loader, accelerator, self.processes)
         if recipe.compile:
             self.model = torch.compile(self.model)
@@ -160,13 +162,16 @@ class TrainingLoop:
             kept = self.best[1]
             overwrite(self.student, self.best[2])
         self._even_out()
-        self.processes.send(named_tensors(self.student))
-        for name, tensor in named_tensors(self.student).items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise TrainingError(
-                    f"{name} holds NaN or infinity after the last update; the student is as it "
-                    f"was before. Lower lr ({self.peak_lr})"
-                )
+        if not recipe.shard:
+            self.processes.send(named_tensors(self.student))
+        own = broken(self.student)
+        # Of a divided network another process may hold the broken part.
+        name = next(filter(None, self.processes.gathered(own) if recipe.shard else [own]), None)
+        if name is not None:
+            raise TrainingError(
+                f"{name} holds NaN or infinity after the last update; the student is as it was "
+                f"before. Lower lr ({self.peak_lr})"
+            )
         return RecoveryResult(tuple(self.history), self.before, kept, recipe)
 
     def _release(self) -> None:
@@ -374,9 +379,8 @@ class TrainingLoop:
         self._even_out()
         average = self.average if self.hold is None or self.at.update > self.hold else None
         with average.applied_to(self.student) if average is not None else nullcontext():
-            counts = correct_counts(
-                self.student, self.val_share, self.device, self.recipe.channels_last
-            )
+            share = in_step(self.val_share, self.processes) if self.recipe.shard else self.val_share
+            counts = correct_counts(self.student, share, self.device, self.recipe.channels_last)
             if isinstance(self.val_share, OwnShare):
                 self.val_share.check()
             found = Evaluation.of_sums(*self.processes.sums(*counts))

@@ -13,11 +13,12 @@ from typing_extensions import Self
 from ..compensation.batches import sample_count
 from ..errors import DataError, InvalidArgumentError
 from ..ops import kd_kl_div
+from .evaluation import device_of
 from .feature_losses import attention_transfer, channel_statistics, feature_mimic
 from .feature_matching import Tap, find_taps
 from .logit_losses import decoupled_kd, dist, standardised
 from .mixed_inputs import InputMixer
-from .outputs import check_labels, logits
+from .outputs import check_labels, logits, moved
 from .recipe import FEATURE_LOSSES
 from .taps import FeatureTaps, plain_module
 
@@ -40,16 +41,25 @@ class Objective:
         recipe (Recipe): which losses, with which weights and options.
         student (nn.Module): the plain network that is trained.
         teacher (nn.Module, optional): in evaluation mode.
+        whole (tuple, optional): student and teacher before they were divided over processes, which
+            is where taps are looked for. Default: None, they are not divided.
 
     Raises:
         InvalidArgumentError: the losses need a teacher and there is none, or one that they ignore.
     """
 
-    def __init__(self, recipe: Recipe, student: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        whole: tuple[nn.Module, nn.Module | None] | None = None,
+    ) -> None:
         self.recipe = recipe
         self.student = student
         self.teacher = teacher
         self._running_teacher: Any = teacher
+        self._whole = whole or (student, teacher)
         self._mixer = InputMixer(recipe)
         self._stack = ExitStack()
         self._taps: tuple[Tap, ...] | None = None
@@ -232,14 +242,18 @@ class Objective:
         """Puts hooks on both networks when features are needed first."""
         if self._tapped is not None or self.teacher is None:
             return
-        self._taps = find_taps(self.student, self.teacher, inputs, self.recipe.taps)
+        student, teacher = self._whole
+        assert teacher is not None, "there is one"
+        if teacher is not self.teacher:
+            inputs = moved(inputs, device_of(teacher))
+        self._taps = find_taps(student, teacher, inputs, self.recipe.taps)
         names = [tap.name for tap in self._taps]
         self._tapped = (
             self._stack.enter_context(FeatureTaps(self.student, names)),
             self._stack.enter_context(FeatureTaps(self.teacher, names)),
         )
         if self.recipe.bn_weighted:
-            modules = dict(plain_module(self.teacher).named_modules())
+            modules = dict(plain_module(teacher).named_modules())
             self._scales = {
                 tap.name: _batch_norm_scale(modules[tap.name], tap) for tap in self._taps
             }
@@ -276,7 +290,9 @@ class Objective:
 
 def _distributed(model: nn.Module) -> bool:
     compiled = model._modules.get("_orig_mod")  # noqa: SLF001 - torch.compile has no public name
-    return isinstance(compiled or model, nn.parallel.DistributedDataParallel)
+    model = compiled or model
+    sharded = hasattr(model, "reshard")  # as FSDP2 adds to a module
+    return sharded or isinstance(model, nn.parallel.DistributedDataParallel)
 
 
 def _features_alone(weights: Mapping[str, float]) -> bool:

@@ -72,9 +72,9 @@ def make_accelerator(device: torch.device) -> Accelerator:
     for variable, engine in _OTHER_ENGINES.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise InvalidArgumentError(
-                f"recover: the launcher asks for {engine}, and recovery trains with "
-                "DistributedDataParallel: every process holds the whole network. Start it with "
-                "torchrun, or with 'accelerate launch --multi_gpu'"
+                f"recover: the launcher asks for {engine}, which recovery does not hand over to. "
+                "Start it with torchrun, or with 'accelerate launch --multi_gpu'; for a network "
+                "that is divided over the processes (FSDP2) add shard=True"
             )
     # Running statistics are averaged where they are looked at: cheaper than to send those of the
     # first process before every forward, and of the images of all of them.
@@ -100,9 +100,14 @@ def make_accelerator(device: torch.device) -> Accelerator:
 
 
 def prepared(
-    accelerator: Accelerator, student: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sharded: bool = False,
 ) -> tuple[Any, Any]:
     """The student and its optimizer as accelerate trains them, the same in all processes."""
+    if sharded:  # talks to the other processes itself
+        return student, accelerator.prepare(optimizer)
     with warnings.catch_warnings():
         # The name that torch is to give this option is not known to its releases until now.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -217,7 +222,8 @@ class Processes:
     def _send(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             # A copy: a view or an expanded tensor can't be received into.
-            received = tensor.detach().clone(memory_format=torch.contiguous_format)
+            # On the device: the processes may have no other way to talk.
+            received = tensor.detach().to(self._device, copy=True).contiguous()
             dist.broadcast(received, src=0)
             tensor.copy_(received)
 

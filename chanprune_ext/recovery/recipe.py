@@ -93,6 +93,10 @@ class Recipe:
             together with ``sync_batch_norm``. Default: False.
         sync_batch_norm (bool): let batch norm average over all processes while training, for few
             images a GPU. Needs CUDA; nothing changes in a single process. Default: False.
+        shard (bool): divide the student, its gradients and its optimizer over all processes, and
+            the teacher too (FSDP2), for networks that one GPU can't hold; needs ``torchrun``. Not
+            together with ``compile``, ``sync_batch_norm``, ``precision="fp16"`` or checkpoints.
+            Default: False, every process holds everything.
         channels_last (bool): feed images in NHWC layout, which most convolutions run faster on.
             The model must not call ``view`` on feature maps. Default: False.
         seed (int): of the order of the images, their augmentation and dropout. Default: 0.
@@ -134,6 +138,7 @@ class Recipe:
     compile: bool = False
     freeze_batch_norm: bool = False
     sync_batch_norm: bool = False
+    shard: bool = False
     channels_last: bool = False
     seed: int = 0
     workers: int = 0
@@ -168,6 +173,13 @@ class Recipe:
             "freeze_batch_norm, sync_batch_norm",
             not (self.freeze_batch_norm and self.sync_batch_norm),
             "one of them at most",
+        )
+        for name in ("compile", "sync_batch_norm"):
+            both = self.shard and getattr(self, name)
+            self._require(f"shard, {name}", not both, "one of them at most")
+        half = self.shard and "fp16" in (self.precision, self.teacher_precision)
+        self._require(
+            "shard, precision, teacher_precision", not half, "'fp32' or 'bf16' together with shard"
         )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         self._require("keep", self.keep in ("last", "best"), "'last' or 'best'")

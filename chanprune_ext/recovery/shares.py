@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from ..errors import DataError, InvalidArgumentError
 from ..image_loader import ImageLoader
 from ..image_shards import ShardLoader
-from .evaluation import validation_loader
+from .evaluation import SpareBatch, validation_loader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .processes import Processes
 
-__all__ = ["OwnShare", "images_a_batch", "training_share", "validation_share"]
+__all__ = ["OwnShare", "images_a_batch", "in_step", "training_share", "validation_share"]
 
 
 class OwnShare:
@@ -148,6 +148,25 @@ def validation_share(val: Any, processes: Processes, workers: int) -> Any:
         pin_memory=val.pin_memory,
         worker_init_fn=val.worker_init_fn,
     )
+
+
+def in_step(batches: Iterable[Any], processes: Processes) -> Iterator[Any]:
+    """As many batches in every process: those that have fewer go on with spare ones.
+
+    A network that is divided over the processes runs in all of them or in none.
+    """
+    left, spare = iter(batches), None
+    while True:
+        batch = next(left, None)
+        having = processes.gathered(batch is not None)
+        if not any(having):
+            return
+        if spare is None:
+            spare = batch
+            if not all(having):  # some have none at all, and take one of another process
+                found = processes.gathered(batch)
+                spare = next(other for other in found if other is not None)
+        yield SpareBatch(spare) if batch is None else batch
 
 
 def images_a_batch(loader: Any) -> int | None:

@@ -11,12 +11,35 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["copied", "named_tensors", "overwrite"]
+__all__ = ["broken", "copied", "named_tensors", "overwrite", "own_slice"]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, shared ones once, also those that a state dict leaves out."""
-    return dict([*model.named_parameters(), *model.named_buffers()])
+    """Parameters and buffers, shared ones once, also those that a state dict leaves out.
+
+    Of a network that is divided over several processes these are the slices of this one, with the
+    memory of the parameters.
+    """
+    return {
+        name: own_slice(tensor)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
+def own_slice(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: a view of its slice, or a plain tensor as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def broken(model: nn.Module) -> str | None:
+    """The first of them that is not finite."""
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:

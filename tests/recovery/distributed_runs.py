@@ -46,6 +46,30 @@ class Normed(Plain):
         return self.two(self.norm(self.one(x)).tanh())
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+class Blocks(nn.Module):
+    """Three blocks in a list, an input and an output layer of an odd number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
 class Dropping(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +97,7 @@ class Endless(IterableDataset[Any]):
             yield x[8 * k : 8 * k + 8], y[8 * k : 8 * k + 8]
 
 
-NETS = {kind.__name__: kind for kind in (Plain, Normed, Dropping)}
+NETS = {kind.__name__: kind for kind in (Plain, Normed, Dropping, Blocks)}
 
 
 def net(kind: str, seed: int = 0) -> nn.Module:
@@ -127,7 +151,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         student = net(job["net"], rank)
         student.norm.running_mean.fill_(rank)
     if job.get("teacher"):
-        teacher = net("Plain", 1 + rank * (job["teacher"] == "another in each process"))
+        kind = "Blocks" if job["teacher"] == "blocks" else "Plain"
+        teacher = net(kind, 1 + rank * (job["teacher"] == "another in each process"))
     settings = {"epochs": 2, "lr": 0.05, "batch_size": 8, **job.get("settings", {})}
     val: Any = points(job["val"], seed=1) if job.get("val") else None
     if job.get("val_data") == "shards":
@@ -138,6 +163,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         val = DataLoader(val, 7, sampler=DistributedSampler(val))
     if "die_at" in job:
         _die_at(job["die_at"])
+    held: dict[str, int] = {}
+    if settings.get("shard"):
+        _measure(held)
     save = checkpoints.save_file
     if job.get("full disk"):
         checkpoints.save_file = _no_room
@@ -167,6 +195,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "images": [epoch["images"] for epoch in record["history"]],
         "val": [record["before"], *(epoch["val"] for epoch in record["history"])],
         "kept": record["kept_epoch"],
+        "held": held,
         "wrapped": type(student).__name__,
         "warnings": [str(w.message) for w in told if "was written by" in str(w.message)],
         "masks": getattr(student, "masks", [])[:3],
@@ -176,6 +205,26 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def _no_room(tensors: Any, path: Path, metadata: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _measure(held: dict[str, int]) -> None:
+    """Notes how many numbers this process holds after the first update."""
+    update = TrainingLoop._update
+
+    def measuring(loop: TrainingLoop, rate: float) -> None:
+        parameters: list[Any] = list(loop.student.parameters())
+        held["gradients"] = sum(p.grad.to_local().numel() for p in parameters if p.grad is not None)
+        update(loop, rate)
+        held["parameters"] = sum(p.to_local().numel() for p in parameters)
+        held["optimizer"] = sum(
+            value.to_local().numel()
+            for state in loop.optimizer.state.values()
+            for value in state.values()
+            if hasattr(value, "to_local")
+        )
+        TrainingLoop._update = update  # type: ignore[method-assign]
+
+    TrainingLoop._update = measuring  # type: ignore[method-assign]
 
 
 def _die_at(update: int) -> None:
