@@ -107,8 +107,10 @@ class CheckpointFolder:
         """Whether there is a folder to write to."""
         return self._folder is not None
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self, copies: bool = True) -> Checkpoint | None:
         """Reads the checkpoint to go on from, the newest that is whole; None starts anew.
+
+        ``copies`` is as for :func:`read_checkpoint`.
 
         Raises:
             CheckpointError: there is none where one was asked for, or none can be read.
@@ -117,11 +119,11 @@ class CheckpointFolder:
             return None
         source = Path(self._source)
         if not source.is_dir():
-            return read_checkpoint(source)
+            return read_checkpoint(source, copies)
         paths = [path for _, path in sorted(_numbered(source).items(), reverse=True)]
         for path in paths:
             try:
-                return read_checkpoint(path)
+                return read_checkpoint(path, copies)
             except CheckpointError as error:
                 if path is paths[-1]:
                     raise CheckpointError(
@@ -181,8 +183,13 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, copies: bool = True) -> Checkpoint:
     """Reads one file.
+
+    Args:
+        path (Path): the file.
+        copies (bool): whether the tensors have memory of their own. If not they are views of the
+            file, which several processes of one machine share. Default: True.
 
     Raises:
         CheckpointError: it is missing, damaged, or no checkpoint.
@@ -204,4 +211,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if _checksum(tensor) != checksums[name]:
             raise CheckpointError(f"{path}: {name!r} is damaged, its checksum is another")
     # Copies: what was read is a view of the file, which may be deleted or replaced.
-    return Checkpoint(path, {name: tensor.clone() for name, tensor in tensors.items()}, state)
+    if copies:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return Checkpoint(path, tensors, state)

@@ -161,7 +161,7 @@ def train_in_place(
     if teacher is student:
         raise InvalidArgumentError("teacher: is the student itself; pass the unpruned network")
     if recipe.shard:
-        _check_shard(launched_processes(), penalty, checkpoints)
+        _check_shard(launched_processes(), penalty)
     home = device_of(student)
     place = _place(home, device)
     accelerator = make_accelerator(place)
@@ -230,9 +230,7 @@ def _divided(
     return student, teacher
 
 
-def _check_shard(
-    processes: int, penalty: Callable[[float], Tensor] | None, checkpoints: CheckpointFolder | None
-) -> None:
+def _check_shard(processes: int, penalty: Callable[[float], Tensor] | None) -> None:
     if processes == 1:
         raise InvalidArgumentError(
             "shard: expected several processes to divide the student over, this is one alone; "
@@ -242,11 +240,6 @@ def _check_shard(
         raise InvalidArgumentError(
             "shard: a penalty looks at all of the student's weights, and each process would hold "
             "a part of them; leave shard out"
-        )
-    if checkpoints is not None:
-        raise InvalidArgumentError(
-            "shard, checkpoint_dir: a divided run writes no checkpoints yet, and can't be "
-            "resumed; leave one of them out"
         )
 
 

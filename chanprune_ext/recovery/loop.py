@@ -87,6 +87,7 @@ class TrainingLoop:
         whole: tuple[nn.Module, nn.Module | None] | None = None,
     ) -> None:
         self.student = student
+        self.whole = whole or (student, teacher)
         self.teacher = teacher
         self.val = val
         self.recipe = recipe
@@ -215,13 +216,13 @@ class TrainingLoop:
         held: list[Checkpoint | None] = []
 
         def choose() -> Any:
-            held.append(folder.latest())
+            held.append(folder.latest(not self.recipe.shard))
             return held[0] and held[0].path
 
         path = self.processes.first_alone(choose)
         if held or path is None:
             return held[0] if held else None
-        return read_checkpoint(path)
+        return read_checkpoint(path, not self.recipe.shard)
 
     def _keeps(self) -> bool:
         return self.checkpoints is not None and self.checkpoints.writes

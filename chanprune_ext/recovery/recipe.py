@@ -95,8 +95,8 @@ class Recipe:
             images a GPU. Needs CUDA; nothing changes in a single process. Default: False.
         shard (bool): divide the student, its gradients and its optimizer over all processes, and
             the teacher too (FSDP2), for networks that one GPU can't hold; needs ``torchrun``. Not
-            together with ``compile``, ``sync_batch_norm``, ``precision="fp16"`` or checkpoints.
-            Default: False, every process holds everything.
+            together with ``compile``, ``sync_batch_norm`` or ``precision="fp16"``. Default: False,
+            every process holds everything.
         channels_last (bool): feed images in NHWC layout, which most convolutions run faster on.
             The model must not call ``view`` on feature maps. Default: False.
         seed (int): of the order of the images, their augmentation and dropout. Default: 0.

@@ -15,9 +15,10 @@ from .evaluation import Evaluation
 from .feature_matching import composed_kept
 from .result import EpochRecord
 from .same_run import check_same, regrouped_position
+from .sharding import divided_like, gathered_on_first, own_part
 from .shares import images_a_batch
 from .taps import plain_module
-from .weights import named_tensors
+from .weights import named_tensors, own_slice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["captured", "put_back"]
 
-_WITHOUT_EFFECT = ("workers", "compile", "format")  # on what is computed
+_WITHOUT_EFFECT = ("workers", "compile", "format", "shard")  # on what is computed
 
 
 def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -35,12 +36,18 @@ def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Random states are those of all processes, all else is the same in each of them.
     """
-    weights, _ = without_duplicates(named_tensors(loop.student))
+    weights = named_tensors(loop.student)
+    if not loop.recipe.shard:
+        weights, _ = without_duplicates(weights)
     parts: dict[str, Mapping[str, Tensor]] = {"student": weights}
     if loop.average is not None:
         parts["average"] = loop.average.state
     if loop.best is not None:
         parts["best"] = loop.best[2]
+    if loop.recipe.shard:
+        divided = dict(loop.student.named_parameters())
+        for part, values in parts.items():
+            parts[part] = gathered_on_first(values, divided, loop.processes)
     own = {**loop.pass_.moments, "now": loop.pass_.random_now()}
     for index, moments in enumerate(loop.processes.gathered(own)):
         parts |= {f"{_random(index)}{moment}": state for moment, state in moments.items()}
@@ -48,6 +55,10 @@ def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for index, values in loop.optimizer.state_dict()["state"].items():
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         parts[f"optimizer.{index}"] = tensors
+        if loop.recipe.shard:
+            like = {k: v for k, v in tensors.items() if hasattr(v, "full_tensor")}
+            own = {k: own_slice(v) for k, v in tensors.items()}
+            parts[f"optimizer.{index}"] = gathered_on_first(own, like, loop.processes)
         plain[str(index)] = {k: v for k, v in values.items() if k not in tensors}
     state = {
         "run": identity(loop),
@@ -77,6 +88,8 @@ def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     for path, tensor in checkpoint.tensors.items():
         part, _, name = path.partition("/")
         parts.setdefault(part, {})[name] = tensor
+    if loop.recipe.shard:
+        _divide(loop, parts)
     _fill(named_tensors(loop.student), parts["student"])
     entries: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
     for index, values in entries.items():
@@ -103,13 +116,31 @@ def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     known = any(part.startswith(mine) for part in parts)
     prefix = mine if known else _random(0)
     moments = {
-        part.removeprefix(prefix): values
+        part.removeprefix(prefix): {name: value.clone() for name, value in values.items()}
         for part, values in parts.items()
         if part.startswith(prefix)
     }
     if not known:  # a process more than there were: what it draws shall be its own
         moments["now"] = {**moments["now"], "torch": torch.get_rng_state()}
     loop.pass_.put_back(moments)
+
+
+def _divide(loop: TrainingLoop, parts: dict[str, dict[str, Tensor]]) -> None:
+    """Takes what is this process's out of whole tensors, in place."""
+    named: dict[str, Any] = dict(loop.student.named_parameters())
+    for part in ("student", "average", "best"):
+        for name, whole in parts.get(part, {}).items():
+            own = own_part(whole, named[name]) if name in named else whole
+            parts[part][name] = own.to(loop.device, copy=True)
+    trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(trained):
+        values = parts.get(f"optimizer.{index}", {})
+        for name, whole in values.items():
+            if whole.shape == parameter.shape:  # others are counters
+                own = own_part(whole, parameter).to(loop.device, copy=True)
+                values[name] = divided_like(parameter, own)
+            else:
+                values[name] = whole.clone()
 
 
 def _random(index: int) -> str:
@@ -125,14 +156,14 @@ def identity(loop: TrainingLoop) -> dict[str, dict[str, Any]]:
     return {
         "student": {
             name: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-            for name, tensor in named_tensors(loop.student).items()
+            for name, tensor in [*loop.student.named_parameters(), *loop.student.named_buffers()]
         },
         "plan": {
             f"{entry}, dim {dim}": f"kept {len(index)}, checksum {_checksum(index)}"
             for entry, dims in kept.items()
             for dim, index in dims.items()
         },
-        "teacher": {"class": _class_of(loop.teacher)},
+        "teacher": {"class": _class_of(loop.whole[1])},
         "task": loop.task,
         "recipe": recipe,
         "train": {

@@ -12,11 +12,21 @@ from ..errors import InvalidArgumentError
 from .weights import named_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
 
     from .processes import Processes
 
-__all__ = ["check_divisible", "hand_back", "sharded_copy", "sharded_units"]
+__all__ = [
+    "check_divisible",
+    "divided_like",
+    "gathered_on_first",
+    "hand_back",
+    "own_part",
+    "sharded_copy",
+    "sharded_units",
+]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 _LARGE_LAYER = 0.01  # of all weights: a single layer of a sequence that is worth a gathering
@@ -142,3 +152,46 @@ def hand_back(divided: nn.Module, model: nn.Module) -> None:
         targets[name].copy_(whole.full_tensor())
     for name, buffer in divided.named_buffers():
         targets[name].copy_(buffer)
+
+
+@torch.no_grad()
+def gathered_on_first(
+    values: Mapping[str, Tensor], parameters: Mapping[str, Any], processes: Processes
+) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU of the first process; the others get none. Called by all.
+
+    Args:
+        values (Mapping[str, Tensor]): slices of this process, and tensors that all have alike.
+        parameters (Mapping[str, DTensor]): the divided parameter that each slice is one of, or is
+            shaped like; names that are missing here are of tensors that all have alike.
+        processes (Processes): all of them.
+    """
+    found = {}
+    for name, value in values.items():
+        if name in parameters:
+            value = divided_like(parameters[name], value).full_tensor()
+        if processes.first:
+            found[name] = value.detach().cpu()
+    return found
+
+
+def own_part(whole: Tensor, parameter: Any) -> Tensor:
+    """A view of what this process holds of a tensor that is divided like ``parameter``."""
+    mesh = parameter.device_mesh
+    parts = whole.chunk(mesh.size())  # as fully_shard divides; there may be fewer than processes
+    index = mesh.get_local_rank()
+    return parts[index] if index < len(parts) else whole[:0]
+
+
+def divided_like(parameter: Any, own: Tensor) -> Any:
+    """The slices of all processes as one tensor, divided like ``parameter`` and of its shape."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        own,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
