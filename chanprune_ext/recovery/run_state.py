@@ -46,8 +46,8 @@ def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts["best"] = loop.best[2]
     if loop.recipe.shard:
         divided = dict(loop.student.named_parameters())
-        for part, values in parts.items():
-            parts[part] = gathered_on_first(values, divided, loop.processes)
+        for part, own_slices in parts.items():
+            parts[part] = gathered_on_first(own_slices, divided, loop.processes)
     own = {**loop.pass_.moments, "now": loop.pass_.random_now()}
     for index, moments in enumerate(loop.processes.gathered(own)):
         parts |= {f"{_random(index)}{moment}": state for moment, state in moments.items()}
@@ -57,8 +57,8 @@ def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts[f"optimizer.{index}"] = tensors
         if loop.recipe.shard:
             like = {k: v for k, v in tensors.items() if hasattr(v, "full_tensor")}
-            own = {k: own_slice(v) for k, v in tensors.items()}
-            parts[f"optimizer.{index}"] = gathered_on_first(own, like, loop.processes)
+            slices = {k: own_slice(v) for k, v in tensors.items()}
+            parts[f"optimizer.{index}"] = gathered_on_first(slices, like, loop.processes)
         plain[str(index)] = {k: v for k, v in values.items() if k not in tensors}
     state = {
         "run": identity(loop),
