@@ -108,9 +108,8 @@ def recover(
         list[str] | None,
         typer.Option(
             metavar="NAME=WEIGHT",
-            help=f"Weight of a loss ({', '.join(LOSSES)}); may be repeated "
-            "[default: kd=0.9 and hard=0.1; hard=1 without a teacher].",
-            show_default=False,
+            help=f"Weight of a loss ({', '.join(LOSSES)}); may be repeated.",
+            show_default="kd=0.9 and hard=0.1; hard=1 without a teacher",
         ),
     ] = None,
     recipe: Annotated[
@@ -121,11 +120,11 @@ def recover(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training images [default: 10]")
+        int | None, typer.Option(min=1, help="Passes over the training images", show_default="10")
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate [default: 0.005 for SGD, 0.0005 for AdamW]"),
+        typer.Option(help="Highest learning rate", show_default="0.005 for SGD, 0.0005 for AdamW"),
     ] = None,
     lr_scale: Annotated[
         LearningRateScale | None,
@@ -137,22 +136,24 @@ def recover(
     ] = None,
     lr_base_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images an update that --lr is meant for [default: 256]"),
+        typer.Option(min=1, help="Images an update that --lr is meant for", show_default="256"),
     ] = None,
     optimizer: Annotated[
-        Optimizer | None, typer.Option(help="Optimizer [default: sgd]", show_default=False)
+        Optimizer | None, typer.Option(help="Optimizer", show_default="sgd")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per batch, in each process [default: 128]")
+        int | None,
+        typer.Option(min=1, help="Images per batch, in each process", show_default="128"),
     ] = None,
     gradient_accumulation_steps: Annotated[
-        int | None, typer.Option(min=1, help="Batches per update, in each process [default: 1]")
+        int | None,
+        typer.Option(min=1, help="Batches per update, in each process", show_default="1"),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the losses on logits [default: 4]")
+        float | None, typer.Option(help="Of the losses on logits", show_default="4")
     ] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(help="Share of a label spread out [default: 0]")
+        float | None, typer.Option(help="Share of a label spread out", show_default="0")
     ] = None,
     mixup: Annotated[
         float | None, typer.Option(help="Mix images, parameter of the Beta distribution.")
@@ -166,17 +167,16 @@ def recover(
     keep: Annotated[
         Keep | None,
         typer.Option(
-            help="Weights to end with; 'best' chooses by the images it then reports on "
-            "[default: last]",
-            show_default=False,
+            help="Weights to end with; 'best' chooses by the images it then reports on.",
+            show_default="last",
         ),
     ] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Arithmetic [default: fp32]", show_default=False)
+        Precision | None, typer.Option(help="Arithmetic", show_default="fp32")
     ] = None,
     teacher_precision: Annotated[
         Precision | None,
-        typer.Option(help="Of the teacher [default: as --precision]", show_default=False),
+        typer.Option(help="Of the teacher", show_default="as --precision"),
     ] = None,
     channels_last: Annotated[
         bool | None,
