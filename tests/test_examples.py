@@ -81,6 +81,7 @@ def test_several_gpus(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     file = tmp_path / "recovered.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--local-addr", "127.0.0.1"]  # a host's own name can't be looked up everywhere
     command += [str(FOLDER / "several_gpus.py"), "digits", "1", str(file)]
     paths = os.pathsep.join([str(FOLDER.parent), *sys.path])
     done = subprocess.run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -251,6 +252,12 @@ def launch(folder: Path, *jobs: dict[str, Any], processes: int = 2, dies: bool =
     return [[_read(folder / f"{k}-{rank}") for rank in range(processes)] for k in range(len(jobs))]
 
 
+def loopback() -> dict[str, str]:
+    """Tells gloo to talk through the loopback interface, where there is one by that name."""
+    names = {name for _, name in socket.if_nameindex()}
+    return {"GLOO_SOCKET_IFNAME": "lo"} if "lo" in names else {}
+
+
 def under_torchrun(*program: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Runs a Python program in several processes on the CPU, each with one thread."""
     paths = [str(Path(__file__).parents[2]), *sys.path]
@@ -259,8 +266,11 @@ def under_torchrun(*program: str, processes: int = 2) -> subprocess.CompletedPro
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        **loopback(),
     }
+    # By number: a host's own name can't be looked up everywhere.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", str(processes), *program]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=540, check=False
