@@ -8,9 +8,9 @@ import torch
 
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.data import calibration_batches, open_dataset
-from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet20, resnet56
 from chanprune_ext.pipeline import Job
+from chanprune_ext.published import inner_channels_within
 from chanprune_ext.recovery import recover
 from chanprune_ext.references import RESNET56_CIFAR10
 from chanprune_ext.selection import Budget
@@ -105,12 +105,7 @@ def cifar10_resnet56_job(
         train=train,
         test=open_dataset(data, "test"),
         calibration=calibration,
-        plan_options={
-            "budget": Budget(macs=0.5),
-            "criterion": elimination(calibration),
-            "scope": "global",
-            "kinds": ("hidden",),
-        },
+        plan_options=inner_channels_within(calibration, Budget(macs=0.5)),
         fine_tune_options=recovery,
         # At a higher temperature the small logits count, which are noise on images the teacher was
         # trained on.

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chanprune_ext.data import ImageDataset
+    from chanprune_ext.latency import Latency
     from chanprune_ext.recovery import RecoveryResult
 
-__all__ = ["Job", "layer_widths", "run_job", "training_epochs"]
+__all__ = ["Job", "layer_widths", "run_job", "stage_latency", "training_epochs"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,6 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
     stage_notes = job.stage_notes or ("",) * len(models)
     for (name, model), note in zip(models.items(), stage_notes, strict=True):
         found = evaluate(model, job.test)
-        latency = latencies[name]
         unpruned = model is job.model
         stages.append(
             Stage(
@@ -140,11 +140,7 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
                 samples=found.n,
                 params=made.params_before if unpruned else made.params_after,
                 macs=made.macs_before if unpruned else made.macs_after,
-                latency=StageLatency(
-                    latency.median_ms,
-                    *latency.quartiles_ms,
-                    speedup=latency.speedup_over(latencies["original"]),
-                ),
+                latency=stage_latency(latencies[name], latencies["original"]),
                 file_bytes=_saved_size(
                     model, out / f"{name.replace(' ', '-').lower()}.safetensors"
                 ),
@@ -201,6 +197,11 @@ def best_epoch_note(name: str, recovery: RecoveryResult) -> str:
         "above). Chosen by the test images themselves, as published figures often are: "
         f"{measured[best]:.2%}, epoch {best}."
     )
+
+
+def stage_latency(own: Latency, base: Latency) -> StageLatency:
+    """A measurement as the report keeps it, with the speed-up over another of the same call."""
+    return StageLatency(own.median_ms, *own.quartiles_ms, speedup=own.speedup_over(base))
 
 
 def training_epochs(recovery: RecoveryResult) -> tuple[TrainingEpoch, ...]:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from chanprune_ext.data import ImageDataset
     from chanprune_ext.report import Reference
 
-__all__ = ["TrialSet", "cifar10_resnet56_set", "imagenet_mobilenetv2_set"]
+__all__ = [
+    "TrialSet",
+    "cifar10_resnet56_set",
+    "imagenet_mobilenetv2_set",
+    "inner_channels_within",
+]
 
 # The expansions of MobileNetV2's blocks: the first block has none.
 _EXPANSIONS = tuple(f"features.{block}.conv.0.0" for block in range(2, 18))
@@ -80,10 +85,10 @@ def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int
             ),
             Trial(
                 "MACs x0.50",
-                lambda batches: _within(batches, Budget(macs=0.5)),
+                lambda batches: inner_channels_within(batches, Budget(macs=0.5)),
                 published="article: drop 3.87; He et al. 2017: 2.0",
             ),
-            Trial("MACs x0.40", lambda batches: _within(batches, Budget(macs=0.4))),
+            Trial("MACs x0.40", lambda batches: inner_channels_within(batches, Budget(macs=0.4))),
             Trial(
                 "every group halved",
                 lambda batches: {"ratio": 0.5, "criterion": elimination(batches)},
@@ -143,7 +148,7 @@ def imagenet_mobilenetv2_set(
             ),
             Trial(
                 "params x0.65",
-                lambda batches: _within(batches, Budget(params=0.65)),
+                lambda batches: inner_channels_within(batches, Budget(params=0.65)),
                 published="article: drop 3.6",
             ),
         ),
@@ -152,8 +157,13 @@ def imagenet_mobilenetv2_set(
     )
 
 
-def _within(batches: list[Tensor], budget: Budget) -> dict[str, Any]:
-    """Inner channels chosen by elimination, over all layers, within a budget."""
+def inner_channels_within(batches: list[Tensor], budget: Budget) -> dict[str, Any]:
+    """Options of :func:`chanprune_ext.plan`: inner channels of all blocks go by elimination.
+
+    Args:
+        batches: Calibration batches.
+        budget: What the network may cost in the end.
+    """
     return {
         "budget": budget,
         "criterion": elimination(batches),

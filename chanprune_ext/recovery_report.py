@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.latency import measure_latency
 from chanprune_ext.module_modes import evaluating
-from chanprune_ext.pipeline import layer_widths, training_epochs
+from chanprune_ext.pipeline import layer_widths, stage_latency, training_epochs
 from chanprune_ext.recovery import evaluate
 from chanprune_ext.recovery.evaluation import device_of, validation_loader
 from chanprune_ext.report import RunReport, Stage, StageLatency, environment
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from chanprune_ext.data import ImageDataset
-    from chanprune_ext.latency import Latency
     from chanprune_ext.recovery import RecoveryResult
     from chanprune_ext.recovery.evaluation import Evaluation
 
@@ -72,9 +71,9 @@ def recovery_report(
     stages = []
     if original is not None:
         found = evaluate(original, test)
-        latency = _stage_latency(base, base)
+        latency = stage_latency(base, base)
         stages.append(_stage("original", original, found, images, latency, None, "before pruning"))
-    latency = _stage_latency(times["recovered"], base)
+    latency = stage_latency(times["recovered"], base)
     stages.append(
         _stage("pruned", student, result.before, images, latency, file_bytes, "before training")
     )
@@ -110,10 +109,6 @@ def _waited(result: RecoveryResult) -> float:
     """Share of the training time in which the device waited for data."""
     waited = sum(record.data_wait * record.seconds for record in result.history)
     return waited / result.seconds if result.seconds else 0.0
-
-
-def _stage_latency(own: Latency, base: Latency) -> StageLatency:
-    return StageLatency(own.median_ms, *own.quartiles_ms, speedup=own.speedup_over(base))
 
 
 def _stage(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import pickle
-import tarfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from image_files import DATA, write_folder, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -29,7 +27,9 @@ from chanprune_ext.image_archive import ImageArchive
 from chanprune_ext.models import resnet56
 from chanprune_ext.recovery import evaluate
 
-DATA = Path(os.environ.get("CHANPRUNE_DATA", Path(__file__).parents[2] / "shared/data"))
+if TYPE_CHECKING:
+    from pathlib import Path
+
 RAW, WEIGHTS = DATA / "cifar10-raw-subset.npz", DATA / "resnet56-cifar10.safetensors"
 UNIT = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -51,23 +51,6 @@ def png(value: int, edge: int = 8, width: int | None = None) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width or edge, edge), (value, 2 * value, 3 * value)).save(buffer, "png")
     return buffer.getvalue()
-
-
-def write_tree(root: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    mode = {".gz": "w:gz", ".tgz": "w:gz", ".bz2": "w:bz2", ".xz": "w:xz"}.get(path.suffix, "w")
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
 
 
 SPLIT_FILES = {
@@ -131,7 +114,7 @@ def test_truncated_npz_files_are_recognised(tmp_path: Path, keep: int) -> None:
 @pytest.mark.parametrize("kind", ["folder", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"])
 def test_folders_and_archives_give_the_same_images(tmp_path: Path, kind: str) -> None:
     if kind == "folder":
-        path = write_tree(tmp_path, SPLIT_FILES)
+        path = write_folder(tmp_path, SPLIT_FILES)
     else:
         path = write_tar(tmp_path / f"a{kind}", SPLIT_FILES | {"set/readme.txt": b"no image"})
     for split, offset in (("train", 1), ("test", 2)):
@@ -167,11 +150,11 @@ def test_a_set_without_split_folders_serves_any_split(tmp_path: Path) -> None:
 
 
 def test_val_and_test_folders_stand_in_for_each_other(tmp_path: Path) -> None:
-    root = write_tree(tmp_path, {"train/a/0.png": png(1), "val/a/1.png": png(2)})
+    root = write_folder(tmp_path, {"train/a/0.png": png(1), "val/a/1.png": png(2)})
     assert len(open_dataset(root, "test")) == 1
     assert open_dataset(root, "test", **UNIT)[0][0][0, 0, 0] == pytest.approx(2 / 255)
     (root / "test").symlink_to(root / "val")
-    only = write_tree(tmp_path / "only", {"train/a/0.png": png(1), "train/b/0.png": png(1)})
+    only = write_folder(tmp_path / "only", {"train/a/0.png": png(1), "train/b/0.png": png(1)})
     with pytest.raises(DataError, match="no folder for split 'test'; found train"):
         open_dataset(only, "test")
 
@@ -191,7 +174,7 @@ def test_class_file_fixes_the_labels(tmp_path: Path) -> None:
 
 
 def test_large_images_are_cut_to_size_and_small_ones_scaled(tmp_path: Path) -> None:
-    large = write_tree(tmp_path / "large", {"a/0.png": png(50, 80, 120), "b/0.png": png(60, 300)})
+    large = write_folder(tmp_path / "large", {"a/0.png": png(50, 80, 120), "b/0.png": png(60, 300)})
     data = open_dataset(large, **UNIT)
     assert isinstance(data, FileImages)
     assert [data[i][0].shape for i in range(2)] == [(3, 224, 224)] * 2
@@ -207,7 +190,7 @@ def test_default_scaling_keeps_the_margin_of_imagenet(tmp_path: Path) -> None:
     picture[16:240, 16:240] = 255  # what remains of 256 pixels when 224 are cut out
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
-    root = write_tree(tmp_path, {"a/0.png": buffer.getvalue()})
+    root = write_folder(tmp_path, {"a/0.png": buffer.getvalue()})
     assert open_dataset(root, **UNIT)[0][0].min() == 1
     assert open_dataset(root, resize=224, **UNIT)[0][0].min() == 0
 
@@ -225,7 +208,7 @@ def test_bad_folders_and_archives_are_explained(
     tmp_path: Path, files: dict[str, bytes], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        open_dataset(write_tree(tmp_path / "tree", files))
+        open_dataset(write_folder(tmp_path / "tree", files))
     with pytest.raises(DataError, match=message):
         open_dataset(write_tar(tmp_path / "a.tar", files))
 
@@ -261,7 +244,7 @@ def test_missing_and_unknown_data_are_explained(tmp_path: Path) -> None:
 
 
 def test_resize_must_suit_the_size(tmp_path: Path) -> None:
-    root = write_tree(tmp_path, {"a/0.png": png(1, 100)})
+    root = write_folder(tmp_path, {"a/0.png": png(1, 100)})
     with pytest.raises(InvalidArgumentError, match="resize: expected at least size = 80, got 70"):
         open_dataset(root, size=80, resize=70)
     with pytest.raises(InvalidArgumentError, match="resize: only taken with size > 64"):
@@ -364,7 +347,7 @@ def test_files_are_augmented_per_epoch_without_touching_the_global_generator(
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "png")
-    root = write_tree(tmp_path, {"a/0.png": buffer.getvalue(), "a/1.png": buffer.getvalue()})
+    root = write_folder(tmp_path, {"a/0.png": buffer.getvalue(), "a/1.png": buffer.getvalue()})
     data = open_dataset(root, "train", augment=True, size=80, resize=80)
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -459,7 +442,7 @@ def test_imagenet_archive_with_its_class_file() -> None:
 
 
 def test_linked_class_folders_and_names_of_any_alphabet(tmp_path: Path) -> None:
-    elsewhere = write_tree(tmp_path / "elsewhere", {"x/ключ.png": png(3), "x/a b.png": png(4)})
+    elsewhere = write_folder(tmp_path / "elsewhere", {"x/ключ.png": png(3), "x/a b.png": png(4)})
     root = tmp_path / "set"
     (root / "train").mkdir(parents=True)
     (root / "train" / "größer").symlink_to(elsewhere / "x", target_is_directory=True)

@@ -30,6 +30,7 @@ import chanprune_ext as cpx
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.data import TensorImages, calibration_batches, make_loader, open_dataset
 from chanprune_ext.models import resnet56
+from chanprune_ext.published import inner_channels_within
 from chanprune_ext.recovery import evaluate, recover
 
 KD: dict[str, float] = {"kd": 1.0}
@@ -61,14 +62,8 @@ def start_network(teacher: torch.nn.Module, train: TensorImages, seed: int, file
     """The pruned and compensated network, made once a seed."""
     if not file.exists():
         batches = calibration_batches(train, 512, seed=seed, mixed=True)
-        options: dict[str, Any] = {"scope": "global", "kinds": ("hidden",)}
-        made = cpx.plan(
-            teacher,
-            torch.zeros(1, 3, 32, 32),
-            budget=cpx.Budget(macs=0.5),
-            criterion=cpx.elimination(batches),
-            **options,
-        )
+        options = inner_channels_within(batches, cpx.Budget(macs=0.5))
+        made = cpx.plan(teacher, torch.zeros(1, 3, 32, 32), **options)
         pruned = made.apply(teacher)
         cpx.compensate(pruned, teacher, batches, plan=made)
         cpx.save(pruned, file)
