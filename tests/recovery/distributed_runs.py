@@ -292,6 +292,10 @@ def main(folder: str) -> None:
     for k, job in enumerate(json.loads(Path(folder, "job.json").read_text())):
         _write(Path(folder, f"{k}-{rank}"), run(job))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. Now and then torch aborts while the interpreter takes its threads down.
+    os._exit(0)
 
 
 if __name__ == "__main__":
