@@ -31,11 +31,13 @@ def macs_of(model: nn.Module, images: torch.Tensor) -> int:
     return analysis.sizes(analysis.removed_labels({})).macs()
 
 
-def pruned_by_peer(model: nn.Module, images: torch.Tensor, round_to: int) -> nn.Module:
+def pruned_by_peer(
+    model: nn.Module, images: torch.Tensor, round_to: int, budget: float = BUDGET
+) -> nn.Module:
     """The largest network Torch-Pruning makes within the budget."""
     import torch_pruning as tp
 
-    most = BUDGET * macs_of(model, images)
+    most = budget * macs_of(model, images)
     low, high, best = 0.0, 0.9, None
     for _ in range(10):
         ratio = (low + high) / 2

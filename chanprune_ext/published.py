@@ -1,18 +1,21 @@
-"""Published results measured again without training: networks, data, ways of pruning."""
+"""Published results measured again: networks, images, and ways of pruning without training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.criteria import magnitude
 from chanprune_ext.data import calibration_batches, open_dataset
 from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
+from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.references import MOBILENETV2_IMAGENET, RESNET56_CIFAR10
 from chanprune_ext.selection import Budget
-from chanprune_ext.trials import Trial
+from chanprune_ext.trials import Further, Trial
 
 if TYPE_CHECKING:
     import os
@@ -20,14 +23,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from chanprune_ext.criteria import Criterion
     from chanprune_ext.data import ImageDataset
     from chanprune_ext.report import Reference
 
 __all__ = [
+    "ImageNetImages",
     "TrialSet",
     "cifar10_resnet56_set",
+    "hidden_channels",
     "imagenet_mobilenetv2_set",
     "inner_channels_within",
+    "reconstruction_options",
+    "trained_mobilenet_v2",
 ]
 
 # The expansions of MobileNetV2's blocks: the first block has none.
@@ -99,6 +107,47 @@ def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int
     )
 
 
+class ImageNetImages:
+    """ImageNet as MobileNetV2's weights expect it, normalised to [-1, 1].
+
+    Args:
+        data: Folder or archive with training images.
+        test_data: Folder or archive with validation images. Default: the split of ``data``.
+        class_file: Class folder names in label order.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        test_data: str | None = None,
+        class_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._data = data
+        self._test_data = test_data or data
+        self._looks: dict[str, Any] = {
+            "mean": (0.5,) * 3,
+            "std": (0.5,) * 3,
+            "class_file": class_file,
+        }
+
+    def training(self, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+        """The training images, changed at random or as they are."""
+        return open_dataset(self._data, "train", augment=augment, seed=seed, **self._looks)
+
+    def test(self) -> ImageDataset:
+        """The validation images."""
+        return open_dataset(self._test_data, "val", resize=227, **self._looks)
+
+
+def trained_mobilenet_v2(weights: str | os.PathLike[str]) -> nn.Module:
+    """A MobileNetV2 with weights in torchvision's layout, in eval mode."""
+    from torchvision.models import mobilenet_v2
+
+    model = mobilenet_v2()
+    load_weights(model, weights)
+    return model.eval()
+
+
 def imagenet_mobilenetv2_set(
     weights: str | os.PathLike[str],
     data: str,
@@ -115,46 +164,68 @@ def imagenet_mobilenetv2_set(
         class_file: Class folder names in label order.
         images: Unlabelled training images.
     """
-    from torchvision.models import mobilenet_v2
-
-    model = mobilenet_v2()
-    load_weights(model, weights)
-    pixels: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "class_file": class_file}
-    train = open_dataset(data, "train", **pixels)
-
-    def hidden(ratio: float) -> dict[str, Any]:
-        return {"ratio": 0.0, "ratios": dict.fromkeys(_EXPANSIONS, ratio)}
-
+    found = ImageNetImages(data, test_data, class_file)
+    train = found.training()
+    further = (Further("reconstructed", _reconstructed, published="article, trained: drop 0.5"),)
     return TrialSet(
         title="MobileNetV2 on ImageNet",
-        model=model.eval(),
-        test=open_dataset(test_data or data, "val", resize=227, **pixels),
+        model=trained_mobilenet_v2(weights),
+        test=found.test(),
         trials=(
             Trial(
                 "hidden -30 %, plain L1",
-                lambda _: {**hidden(0.3), "criterion": magnitude(members="makers")},
+                lambda _: hidden_channels(0.3, magnitude(members="makers")),
                 after=None,
                 published="article: drop 3.6",
             ),
             Trial(
                 "hidden -10 %",
-                lambda batches: {**hidden(0.1), "criterion": elimination(batches)},
+                lambda batches: hidden_channels(0.1, elimination(batches)),
                 published="LBYL, no data: drop 18.5",
             ),
             Trial(
                 "hidden -30 %",
-                lambda batches: {**hidden(0.3), "criterion": elimination(batches)},
+                lambda batches: hidden_channels(0.3, elimination(batches)),
                 published="article: drop 3.6",
+                further=further,
             ),
             Trial(
                 "params x0.65",
                 lambda batches: inner_channels_within(batches, Budget(params=0.65)),
                 published="article: drop 3.6",
+                further=further,
             ),
         ),
         calibration=lambda seed: calibration_batches(train, images, seed=seed),
         references=MOBILENETV2_IMAGENET,
     )
+
+
+def hidden_channels(ratio: float, criterion: Criterion) -> dict[str, Any]:
+    """Options of :func:`chanprune_ext.plan`: a share of every hidden width of MobileNetV2 goes."""
+    return {
+        "ratio": 0.0,
+        "ratios": dict.fromkeys(_EXPANSIONS, ratio),
+        "criterion": criterion,
+    }
+
+
+def reconstruction_options() -> dict[str, Any]:
+    """Options of :func:`chanprune_ext.reconstruct` for photographs: other crops, mirrored ones."""
+    return {"epochs": 5, "views": 2, "augment": _crops}
+
+
+def _reconstructed(pruned: nn.Module, original: nn.Module, batches: list[Tensor]) -> object:
+    return reconstruct(pruned, original, batches, **reconstruction_options())
+
+
+def _crops(batch: Tensor) -> Tensor:
+    """Another crop of every image, of at least half its area, every second one mirrored."""
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(batch.shape[-2:], scale=(0.5, 1.0), antialias=True)
+    mirror = v2.RandomHorizontalFlip()
+    return torch.stack([mirror(crop(image)) for image in batch])
 
 
 def inner_channels_within(batches: list[Tensor], budget: Budget) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +26,29 @@ from chanprune_ext.pruning import plan
 from chanprune_ext.report import environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from chanprune_ext.data import ImageDataset
 
-__all__ = ["Draw", "Trial", "TrialResult", "run_trials", "save_trials"]
+__all__ = ["Draw", "Further", "Trial", "TrialResult", "run_trials", "save_trials"]
 
 Calibration = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Further:
+    """What else is done to a trial's network, measured as a row of its own.
+
+    Attributes:
+        name: What tables call it, after the trial's name.
+        step: Changes the network: ``step(pruned, original, batches)``.
+        published: What is known from elsewhere, in words.
+    """
+
+    name: str
+    step: Callable[[nn.Module, nn.Module, Calibration], object]
+    published: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,12 +61,14 @@ class Trial:
         after: Changes the pruned network: ``after(pruned, original, batches)``. Default:
             :func:`chanprune_ext.compensate`.
         published: What is known from elsewhere, in words.
+        further: Steps that go on from there, one after the other.
     """
 
     name: str
     plan_options: Callable[[Calibration], Mapping[str, Any]]
     after: Callable[[nn.Module, nn.Module, Calibration], object] | None = compensate
     published: str = ""
+    further: tuple[Further, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,8 @@ class Draw:
         agreement: Share of test images on which pruned and original network agree.
         kl: Mean ``KL(original || pruned)`` of the softmax outputs on the test images, in nats.
         difference_error: Standard error of the accuracy's difference from the original's, paired.
-        seconds: CPU time for choosing channels and refitting.
+        seconds: CPU time for choosing channels and refitting, further steps up to this one
+            included.
     """
 
     seed: int
@@ -137,35 +155,45 @@ def run_trials(
     """
     expected, labels = _predictions(model, test)
     right = expected.argmax(1) == labels
-    results = []
-    example = torch.zeros(1, *test.shape)
+    results: list[TrialResult] = []
     for trial in trials:
-        draws = []
-        made = None
+        rows: dict[str, TrialResult] = {}
         for seed in seeds:
-            say(f"{trial.name}, seed {seed}")
-            batches = calibration(seed)
-            start = time.process_time()
-            made = plan(model, example, **trial.plan_options(batches))
-            pruned = made.apply(model)
-            if trial.after is not None:
-                trial.after(pruned, model, batches)
-            seconds = time.process_time() - start
-            draws.append(_draw(seed, *_predictions(pruned, test), expected, right, seconds))
-            say(f"  top-1 {draws[-1].top1:.2%}, agreement {draws[-1].agreement:.2%}")
-        assert made is not None
-        results.append(
-            TrialResult(
-                trial.name,
-                trial.published,
-                made.params_after,
-                made.macs_after,
-                made.params_after / made.params_before,
-                made.macs_after / made.macs_before,
-                tuple(draws),
-            )
-        )
+            for row, pruned, seconds in _rows(trial, model, test, calibration(seed)):
+                say(f"{row.name}, seed {seed}, {seconds:.0f} s")
+                draw = _draw(seed, *_predictions(pruned, test), expected, right, seconds)
+                say(f"  top-1 {draw.top1:.2%}, agreement {draw.agreement:.2%}")
+                earlier = rows[row.name].draws if row.name in rows else ()
+                rows[row.name] = replace(row, draws=(*earlier, draw))
+        results += rows.values()
     return float(right.float().mean()), results
+
+
+def _rows(
+    trial: Trial, model: nn.Module, test: ImageDataset, batches: Calibration
+) -> Iterator[tuple[TrialResult, nn.Module, float]]:
+    """The trial's rows without draws, each with the network as it then is and CPU seconds."""
+    start = time.process_time()
+    made = plan(model, torch.zeros(1, *test.shape), **trial.plan_options(batches))
+    pruned = made.apply(model)
+    if trial.after is not None:
+        trial.after(pruned, model, batches)
+    seconds = time.process_time() - start
+    row = TrialResult(
+        trial.name,
+        trial.published,
+        made.params_after,
+        made.macs_after,
+        made.params_after / made.params_before,
+        made.macs_after / made.macs_before,
+    )
+    yield row, pruned, seconds
+    for further in trial.further:
+        start = time.process_time()
+        further.step(pruned, model, batches)
+        seconds += time.process_time() - start
+        name = f"{trial.name}, {further.name}"
+        yield replace(row, name=name, published=further.published), pruned, seconds
 
 
 def _draw(

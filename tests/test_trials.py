@@ -12,7 +12,7 @@ from torch import nn
 import chanprune_ext as cpx
 from chanprune_ext.data import calibration_batches
 from chanprune_ext.image_sets import TensorImages
-from chanprune_ext.trials import Trial, run_trials, save_trials
+from chanprune_ext.trials import Further, Trial, run_trials, save_trials
 
 
 def images(n: int, seed: int) -> TensorImages:
@@ -91,6 +91,37 @@ def test_everything_is_written(model, tmp_path):
     assert [t["name"] for t in found["trials"]] == ["a", "b"]
     assert found["trials"][1]["draws"][0]["seed"] == 3
     assert found["trials"][0]["macs_share"] > found["trials"][1]["macs_share"]
+
+
+def test_further_steps_go_on_from_the_network_before(model):
+    def doubled(pruned, original, batches) -> None:
+        with torch.no_grad():
+            pruned[-1].weight.mul_(2)
+            pruned[-1].bias.mul_(2)
+
+    def forgotten(pruned, original, batches) -> None:
+        with torch.no_grad():
+            pruned[-1].weight.zero_()
+
+    said = []
+    further = (Further("doubled", doubled, "elsewhere"), Further("forgotten", forgotten))
+    _, results = run_trials(
+        model,
+        images(30, seed=1),
+        [Trial("half", lambda _: {"ratio": 0.5}, after=plain, further=further)],
+        lambda seed: calibration_batches(images(40, seed=2), 20, seed=seed),
+        seeds=(0, 1),
+        say=said.append,
+    )
+    assert [r.name for r in results] == ["half", "half, doubled", "half, forgotten"]
+    assert [r.published for r in results] == ["", "elsewhere", ""]
+    assert [[draw.seed for draw in r.draws] for r in results] == [[0, 1]] * 3
+    start, twice, none = (r.draws[0] for r in results)
+    assert start.top1 == twice.top1  # the larger logit stays the larger one
+    assert start.kl != twice.kl
+    assert none.kl != twice.kl
+    assert start.seconds <= twice.seconds <= none.seconds
+    assert len(said) == 12
 
 
 def test_blends_lie_between_two_images_and_come_last():

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,13 +43,13 @@ def reproduce(
         list[str] | None, typer.Option(help="Only the ways with this in their name; repeatable.")
     ] = None,
     epochs: Annotated[
-        int, typer.Option(min=0, help="Epochs of distillation (ResNet-56); 0: no training.")
+        int, typer.Option(min=0, help="Epochs of fine-tuning and distillation; 0: no training.")
     ] = 10,
     seed: Seed = 0,
 ) -> None:
     """Prunes a published network in several ways, without and with training, beside the article."""
-    from chanprune_ext.demo import cifar10_resnet56_job
     from chanprune_ext.published import cifar10_resnet56_set, imagenet_mobilenetv2_set
+    from chanprune_ext.published_jobs import cifar10_resnet56_job, imagenet_mobilenetv2_job
     from chanprune_ext.report import write_report
     from chanprune_ext.trial_report import trial_report
     from chanprune_ext.trials import run_trials, save_trials
@@ -85,8 +85,11 @@ def reproduce(
             made = trial_report(found.title, command_line(), baseline, n, results, found.references)
             page = write_report(made, folder / "without-training")
             Console().print(f"report: {page}", soft_wrap=True)
-    if small and epochs:
-        job = cifar10_resnet56_job(
-            weights, data, recover_epochs=epochs, calibration_images=count, seed=seed
+    if epochs:
+        options: dict[str, Any] = {"recover_epochs": epochs, "calibration_images": count, "seed": seed}
+        job = (
+            cifar10_resnet56_job(weights, data, **options)
+            if small
+            else imagenet_mobilenetv2_job(weights, data, test_data, class_file, **options)
         )
         run_and_print(job, folder)

@@ -20,6 +20,7 @@ namespace {
 // stay in the second-level cache.
 constexpr int64_t kUnitColumns = 8192;
 constexpr int64_t kOuterAtOnce = 4;  // of a column task: their accumulators are loaded once for all
+constexpr int64_t kColumnsAheadBytes = 4096;  // the next rows are fetched at least so far ahead
 constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64};
 // A row is summed in lanes over this many elements, then in float64: short float32 chains.
 constexpr int64_t kRowChunk = 4096;
@@ -42,11 +43,26 @@ CHANPRUNE_INLINE A take(A total, A x) {
   }
 }
 
-// Takes `Rows` rows of n columns, `stride` apart, into totals: [n].
+// Takes `Rows` rows of n columns, `stride` apart, into totals: [n]. Rows that come `ahead` elements
+// later are fetched meanwhile.
 template <NormKind Kind, int64_t Rows, typename T>
-CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t stride, int64_t n,
+CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t stride, int64_t n, int64_t ahead,
                                    Accumulator<T>* __restrict totals) {
-  for (int64_t i = 0; i < n; ++i) {
+  constexpr int64_t kStep = 64 / static_cast<int64_t>(sizeof(T));
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int64_t r = 0; r < Rows; ++r) {
+      __builtin_prefetch(x + r * stride + i + ahead);
+    }
+    for (int64_t j = i; j < i + kStep; ++j) {
+      Accumulator<T> total = totals[j];
+      for (int64_t r = 0; r < Rows; ++r) {
+        total = take<Kind>(total, load(x[r * stride + j]));
+      }
+      totals[j] = total;
+    }
+  }
+  for (; i < n; ++i) {
     Accumulator<T> total = totals[i];
     for (int64_t r = 0; r < Rows; ++r) {
       total = take<Kind>(total, load(x[r * stride + i]));
@@ -136,12 +152,15 @@ void run_columns(const ChannelNormTask& task, const ChannelNormUnit& unit, doubl
   const int64_t end = std::min(task.outer, begin + task.piece_outer);
   const T* first = static_cast<const T*>(task.data) + unit.first;
   int64_t o = begin;
+  const int64_t group = std::max<int64_t>(1, kOuterAtOnce * task.outer_stride);
+  constexpr int64_t kLeast = kColumnsAheadBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = (kLeast + group - 1) / group * group;
   for (; o + kOuterAtOnce <= end; o += kOuterAtOnce) {
     take_columns<Kind, kOuterAtOnce, T>(first + o * task.outer_stride, task.outer_stride,
-                                        unit.count, totals);
+                                        unit.count, ahead, totals);
   }
   for (; o < end; ++o) {
-    take_columns<Kind, 1, T>(first + o * task.outer_stride, 0, unit.count, totals);
+    take_columns<Kind, 1, T>(first + o * task.outer_stride, 0, unit.count, 0, totals);
   }
   for (int64_t i = 0; i < unit.count; ++i) {
     sink.put(unit.first + i, totals[i]);
