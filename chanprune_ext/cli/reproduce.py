@@ -86,7 +86,11 @@ def reproduce(
             page = write_report(made, folder / "without-training")
             Console().print(f"report: {page}", soft_wrap=True)
     if epochs:
-        options: dict[str, Any] = {"recover_epochs": epochs, "calibration_images": count, "seed": seed}
+        options: dict[str, Any] = {
+            "recover_epochs": epochs,
+            "calibration_images": count,
+            "seed": seed,
+        }
         job = (
             cifar10_resnet56_job(weights, data, **options)
             if small

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .linear_maps import unfolded
 from .moments import Moments
+from .pooled_windows import pooled_windows
 from .report import LayerReport
 from .samples import Samples
 from .targets import DEAD_SCALE
@@ -76,12 +77,23 @@ class _Error:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some samples: columns, and the target's value in both networks as rows."""
+    """Some samples: columns, and the target's value in both networks as rows.
+
+    Attributes:
+        held_back: Whether they only judge.
+        columns: What the weights multiply.
+        original: Rows in the original network.
+        pruned: Rows in the pruned one, with the weights before the fit.
+        weight: How often each sample counts.
+        extra: Whether the network itself never makes these values, so that they tell no error.
+    """
 
     held_back: bool
     columns: Tensor
     original: Tensor
     pruned: Tensor
+    weight: float = 1.0
+    extra: bool = False
 
 
 def one_sided_residual(
@@ -165,6 +177,25 @@ class _Fit:
             ):
                 turns[seen.held_back] += 1
                 yield _Piece(seen.held_back, columns, original, pruned)
+            if seen.averaged is not None and not seen.held_back:
+                yield self.windows(seen, dtype)
+
+    def windows(self, seen: Observation, dtype: torch.dtype) -> _Piece:
+        """Averages over some positions where the network takes those over all."""
+        assert seen.averaged is not None
+        layer = self.layers[0]
+        original, pruned = (x.to(dtype) for x in seen.averaged)
+        parts = pooled_windows(pruned)
+        return _Piece(
+            held_back=False,
+            columns=parts.flatten(0, 1).t().unsqueeze(0),
+            original=_window_rows(
+                pooled_windows(original), original, seen.original, self.runs.original_weight(layer)
+            ),
+            pruned=_window_rows(parts, pruned, seen.pruned, layer.weight),
+            weight=1 / parts.shape[1],
+            extra=True,
+        )
 
     def residual(
         self, original: Tensor, pruned: Tensor, bounds: tuple[float, float] | None
@@ -175,7 +206,7 @@ class _Fit:
     def evidence(self) -> Evidence:
         """Where pieces are collected: as moments, or as they are if that is less."""
         groups, rows, columns = self.shape
-        if self.fit_samples < columns:
+        if self.fit_samples < columns and self.layers[0].averages is None:
             return Samples()
         return Moments(groups, rows, columns, self.layers[0].weight.device)
 
@@ -186,13 +217,19 @@ class _Fit:
             return [skipped_report(layer, self.target, reason) for layer in self.layers]
         fit, judge, before = self.evidence(), self.evidence(), _Error(self.target.bounds)
         for piece in self.pieces():
-            before.add(piece.original, piece.pruned, held_back=piece.held_back)
+            if not piece.extra:
+                before.add(piece.original, piece.pruned, held_back=piece.held_back)
             residual = self.residual(piece.original, piece.pruned, None)
-            (judge if piece.held_back else fit).add(piece.columns, residual)
+            (judge if piece.held_back else fit).add(piece.columns, residual, piece.weight)
         solver, change = self.least_squares(fit, judge)
         steps, error = 0, before.relative
         if change is not None:
             steps, error, change = self.descend(solver, change, fit, error)
+        if not steps and self.target.bounds is not None and self.options.one_sided_steps:
+            self.look_inside_bounds(fit, judge)
+            solver, change = self.least_squares(fit, judge)
+            if change is not None:
+                steps, error, change = self.descend(solver, change, fit, error)
         if steps and change is not None:
             self.apply(change)
         rank, condition = solver.spectrum()
@@ -200,7 +237,7 @@ class _Fit:
         return [
             replace(
                 skipped_report(layer, self.target, ""),
-                samples=fit.samples,
+                samples=round(fit.samples),
                 error_before=before.relative,
                 error_after=error,
                 ridge=solver.ridge,
@@ -232,6 +269,19 @@ class _Fit:
         steps = thinned(samples, self.shape[2], self.layers[0].geometry.axes)
         self.fit_samples = samples // math.prod(steps)
         return steps
+
+    def look_inside_bounds(self, fit: Evidence, judge: Evidence) -> None:
+        """Replaces the residual by the one-sided one, for the weights before the fit.
+
+        Most values of a sparse activation lie far beyond its bound: a fit to all of them can be
+        worse inside than none, while the one-sided one can only gain on the samples it is made of.
+        """
+        fit.clear_residual()
+        judge.clear_residual()
+        for piece in self.pieces():
+            residual = self.residual(piece.original, piece.pruned, self.target.bounds)
+            evidence = judge if piece.held_back else fit
+            evidence.add_residual(piece.columns, residual, piece.weight)
 
     def least_squares(self, fit: Evidence, judge: Evidence) -> tuple[Solver, Change | None]:
         """The fit, with the ridge raised as long as the held-back samples gain by it.
@@ -269,9 +319,11 @@ class _Fit:
             fit.clear_residual()
             for piece in self.pieces():
                 pruned = piece.pruned + change.applied(piece.columns)
-                after.add(piece.original, pruned, held_back=piece.held_back)
+                if not piece.extra:
+                    after.add(piece.original, pruned, held_back=piece.held_back)
                 if not piece.held_back and step < one_sided:
-                    fit.add_residual(piece.columns, self.residual(piece.original, pruned, bounds))
+                    residual = self.residual(piece.original, pruned, bounds)
+                    fit.add_residual(piece.columns, residual, piece.weight)
             if not after.relative < error * (1 - LEAST_GAIN):
                 return step, error, made
             gain, made, error = 1 - after.relative / error, change, after.relative
@@ -294,6 +346,23 @@ class _Fit:
                 constant = change.intercept.flatten() * inverse
             layer.change(delta, constant)
             self.runs.carry(self.target, layer, partial(_at_target, layer, delta, constant))
+
+
+def _window_rows(parts: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """What a linear layer makes of averages over windows, given what it makes of the whole.
+
+    Args:
+        parts: The averages over windows, ``[n, windows, channels]``.
+        x: All positions, ``[n, channels, *positions]``.
+        y: Output for the average over all positions, ``[n, rows]``.
+        weight: ``[rows, channels]``.
+
+    Returns:
+        ``[1, rows, n * windows]``.
+    """
+    difference = parts - x.flatten(2).mean(2).unsqueeze(1)
+    rows = y.to(x.dtype).unsqueeze(1) + difference @ weight.detach().to(x.dtype).t()
+    return rows.flatten(0, 1).t().unsqueeze(0)
 
 
 def _at_target(layer: Layer, delta: Tensor, constant: Tensor | None, x: Tensor) -> Tensor:

@@ -36,17 +36,20 @@ class Observation:
         inputs: Call index of a layer -> its input in the pruned network; None where that has been
             overwritten since.
         held_back: Whether the batch only judges and takes no part in the fit.
+        averaged: What is averaged over all positions in front of the layer, in the original and in
+            the pruned network; None where nothing is, or where it has been overwritten since.
     """
 
     original: Tensor
     pruned: Tensor
     inputs: dict[int, Tensor | None]
     held_back: bool
+    averaged: tuple[Tensor, Tensor] | None = None
 
     @property
     def bytes(self) -> int:
         """Memory of all tensors."""
-        tensors = [self.original, self.pruned, *self.inputs.values()]
+        tensors = [self.original, self.pruned, *self.inputs.values(), *(self.averaged or ())]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -131,9 +134,11 @@ class Lockstep:
 
     def _pair(self, batch: int, targets: Sequence[Target]) -> tuple[PausedRun, PausedRun]:
         inputs = self._batches[batch][0]
-        captures = {layer.call for target in targets for layer in target.layers}
+        layers = [layer for target in targets for layer in target.layers]
+        averages = {layer.averages for layer in layers if layer.averages is not None}
+        captures = {layer.call for layer in layers} | averages
         return (
-            PausedRun(self._original, inputs, self._names, (), self._device),
+            PausedRun(self._original, inputs, self._names, averages, self._device),
             PausedRun(self._pruned, inputs, self._names, captures, self._device),
         )
 
@@ -157,9 +162,7 @@ class Lockstep:
             ]
             self._at = target.call
         for batch, (_, held_back) in enumerate(self._batches):
-            yield self._observation(
-                target, self._resident[batch][1], *self._values[batch], held_back
-            )
+            yield self._observation(target, self._resident[batch], *self._values[batch], held_back)
 
     def _observe_anew(self, target: Target) -> Iterator[Observation]:
         """Runs pairs up to ``target``, as many as can be kept, but not too few of them."""
@@ -170,7 +173,7 @@ class Lockstep:
             pair = self._pair(batch, [target])
             try:
                 original, pruned = self._advance(batch, pair, target.call)
-                seen = self._observation(target, pair[1], original, pruned, held_back)
+                seen = self._observation(target, pair, original, pruned, held_back)
             finally:
                 for run in pair:
                     run.close()
@@ -186,14 +189,28 @@ class Lockstep:
         self._seen = kept or []
 
     def _observation(
-        self, target: Target, run: PausedRun, original: Tensor, pruned: Tensor, held_back: bool
+        self,
+        target: Target,
+        pair: tuple[PausedRun, PausedRun],
+        original: Tensor,
+        pruned: Tensor,
+        held_back: bool,
     ) -> Observation:
         first = target.layers[0]
         if first.kept_rows is not None:
             axis = first.geometry.channel_axis(original.ndim)
             original = original.index_select(axis, first.kept_rows)
-        inputs = {layer.call: run.captured_input(layer.call) for layer in target.layers}
-        return Observation(original, pruned, inputs, held_back)
+        inputs = {layer.call: pair[1].captured_input(layer.call) for layer in target.layers}
+        averaged = None
+        if first.averages is not None:
+            found = [run.captured_input(first.averages) for run in pair]
+            averaged = None if found[0] is None or found[1] is None else (found[0], found[1])
+        return Observation(original, pruned, inputs, held_back, averaged)
+
+    def original_weight(self, layer: Layer) -> Tensor:
+        """The weight of a layer in the original network, at the kept output channels."""
+        weight: Tensor = self._original.state_dict()[layer.entry]
+        return weight if layer.kept_rows is None else weight[layer.kept_rows]
 
     def segments(self, pair: Pair) -> list[Segment]:
         """What the batches show of two layers in a row; empty where it can't be had.
@@ -222,7 +239,7 @@ class Lockstep:
                 between = runs[1].advance(pair.between.call).clone()
                 original, pruned = self._advance(batch, runs, pair.target.call)
                 seen = self._observation(
-                    pair.target, runs[1], original, pruned, self._batches[batch][1]
+                    pair.target, runs, original, pruned, self._batches[batch][1]
                 )
                 x = runs[1].captured_input(pair.first.call)
             finally:
@@ -313,9 +330,12 @@ class Lockstep:
         if pair is not None:
             self._between.pop(pair.between.call, None)
             done = [*done, pair.first]
-        for _, run in self._resident or []:
+        for original, run in self._resident or []:
             for layer in done:
                 run.release(layer.call)
+                if layer.averages is not None:
+                    run.release(layer.averages)
+                    original.release(layer.averages)
         self._values = []
         self._seen = []
         self._at = None

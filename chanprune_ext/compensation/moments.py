@@ -23,7 +23,7 @@ class Moments:
         device: Where the sums live.
 
     Attributes:
-        samples: Number of samples added.
+        samples: Number of samples added, or the sum of their weights.
         gram: Sum of ``x x^T``, ``[groups, columns, columns]``.
         cross: Sum of ``r x^T``, ``[groups, rows, columns]``.
         column_sum: Sum of ``x``, ``[groups, columns]``.
@@ -35,25 +35,31 @@ class Moments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
 
-        self.samples = 0
+        self.samples = 0.0
         self.gram = zeros(columns, columns)
         self.cross = zeros(rows, columns)
         self.column_sum = zeros(columns)
         self.row_sum = zeros(rows)
         self.row_energy = zeros(rows)
 
-    def add(self, columns: Tensor, residual: Tensor) -> None:
-        """Adds a piece: ``[groups, columns, samples]`` and ``[groups, rows, samples]``."""
-        self.samples += columns.shape[-1]
-        self.gram += columns @ columns.mT
-        self.column_sum += columns.sum(-1)
-        self.add_residual(columns, residual)
+    def add(self, columns: Tensor, residual: Tensor, weight: float = 1.0) -> None:
+        """Adds a piece: ``[groups, columns, samples]`` and ``[groups, rows, samples]``.
 
-    def add_residual(self, columns: Tensor, residual: Tensor) -> None:
+        Args:
+            columns: What the weights multiply.
+            residual: What they should add.
+            weight: How often each sample counts.
+        """
+        self.samples += weight * columns.shape[-1]
+        self.gram += weight * (columns @ columns.mT)
+        self.column_sum += weight * columns.sum(-1)
+        self.add_residual(columns, residual, weight)
+
+    def add_residual(self, columns: Tensor, residual: Tensor, weight: float = 1.0) -> None:
         """Adds a residual on columns that were added before."""
-        self.cross += residual @ columns.mT
-        self.row_sum += residual.sum(-1)
-        self.row_energy += residual.square().sum(-1)
+        self.cross += weight * (residual @ columns.mT)
+        self.row_sum += weight * residual.sum(-1)
+        self.row_energy += weight * residual.square().sum(-1)
 
     def clear_residual(self) -> None:
         """Forgets the residual and keeps what is known of the columns."""

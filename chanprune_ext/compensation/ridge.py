@@ -75,13 +75,13 @@ class Evidence(Protocol):
     """What is known of columns and residual: moments, or the samples themselves."""
 
     @property
-    def samples(self) -> int:
-        """Number of samples added."""
+    def samples(self) -> float:
+        """Number of samples added, or the sum of their weights."""
 
-    def add(self, columns: Tensor, residual: Tensor) -> None:
+    def add(self, columns: Tensor, residual: Tensor, weight: float = 1.0) -> None:
         """Adds a piece: ``[groups, columns, samples]`` and ``[groups, rows, samples]``."""
 
-    def add_residual(self, columns: Tensor, residual: Tensor) -> None:
+    def add_residual(self, columns: Tensor, residual: Tensor, weight: float = 1.0) -> None:
         """Adds a residual on columns that were added before, in the same order."""
 
     def clear_residual(self) -> None:

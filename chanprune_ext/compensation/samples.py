@@ -36,13 +36,15 @@ class Samples:
         """``[groups, rows, samples]``, float64."""
         return torch.cat(self._residuals, -1).double()
 
-    def add(self, columns: Tensor, residual: Tensor) -> None:
+    def add(self, columns: Tensor, residual: Tensor, weight: float = 1.0) -> None:
         """Adds a piece: ``[groups, columns, samples]`` and ``[groups, rows, samples]``."""
+        assert weight == 1.0, "all samples count alike here"
         self._columns.append(columns.clone())
         self._residuals.append(residual.clone())
 
-    def add_residual(self, _: Tensor, residual: Tensor) -> None:
+    def add_residual(self, _: Tensor, residual: Tensor, weight: float = 1.0) -> None:
         """Adds a residual on columns that were added before, in the same order."""
+        assert weight == 1.0, "all samples count alike here"
         self._residuals.append(residual.clone())
 
     def clear_residual(self) -> None:

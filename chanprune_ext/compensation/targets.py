@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .linear_maps import LinearMap, bound_arguments, linear_map
+from .pooled_windows import averaging_call
 from .survey import Activation, CallFacts, Survey
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Layer:
         inputs_pruned: Whether input channels were removed.
         reads: Call that makes the value whose clamped form this layer alone reads; None if there
             is none.
+        averages: Call that averages over all positions what this linear layer reads; None if none
+            does, or if something is added to the layer's output.
     """
 
     call: int
@@ -81,6 +84,7 @@ class Layer:
     kept_rows: Tensor | None
     inputs_pruned: bool
     reads: int | None = None
+    averages: int | None = None
 
     @property
     def holds_intercept(self) -> bool:
@@ -217,8 +221,16 @@ class _Finder:
             kept_rows=changed[0].to(weight.device) if 0 in changed else None,
             inputs_pruned=1 in changed,
             reads=self.clamped(call),
+            averages=self.averaging(call) if path.call == call.index else None,
         )
         return layer, path
+
+    def averaging(self, call: Call) -> int | None:
+        """The call that averages over all positions what the linear layer ``call`` reads."""
+        facts = self.survey.calls
+        if facts[call.index].name != "linear":
+            return None
+        return averaging_call(call, self.makers, self.trace.calls, facts)
 
     def clamped(self, call: Call) -> int | None:
         """The call whose output reaches ``call``, and nothing else, through a clamp."""

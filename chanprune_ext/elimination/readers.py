@@ -14,6 +14,7 @@ from ..analysis.calls import CallMode, run_model, steady_calls
 from ..compensation.batches import first_samples, sample_count
 from ..compensation.linear_maps import unfolded
 from ..compensation.moments import Moments
+from ..compensation.pooled_windows import pooled_windows
 from ..compensation.survey import survey_calls
 from ..compensation.targets import DEAD_SCALE, find_targets
 from ..compensation.thinning import thinned
@@ -114,6 +115,12 @@ class Reader:
             self.moments.add(piece, rows[0][:, :0])
             self._turn += 1
 
+    def see_averaged(self, x: Tensor) -> None:
+        """Adds averages over some positions, where the layer reads the average over all."""
+        parts = pooled_windows(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+        columns = parts.flatten(0, 1).t().unsqueeze(0)
+        self.moments.add(columns, columns[:, :0], weight=1 / parts.shape[1])
+
     def see_target(self, value: Tensor) -> None:
         """Adds the value that the layer's output is a part of."""
         axis = self.layer.geometry.channel_axis(value.ndim)
@@ -134,7 +141,10 @@ class _Collecting(CallMode):
         self._batches = batches
         self._at_layer: dict[int, list[Reader]] = {}
         self._at_target: dict[int, list[Reader]] = {}
+        self._at_average: dict[int, list[Reader]] = {}
         for reader in readers:
+            if reader.layer.averages is not None:
+                self._at_average.setdefault(reader.layer.averages, []).append(reader)
             self._at_layer.setdefault(reader.layer.call, []).append(reader)
             self._at_target.setdefault(reader.target, []).append(reader)
 
@@ -145,6 +155,8 @@ class _Collecting(CallMode):
             reader.see_layer(args[0] if args else kwargs["input"], output, self._batches)
         for reader in self._at_target.get(index, ()):
             reader.see_target(output)
+        for reader in self._at_average.get(index, ()):
+            reader.see_averaged(args[0])
         return output
 
 
