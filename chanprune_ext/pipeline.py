@@ -17,7 +17,6 @@ from chanprune_ext.checkpoint import save
 from chanprune_ext.compensation import compensate
 from chanprune_ext.latency import measure_latency
 from chanprune_ext.pruning import plan
-from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.recovery import evaluate, recover
 from chanprune_ext.report import (
     LayerWidth,
@@ -58,11 +57,8 @@ class Job:
         recover_options: Options of :func:`chanprune_ext.recover`.
         fine_tune_options: Options of :func:`chanprune_ext.recover` for the compensated model
             without a teacher, measured beside distillation. None: this stage is left out.
-        reconstruct_options: Options of :func:`chanprune_ext.reconstruct`, on the calibration
-            batches; training goes on from its result. None: this stage is left out.
         stage_notes: One line for the report on each stage: the original, the pruned, the
-            compensated, the reconstructed and the fine-tuned (where there are any), and the
-            distilled model.
+            compensated, the fine-tuned (where there is one) and the distilled model.
         notes: What the reader of the report must know.
         references: Published results that the report is drawn beside.
         latency_batch: Images per batch while latency is measured.
@@ -77,7 +73,6 @@ class Job:
     plan_options: Mapping[str, Any]
     recover_options: Mapping[str, Any]
     fine_tune_options: Mapping[str, Any] | None = None
-    reconstruct_options: Mapping[str, Any] | None = None
     stage_notes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
@@ -96,7 +91,7 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
 
     Returns:
         The report, with its stages: original, pruned by the criterion alone, compensated,
-        reconstructed and fine-tuned if asked for, and distilled.
+        fine-tuned if asked for, and distilled.
 
     Raises:
         ChanpruneError: A step failed, or a result cannot be written.
@@ -110,22 +105,14 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
     compensated = copy.deepcopy(plain)
     compensation = compensate(compensated, job.model, job.calibration)
 
-    untrained = {"compensated": compensated}
-    if job.reconstruct_options is not None:
-        say("reconstructing: block by block, no labels")
-        start = copy.deepcopy(compensated)
-        reconstruct(start, job.model, job.calibration, **job.reconstruct_options)
-        untrained["reconstructed"] = start
-    start = list(untrained.values())[-1]
-
     runs: dict[str, tuple[nn.Module, RecoveryResult]] = {}
     if job.fine_tune_options is not None:
         say("recovering: fine-tuning on the labels, without a teacher")
-        student = copy.deepcopy(start)
+        student = copy.deepcopy(compensated)
         result = recover(student, train=job.train, val=job.test, **job.fine_tune_options)
         runs["fine-tuned"] = student, result
     say("recovering: distillation from the original")
-    recovered = copy.deepcopy(start)
+    recovered = copy.deepcopy(compensated)
     recovery = recover(
         recovered, teacher=job.model, train=job.train, val=job.test, **job.recover_options
     )
@@ -135,7 +122,7 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
     models = {
         "original": job.model,
         f"plain {made.criterion.upper()}": plain,
-        **untrained,
+        "compensated": compensated,
         **{name: student for name, (student, _) in runs.items()},
     }
     images = torch.stack([job.test[index][0] for index in range(job.latency_batch)])

@@ -10,10 +10,10 @@ from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
 from chanprune_ext.pipeline import Job
 from chanprune_ext.published import (
+    DISTILLATION,
     ImageNetImages,
     hidden_channels,
     inner_channels_within,
-    reconstruction_options,
     trained_mobilenet_v2,
 )
 from chanprune_ext.references import MOBILENETV2_IMAGENET, RESNET56_CIFAR10
@@ -97,8 +97,8 @@ def imagenet_mobilenetv2_job(
 ) -> Job:
     """The published result: a MobileNetV2 with 30 % fewer hidden channels.
 
-    They go by elimination; the rest is compensated and reconstructed block by block, then
-    fine-tuned on the labels, and distilled without them, with the batch norms' statistics kept.
+    They go by elimination; the rest is compensated, then fine-tuned on the labels, and distilled
+    without them. Batch norms keep their statistics meanwhile.
 
     Args:
         weights: State dict in torchvision's layout, for images normalised to [-1, 1].
@@ -113,15 +113,7 @@ def imagenet_mobilenetv2_job(
     images = ImageNetImages(data, test_data, class_file)
     train = images.training(augment=True, seed=seed)
     calibration = calibration_batches(images.training(), calibration_images, seed=seed)
-    recovery: dict[str, Any] = {
-        "epochs": recover_epochs,
-        "lr": 0.001,
-        "batch_size": 64,
-        "freeze_batch_norm": True,
-        "channels_last": True,
-        "seed": seed,
-        "progress": progress,
-    }
+    distillation = {**DISTILLATION, "epochs": recover_epochs, "seed": seed, "progress": progress}
     return Job(
         title="MobileNetV2 on ImageNet, hidden channels -30 %",
         model=trained_mobilenet_v2(weights),
@@ -129,14 +121,12 @@ def imagenet_mobilenetv2_job(
         test=images.test(),
         calibration=calibration,
         plan_options=hidden_channels(0.3, elimination(calibration)),
-        reconstruct_options=reconstruction_options(),
-        fine_tune_options=recovery,
-        recover_options={**recovery, "losses": {"kd": 1.0}, "temperature": 1.0},
+        fine_tune_options={**distillation, "losses": {"hard": 1.0}},
+        recover_options=distillation,
         stage_notes=(
             "the published weights",
             "hidden channels of every block, by elimination, and nothing else",
             f"{calibration_images} unlabelled training images, no gradient step",
-            "on the same images, block by block by gradient, no labels",
             f"{recover_epochs} epochs on the labels of {len(train):,} images, no teacher",
             f"{recover_epochs} epochs of distillation on {len(train):,} images, no labels",
         ),

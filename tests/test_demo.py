@@ -87,28 +87,6 @@ def test_fine_tuning_is_a_stage_and_the_best_epoch_is_told(small_job: Job, tmp_p
     assert f"{top:.2%}" in distilled[0]
 
 
-def test_reconstruction_is_a_stage_that_training_goes_on_from(
-    small_job: Job, small_run: tuple[RunReport, Path, list[str]], tmp_path: Path
-) -> None:
-    job = replace(small_job, reconstruct_options={"epochs": 2, "progress": False}, stage_notes=())
-    said: list[str] = []
-    report = run_job(job, tmp_path, command="chanprune test", say=said.append)
-
-    assert [stage.name for stage in report.stages][2:] == [
-        "compensated", "reconstructed", "distilled",
-    ]  # fmt: skip
-    assert len(said) == 5
-    weights = [
-        load(tmp_path / f"{name}.safetensors", small_network()).state_dict()
-        for name in ("compensated", "reconstructed")
-    ]
-    assert any(not torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    assert report.stages[2].accuracy == small_run[0].stages[2].accuracy
-    assert report.stages[-1].accuracy != small_run[0].stages[-1].accuracy or (
-        report.history != small_run[0].history
-    )
-
-
 def test_stages_are_what_the_files_hold(
     small_run: tuple[RunReport, Path, list[str]], small_job: Job
 ) -> None:
