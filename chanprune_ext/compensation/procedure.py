@@ -144,6 +144,8 @@ def compensate(
                 layers = session.fit(chosen, options, ledger, progress) + layers
                 variants.measure("least_squares")
             result, reason = variants.settle(method, judged=bool(session.data.held_back))
+            if result == "least_squares" and session.data.held_back:
+                layers = session.refit_outputs(chosen, layers, options, ledger)
     except BaseException:
         ledger.restore()
         raise
@@ -270,6 +272,45 @@ class _Session:
                 for report in found:
                     _log.debug("%s", report)
         return reports
+
+
+    def refit_outputs(
+        self,
+        targets: Sequence[Target],
+        layers: Sequence[LayerReport],
+        options: FitOptions,
+        ledger: Ledger,
+    ) -> list[LayerReport]:
+        """Fits layers that make the output once more, on the samples that have judged as well.
+
+        A classifier has about as many columns as there are samples, and none to spare. It keeps the
+        ridge that the held-back samples chose; nothing comes behind it that they still judge.
+        """
+        fitted = {layer.entry: layer for layer in layers if layer.skipped is None}
+        for target in targets:
+            entries = [layer.entry for layer in target.layers]
+            if not target.is_output or any(entry not in fitted for entry in entries):
+                continue
+            runs = Lockstep(
+                self.original,
+                self.pruned,
+                (*self.data.fit, *self.data.held_back),
+                (),
+                self._names,
+                [target],
+                self.memory.resident_from,
+                self.memory.cache,
+                self._device,
+            )
+            ridge = max(fitted[entry].ridge or 0.0 for entry in entries)
+            with runs:
+                again = fit_target(target, runs, replace(options, ridge=ridge), ledger)
+            for report in again:
+                if report.skipped is None:
+                    before = fitted[report.entry]
+                    seconds = before.seconds + report.seconds
+                    fitted[report.entry] = replace(before, samples=report.samples, seconds=seconds)
+        return [fitted.get(layer.entry, layer) for layer in layers]
 
 
 class _Variants:

@@ -14,7 +14,7 @@ from torch import nn
 import chanprune_ext as cpx
 from chanprune_ext.analysis.call_trace import record_calls
 from chanprune_ext.analysis.calls import steady_calls
-from chanprune_ext.compensation import targets
+from chanprune_ext.compensation import procedure, targets
 from chanprune_ext.compensation.pooled_windows import pooled_windows
 from chanprune_ext.compensation.survey import survey_calls
 from chanprune_ext.elimination.readers import find_readers, measure_readers
@@ -134,3 +134,27 @@ def test_elimination_counts_the_windows_too():
         pooled.t() @ pooled + torch.einsum("nwc,nwd->cd", windows, windows) / windows.shape[1]
     )
     torch.testing.assert_close(moments.gram[0], expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_have_judged_serve_the_output_layer_in_the_end(monkeypatch):
+    original = head()
+    keep = list(range(0, 96, 2))
+    kept = {"0.weight": {0: keep}, "0.bias": {0: keep}, "4.weight": {1: keep}}
+    new = images(500, seed=9)
+
+    def run() -> tuple[int, float]:
+        pruned, plan = cut(original, kept)
+        data = images(60, seed=1)
+        report = cpx.compensate(pruned, original, data, plan=plan, held_back=0.5, progress=False)
+        with torch.no_grad():
+            error = float((pruned(new) - original(new)).square().mean())
+        return report.layers[-1].samples, error
+
+    samples, error = run()
+    assert samples == 120  # images and, together as much, their windows
+    monkeypatch.setattr(
+        procedure._Session, "refit_outputs", lambda _, targets, layers, *rest: layers
+    )
+    samples, without = run()
+    assert samples == 60
+    assert error < 0.9 * without
