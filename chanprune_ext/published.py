@@ -39,11 +39,11 @@ __all__ = [
 # Options of :func:`chanprune_ext.recover` for a MobileNetV2 that is close to its teacher already,
 # and a thousand images without labels.
 DISTILLATION: dict[str, Any] = {
-    "epochs": 10,
+    "epochs": 12,
     "losses": {"kd": 1.0},
     "temperature": 1.0,
     "optimizer": "adamw",
-    "lr": 5e-4,
+    "lr": 2e-4,
     "weight_decay": 0.0,
     "batch_size": 32,
     "freeze_batch_norm": True,
