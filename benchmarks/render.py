@@ -28,10 +28,11 @@ Written by `make bench`; the numbers behind it are in [benchmarks.json](benchmar
 
 {machine}
 
-Every time is a median; the variants of a case are timed turn by turn in one process, with threads
-bound to cores. *MB* are those that must move at least, *GB/s* is bytes over time, *% of copy* and
-*% of read* compare it with copying and with summing 256 MB in the same process; data that fit the
-caches can exceed 100 %, and where in memory the system has put the data makes a difference too.
+Every time is a median; the variants of a case are timed in turns, in changing order, in one
+process, with threads bound to cores. *MB* are those that must move at least, *GB/s* is bytes over
+time, *% of copy* and *% of read* compare it with copying and with summing 256 MB in the same
+process; data that fit the caches can exceed 100 %, and where in memory the system has put the data
+makes a difference too.
 `read` therefore sums every weight to one number: no norms, but the very same memory.
 *Ratio* is the time of a variant over ours: above 1, ours is faster. KD times include the backward;
 `nothing` is an autograd function without any work and `sum` torch's plainest loss, `student.sum()`:

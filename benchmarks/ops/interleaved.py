@@ -1,9 +1,12 @@
-"""Times several ways of doing one job turn by turn, so that whatever disturbs the machine disturbs
-all of them, and hands the durations to pytest-benchmark afterwards.
+"""Times several ways of doing one job in turns, so that whatever disturbs the machine disturbs all
+of them, and hands the durations to pytest-benchmark afterwards. What comes behind a variant with
+large temporaries finds empty caches and a busy system: the order changes from round to round, and
+each has an untimed call before its turn.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,12 +65,14 @@ def durations(variants: dict[str, Call], device: torch.device) -> dict[str, list
             _timed(call, 1, device)
         once = min(_timed(call, 1, device) for _ in range(3))
         repeats[name] = max(1, int(_ROUND_SECONDS / once))
-        total += once * repeats[name]
+        total += once * (1 + repeats[name])
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(_GROUP_SECONDS / total)))
     times: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in variants.items():
-            times[name].append(_timed(call, repeats[name], device))
+        for name in order.sample(list(variants), len(variants)):
+            _timed(variants[name], 1, device)  # finds in the caches what it leaves there itself
+            times[name].append(_timed(variants[name], repeats[name], device))
     return times
 
 
