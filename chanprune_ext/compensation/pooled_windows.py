@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["averaging_call", "pooled_windows"]
 
-_PASSED_ON = {"flatten", "reshape", "view", "squeeze", "contiguous", "dropout", "feature_dropout"}
+_SHAPES = {"flatten", "reshape", "view", "squeeze", "contiguous"}
+_DROPOUTS = {"dropout", "feature_dropout"}
 _POOLS = {f"adaptive_avg_pool{axes}d": axes for axes in (1, 2, 3)}
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
@@ -48,9 +49,13 @@ def averaging_call(
         maker = makers.get(value)
         if maker is None or len(calls[maker].inputs) != 1:
             return None
-        if facts[maker].name.rstrip("_") not in _PASSED_ON:
-            return maker if _averages_all(facts[maker]) else None
+        name = facts[maker].name.rstrip("_")
+        if name not in _SHAPES and (name not in _DROPOUTS or facts[maker].drops):
+            break
         value = calls[maker].inputs[0]
+    read, averages = facts[call.index].args[0], facts[maker]
+    same = isinstance(read, Activation) and read.shape == (averages.output_shape or ())[:2]
+    return maker if same and _averages_all(averages) else None
 
 
 def _averages_all(facts: CallFacts) -> bool:

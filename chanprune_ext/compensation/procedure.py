@@ -273,7 +273,6 @@ class _Session:
                     _log.debug("%s", report)
         return reports
 
-
     def refit_outputs(
         self,
         targets: Sequence[Target],

@@ -43,6 +43,11 @@ class CallFacts:
     output_shape: tuple[int, ...] | None
     alive: int
 
+    @property
+    def drops(self) -> bool:
+        """Whether this, a call of dropout, is active."""
+        return bool(self.args[2] if len(self.args) > 2 else self.kwargs.get("train", False))
+
 
 @dataclass
 class Survey:

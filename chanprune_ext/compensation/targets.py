@@ -261,8 +261,7 @@ class _Finder:
     def step(self, path: _Path, reader: Call, facts: CallFacts, geometry: LinearMap) -> bool:
         """Takes a per-channel affine step; False if the call is anything else."""
         if facts.name in _PASSED_ON:
-            active = facts.args[2] if len(facts.args) > 2 else facts.kwargs.get("train", False)
-            return facts.name == "contiguous" or active is False
+            return facts.name == "contiguous" or not facts.drops
         if facts.name in _SUMS:
             if facts.kwargs.get("alpha", 1) != 1 or len(facts.args) > 2:
                 return False

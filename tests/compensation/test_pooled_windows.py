@@ -61,6 +61,10 @@ class Headed(nn.Module):
         (lambda m, y: y.mean(3)[:, :, 0], None),
         (lambda m, y: nn.functional.avg_pool2d(y, 2).mean((2, 3)), "mean"),
         (lambda m, y: y.mean((1, 2))[:, :4], None),
+        (lambda m, y: nn.functional.dropout(m.pool(y).flatten(1), 0.5, True), None),
+        (lambda m, y: torch.cat([y, y]).mean((2, 3)).view(4, 4), "mean"),
+        (lambda m, y: y[:, :2].mean((2, 3)).repeat(2, 1).view(2, 4), None),
+        (lambda m, y: y[:, :2].repeat(2, 1, 1, 1).mean((2, 3)).view(2, 4), None),
     ],
 )
 def test_where_an_average_over_all_positions_is_found(function, found):
