@@ -40,6 +40,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "kd-mix-ema": {"losses": KD, **MIXED, "ema_decay": 0.98},
     "frozen": {**FROZEN, "lr": 0.001},
     "frozen-t1": {**FROZEN, "lr": 0.001, "temperature": 1.0},
+    "frozen-t1-adamw": {
+        **FROZEN,
+        "temperature": 1.0,
+        "optimizer": "adamw",
+        "lr": 2e-4,
+        "weight_decay": 0.0,
+    },
     "frozen-t1-mix": {**FROZEN, **MIXED, "lr": 0.003, "temperature": 1.0},
 }
 
