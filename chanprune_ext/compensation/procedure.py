@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from ..analysis.call_trace import record_calls
 from ..analysis.calls import steady_calls
-from ..errors import InvalidArgumentError
 from ..host_memory import freed_memory_kept
-from .batch_norm import measured_batch_norms, reestimate
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
 from .checks import HasKept, check_networks, check_options, check_same_calls, kept_of
 from .fit import FitOptions, fit_target, skipped_report
@@ -27,6 +25,7 @@ from .outputs import DeviationMeter, forward, output_tensors
 from .report import CompensationReport, Deviation, LayerReport
 from .survey import survey_calls
 from .targets import DEAD_SCALE, Skipped, Target, find_targets
+from .variants import Variants
 
 __all__ = ["compensate"]
 
@@ -130,7 +129,7 @@ def compensate(
         ):
             session.prepare()
             layers: list[LayerReport] = []
-            variants = _Variants(session, ledger)
+            variants = Variants(session.pruned, session.data, session.deviation, ledger)
             variants.try_batch_norm(required=method == "batch_norm")
             if method == "least_squares":
                 options = FitOptions(
@@ -310,64 +309,6 @@ class _Session:
                     seconds = before.seconds + report.seconds
                     fitted[report.entry] = replace(before, samples=report.samples, seconds=seconds)
         return [fitted.get(layer.entry, layer) for layer in layers]
-
-
-class _Variants:
-    """What the network could be left with, how good each is, and how to get there."""
-
-    def __init__(self, session: _Session, ledger: Ledger) -> None:
-        self._session = session
-        self._ledger = ledger
-        self._batch_norm: list[tuple[Tensor, Tensor]] = []
-        self.deviations: dict[str, Deviation] = {}
-        self.measure("plain")
-
-    def measure(self, name: str) -> None:
-        self.deviations[name] = self._session.deviation()
-
-    def try_batch_norm(self, *, required: bool) -> None:
-        """Measures what re-estimated batch-norm statistics give, and takes them back."""
-        norms = measured_batch_norms(self._session.pruned)
-        if not norms:
-            if required:
-                raise InvalidArgumentError(
-                    'method: "batch_norm" needs batch norms with running statistics, and pruned '
-                    'has none; use "least_squares"'
-                )
-            return
-        try:
-            reestimate(self._session.pruned, self._session.data.fit, self._ledger)
-        except ValueError as error:
-            self._ledger.restore()
-            if required:
-                raise InvalidArgumentError(
-                    f"batches: too few samples for batch-norm statistics: {error}"
-                ) from error
-            return
-        self.measure("batch_norm")
-        statistics = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
-        self._batch_norm = [(t, t.clone()) for t in statistics if t is not None]
-        self._ledger.restore()
-
-    def settle(self, method: str, *, judged: bool) -> tuple[str, str]:
-        """Leaves the network with the best variant; its name and the reason."""
-        best = method
-        if judged:
-            best = "plain"
-            for name, deviation in self.deviations.items():
-                if deviation.better_than(self.deviations[best]):
-                    best = name
-            reason = "smallest deviation on the held-back samples"
-            if best != method:
-                reason += f", {self.deviations[best]}; {method}: {self.deviations[method]}"
-        else:
-            reason = "asked for, and no samples were held back to judge it"
-        if best != "least_squares":
-            self._ledger.restore()
-        if best == "batch_norm":
-            for tensor, value in self._batch_norm:
-                tensor.copy_(value)
-        return best, reason
 
 
 def _pairs(targets: Sequence[Target]) -> dict[int, Pair]:
