@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .linear_maps import unfolded
 from .moments import Moments
-from .pooled_windows import pooled_windows
+from .pooled_windows import pooled_windows, windows_help
 from .report import LayerReport
 from .samples import Samples
 from .targets import DEAD_SCALE
@@ -154,6 +154,12 @@ class _Fit:
         self.every: tuple[int, ...] = ()
         self.fit_samples = 0
 
+    @property
+    def with_windows(self) -> bool:
+        """Whether averages over windows are taken for further samples."""
+        few = windows_help(self.fit_samples, self.shape[2])
+        return few and self.layers[0].averages is not None
+
     def inputs(self, seen: Observation) -> list[Tensor] | None:
         """Inputs of the layers; None if one has been overwritten."""
         found = [seen.inputs[layer.call] for layer in self.layers]
@@ -177,7 +183,7 @@ class _Fit:
             ):
                 turns[seen.held_back] += 1
                 yield _Piece(seen.held_back, columns, original, pruned)
-            if seen.averaged is not None and not seen.held_back:
+            if seen.averaged is not None and self.with_windows and not seen.held_back:
                 yield self.windows(seen, dtype)
 
     def windows(self, seen: Observation, dtype: torch.dtype) -> _Piece:
@@ -206,7 +212,7 @@ class _Fit:
     def evidence(self) -> Evidence:
         """Where pieces are collected: as moments, or as they are if that is less."""
         groups, rows, columns = self.shape
-        if self.fit_samples < columns and self.layers[0].averages is None:
+        if self.fit_samples < columns and not self.with_windows:
             return Samples()
         return Moments(groups, rows, columns, self.layers[0].weight.device)
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from ..analysis.call_trace import Call
     from .survey import CallFacts
 
-__all__ = ["averaging_call", "pooled_windows"]
+__all__ = ["averaging_call", "pooled_windows", "windows_help"]
 
 _SHAPES = {"flatten", "reshape", "view", "squeeze", "contiguous"}
 _DROPOUTS = {"dropout", "feature_dropout"}
 _POOLS = {f"adaptive_avg_pool{axes}d": axes for axes in (1, 2, 3)}
+_FEW = 4  # samples a column; with more of them, windows only move the fit away from what counts
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -72,6 +73,11 @@ def _averages_all(facts: CallFacts) -> bool:
         and math.prod(facts.output_shape) == x.shape[0] * x.shape[1]
         and math.prod(x.shape[2:]) > 1
     )
+
+
+def windows_help(samples: float, columns: int) -> bool:
+    """Whether there are so few samples that a fit gains by windows."""
+    return samples < _FEW * columns
 
 
 def pooled_windows(x: Tensor) -> Tensor:

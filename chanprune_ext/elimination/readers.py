@@ -14,7 +14,7 @@ from ..analysis.calls import CallMode, run_model, steady_calls
 from ..compensation.batches import first_samples, sample_count
 from ..compensation.linear_maps import unfolded
 from ..compensation.moments import Moments
-from ..compensation.pooled_windows import pooled_windows
+from ..compensation.pooled_windows import pooled_windows, windows_help
 from ..compensation.survey import survey_calls
 from ..compensation.targets import DEAD_SCALE, find_targets
 from ..compensation.thinning import thinned
@@ -115,8 +115,10 @@ class Reader:
             self.moments.add(piece, rows[0][:, :0])
             self._turn += 1
 
-    def see_averaged(self, x: Tensor) -> None:
+    def see_averaged(self, x: Tensor, batches: int) -> None:
         """Adds averages over some positions, where the layer reads the average over all."""
+        if not windows_help(x.shape[0] * batches, x.shape[1]):
+            return
         parts = pooled_windows(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
         columns = parts.flatten(0, 1).t().unsqueeze(0)
         self.moments.add(columns, columns[:, :0], weight=1 / parts.shape[1])
@@ -156,7 +158,7 @@ class _Collecting(CallMode):
         for reader in self._at_target.get(index, ()):
             reader.see_target(output)
         for reader in self._at_average.get(index, ()):
-            reader.see_averaged(args[0])
+            reader.see_averaged(args[0], self._batches)
         return output
 
 

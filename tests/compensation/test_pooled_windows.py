@@ -119,16 +119,31 @@ def test_a_refit_to_the_windows_is_exact_where_it_can_be():
     pruned, plan = cut(
         original, {"0.weight": {0: keep}, "0.bias": {0: keep}, "4.weight": {1: keep}}
     )
-    data = images(200, seed=1).double()
+    data = images(150, seed=1).double()
     cpx.compensate(pruned, original, data, plan=plan, ridge=1e-9, progress=False)
     torch.testing.assert_close(pruned(data), original(data), rtol=1e-4, atol=1e-4)
 
 
+def classifier_moments(model: nn.Module, data: torch.Tensor):
+    readers = find_readers(model, data, {"4.weight": True}, 4000)
+    measure_readers(model, readers, [data[: len(data) // 2], data[len(data) // 2 :]])
+    return readers["4.weight"].moments
+
+
+def test_enough_images_need_no_windows():
+    assert classifier_moments(head(), images(4 * 96, seed=3)).samples == 4 * 96
+    original = head()
+    keep = list(range(0, 96, 2))
+    kept = {"0.weight": {0: keep}, "0.bias": {0: keep}, "4.weight": {1: keep}}
+    pruned, plan = cut(original, kept)
+    data = images(4 * 48, seed=1)
+    report = cpx.compensate(pruned, original, data, plan=plan, held_back=0, progress=False)
+    assert report.layers[-1].samples == 4 * 48
+
+
 def test_elimination_counts_the_windows_too():
     model, data = head(), images(10, seed=3)
-    readers = find_readers(model, data, {"4.weight": True}, 4000)
-    measure_readers(model, readers, [data[:5], data[5:]])
-    moments = readers["4.weight"].moments
+    moments = classifier_moments(model, data)
     with torch.no_grad():
         y = torch.relu(model[0](data))
         windows = pooled_windows(y)
