@@ -11,6 +11,7 @@ from chanprune_ext.models import resnet56
 from chanprune_ext.pipeline import Job
 from chanprune_ext.published import (
     DISTILLATION,
+    MILD_CROPS,
     ImageNetImages,
     hidden_channels,
     inner_channels_within,
@@ -111,7 +112,7 @@ def imagenet_mobilenetv2_job(
         progress: Draw progress bars.
     """
     images = ImageNetImages(data, test_data, class_file)
-    train = images.training(augment=True, seed=seed)
+    train = images.training(augment=MILD_CROPS, seed=seed)
     calibration = calibration_batches(images.training(), calibration_images, seed=seed)
     distillation = {**DISTILLATION, "epochs": recover_epochs, "seed": seed, "progress": progress}
     return Job(
