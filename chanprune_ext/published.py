@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 # Options of :func:`chanprune_ext.recover` for a MobileNetV2 that is close to its teacher already,
-# and a thousand images without labels. More steps, larger ones or smaller crops lead away from it.
+# and a thousand images without labels. Twelve epochs at twice the rate, with small crops, end where
+# they began.
 DISTILLATION: dict[str, Any] = {
     "epochs": 4,
     "losses": {"kd": 1.0},
