@@ -1,4 +1,4 @@
-"""The report of trials without training: every way of pruning is a stage of its own."""
+"""The report of trials without labels: every way of pruning is a stage of its own."""
 
 from __future__ import annotations
 
@@ -59,13 +59,16 @@ def trial_report(
         for result in results
     ]
     return RunReport(
-        title=f"{title}, without training",
+        title=f"{title}, without labels",
         command=command,
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         stages=(original, *stages),
         versions=environment(),
         notes=(
-            "No labels and no gradient step: only unlabelled training images are used.",
+            (
+                "Only unlabelled training images are used, and no gradient step but where the name "
+                "of a row says so."
+            ),
             (
                 "The original's error is the standard error of its accuracy; the others' is the "
                 "standard deviation over the draws."

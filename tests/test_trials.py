@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import chanprune_ext as cpx
+from chanprune_ext.cli.tables import trial_table
 from chanprune_ext.data import calibration_batches
 from chanprune_ext.image_sets import TensorImages
-from chanprune_ext.trials import Further, Trial, run_trials, save_trials
+from chanprune_ext.trials import (
+    Draw,
+    Further,
+    Trial,
+    TrialResult,
+    run_trials,
+    save_trials,
+)
 
 
 def images(n: int, seed: int) -> TensorImages:
@@ -140,3 +150,16 @@ def test_blends_lie_between_two_images_and_come_last():
             if (blend - share * own - (1 - share) * other).abs().max() < 1e-5:
                 found += 0.25 - 1e-5 <= share <= 0.75 + 1e-5
         assert found == 1
+
+
+def test_figures_are_whole_on_a_narrow_terminal():
+    draws = tuple(Draw(seed, 0.6612, 0.7508, 0.65, 0.016, 600.0) for seed in range(2))
+    long = "hidden -30 %, distilled, no labels"
+    result = TrialResult(long, "somebody else: drop 0.5", 1, 1, 0.85, 0.74, draws)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(trial_table(0.7785, 650, [result], "A network"))
+    text = console.export_text()
+    for figure in ("77.8 ± 1.6 %", "66.1 ± 0.0 %", "11.73", "75.1 %", "x0.74", "x0.85"):
+        assert figure in text
+    words = text.replace("\n", " ").split()
+    assert all(word in words for word in f"{long} somebody else".split())

@@ -53,9 +53,11 @@ def stage_table(stages: Sequence[Stage], title: str) -> Table:
 def trial_table(baseline: float, n: int, results: Sequence[TrialResult], title: str) -> Table:
     """One row a way of pruning: mean over the draws and their spread, beside the original."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("no training, no labels", no_wrap=True)
+    # Words may wrap, figures must not be cut.
+    table.add_column("no labels")
     for heading in ("top-1", "drop", "agree", "MACs", "params"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        cells = "100.0 ± 1.6 %" if heading == "top-1" else heading
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(cells))
     table.add_column("published")
     error = (baseline * (1 - baseline) / n) ** 0.5
     table.add_row("original", format_accuracy(baseline, error), "", "", "x1", "x1", "")
