@@ -162,4 +162,4 @@ def test_figures_are_whole_on_a_narrow_terminal():
     for figure in ("77.8 ± 1.6 %", "66.1 ± 0.0 %", "11.73", "75.1 %", "x0.74", "x0.85"):
         assert figure in text
     words = text.replace("\n", " ").split()
-    assert all(word in words for word in f"{long} somebody else".split())
+    assert all(word in words for word in f"{long} {result.published}".split())
