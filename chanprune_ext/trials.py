@@ -139,6 +139,7 @@ def run_trials(
     *,
     seeds: Sequence[int],
     say: Callable[[str], None],
+    keep: Callable[[float, Sequence[TrialResult]], None] = lambda *_: None,
 ) -> tuple[float, list[TrialResult]]:
     """Runs every trial with every draw of calibration images.
 
@@ -149,12 +150,15 @@ def run_trials(
         calibration: Seed -> unlabelled batches, none of them from ``test``.
         seeds: Seeds of the draws.
         say: Receives one line as each trial begins.
+        keep: Receives the original's accuracy and all results so far after every trial, so that
+            hours of work need not be lost with the last one.
 
     Returns:
         The original's accuracy, and one result a trial.
     """
     expected, labels = _predictions(model, test)
     right = expected.argmax(1) == labels
+    baseline = float(right.float().mean())
     results: list[TrialResult] = []
     for trial in trials:
         rows: dict[str, TrialResult] = {}
@@ -166,7 +170,8 @@ def run_trials(
                 earlier = rows[row.name].draws if row.name in rows else ()
                 rows[row.name] = replace(row, draws=(*earlier, draw))
         results += rows.values()
-    return float(right.float().mean()), results
+        keep(baseline, results)
+    return baseline, results
 
 
 def _rows(

@@ -86,6 +86,27 @@ def test_figures_by_hand(model):
     assert not torch.equal(seen[0], seen[1])  # another draw for every seed
 
 
+def test_what_is_done_is_kept_when_a_later_trial_fails(model):
+    def fails(*_) -> None:
+        raise MemoryError
+
+    kept = []
+    with pytest.raises(MemoryError):
+        run_trials(
+            model,
+            images(20, seed=1),
+            [
+                Trial("a", lambda _: {"ratio": 0.25}, after=plain),
+                Trial("b", lambda _: {"ratio": 0.5}, after=fails),
+            ],
+            lambda seed: calibration_batches(images(40, seed=2), 20, seed=seed),
+            seeds=(3,),
+            say=lambda _: None,
+            keep=lambda baseline, results: kept.append([r.name for r in results]),
+        )
+    assert kept == [["a"]]
+
+
 def test_everything_is_written(model, tmp_path):
     baseline, results = run_trials(
         model,

@@ -50,7 +50,7 @@ def reproduce(
     """Prunes a published network in several ways, without and with training, beside the article."""
     from chanprune_ext.published import cifar10_resnet56_set, imagenet_mobilenetv2_set
     from chanprune_ext.published_jobs import cifar10_resnet56_job, imagenet_mobilenetv2_job
-    from chanprune_ext.report import write_report
+    from chanprune_ext.report import make_folder, write_report
     from chanprune_ext.trial_report import trial_report
     from chanprune_ext.trials import run_trials, save_trials
 
@@ -64,6 +64,8 @@ def reproduce(
             else imagenet_mobilenetv2_set(weights, data, test_data, class_file, count)
         )
         trials = [t for t in found.trials if not only or any(o in t.name for o in only)]
+        n, command = len(found.test), command_line()
+        make_folder(folder)  # a place that cannot be written shows now and not after hours
         baseline, results = run_trials(
             found.model,
             found.test,
@@ -71,18 +73,18 @@ def reproduce(
             found.calibration,
             seeds=range(seed, seed + draws),
             say=say,
+            keep=lambda baseline, results: save_trials(
+                folder / "trials.json", found.title, command, baseline, n, results
+            ),
         )
-        n = len(found.test)
         Console().print(trial_table(baseline, n, results, found.title))
         Console().print(
             f"n = {n:,}; original with one standard error, the others with the standard "
             f"deviation over {draws} draws",
             style="dim",
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trials(folder / "trials.json", found.title, command_line(), baseline, n, results)
         if results:
-            made = trial_report(found.title, command_line(), baseline, n, results, found.references)
+            made = trial_report(found.title, command, baseline, n, results, found.references)
             page = write_report(made, folder / "without-training")
             Console().print(f"report: {page}", soft_wrap=True)
     if epochs:
