@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..compensation.batch_norm import measured_batch_norms
 from ..compensation.batches import sample_count
 from .outputs import inputs_and_labels
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .recipe import Recipe
     from .result import EpochRecord
 
-__all__ = ["out_of_memory", "wait_hint"]
+__all__ = ["folded_norms", "out_of_memory", "wait_hint"]
 
 WAIT_SHARE = 0.2  # of an epoch spent waiting for data, worth a word ...
 WAIT_SECONDS = 10.0  # ... where the epoch is long enough for that to mean anything
@@ -31,6 +36,33 @@ def wait_hint(record: EpochRecord, loader: Any) -> str | None:
     return (
         f"epoch {record.epoch}: {100 * record.data_wait:.0f} % of the time went into waiting for "
         f"data; {more}, or images stored in the size they are trained in, would make it faster"
+    )
+
+
+def folded_norms(student: nn.Module) -> str | None:
+    """A sentence where batch norms hold no statistics, but have learned; otherwise None.
+
+    So they are left by a conversion that has folded them into the convolutions, from a quantised
+    model, say. With the statistics of a batch the network would compute something else altogether.
+
+    Args:
+        student (nn.Module): as it begins the training.
+    """
+    norms = measured_batch_norms(student)
+    folded = 0
+    for norm in norms:
+        variance, weight, bias = norm.running_var, norm.weight, norm.bias
+        if variance is None or weight is None or bias is None or not bool(bias.any()):
+            continue
+        ones = torch.ones_like(weight)
+        folded += torch.allclose(variance.to(ones), ones, atol=1e-3) and torch.equal(weight, ones)
+    if 2 * folded <= len(norms):
+        return None
+    return (
+        f"{folded} of {len(norms)} batch norms have the variances and scales of fresh ones, but "
+        "shifts that were trained: they seem to be folded into the layers before them, and "
+        "training with the statistics of batches changes what the network computes. Use "
+        "freeze_batch_norm=True (--freeze-batch-norm)"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..compensation.batch_norm import measured_batch_norms, reestimate
 from ..compensation.ledger import Ledger
 from ..errors import DataError, InvalidArgumentError, TrainingError
-from .advice import out_of_memory, wait_hint
+from .advice import folded_norms, out_of_memory, wait_hint
 from .checkpoints import read_checkpoint
 from .data_wait import DataWait
 from .ema import WeightAverage
@@ -142,6 +143,7 @@ class TrainingLoop:
         log = ScalarLog(None)
         try:
             self._begin()
+            self._warn()
             log = ScalarLog(self.log_dir, at.update, write=self.processes.first)
             if at.update == 0:
                 log.validation(0, self.before)
@@ -237,6 +239,11 @@ class TrainingLoop:
         path = self.processes.first_alone(lambda: checkpoints.write(self.at.update, tensors, state))
         if self._stopping():
             raise RecoveryInterrupted(path, self.at.update, self.updates)
+
+    def _warn(self) -> None:
+        told = None if self.recipe.freeze_batch_norm else folded_norms(self.student)
+        if told is not None and self.at.update == 0 and self.processes.first:
+            warnings.warn(told, UserWarning, stacklevel=4)
 
     def _even_out(self) -> None:
         """Gives all processes the same running statistics, and whatever else is in buffers."""

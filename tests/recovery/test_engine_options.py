@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -287,6 +288,29 @@ def test_short_or_busy_epochs_give_no_hint() -> None:
     hint = advice.wait_hint(record(seconds=100.0, data_wait=0.4), None)
     assert hint is not None
     assert "epoch 1: 40 % of the time went into waiting for data; a faster loader" in hint
+
+
+def test_batch_norms_without_statistics_are_warned_of() -> None:
+    def network(folded: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        if folded:
+            nn.init.normal_(model[1].bias)
+            model[1].running_var.fill_(1 - 1e-5)
+        return model
+
+    def run(folded: bool, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data = batches(points(64), 16)
+            recover(network(folded), train=data, epochs=1, progress=False, **options)
+        return [str(w.message) for w in told if "folded" in str(w.message)]
+
+    assert run(folded=False) == []
+    assert run(folded=True, freeze_batch_norm=True) == []
+    (told,) = run(folded=True)
+    assert "1 of 1 batch norms" in told
+    assert "freeze_batch_norm=True" in told
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
