@@ -18,14 +18,12 @@ from chanprune_ext.errors import InvalidArgumentError, OutputError
 from chanprune_ext.models import CifarResNet
 from chanprune_ext.pipeline import Job, layer_widths, run_job
 from chanprune_ext.plan import PruningPlan
-from chanprune_ext.published_jobs import cifar10_resnet56_job, imagenet_mobilenetv2_job
+from chanprune_ext.published_jobs import cifar10_resnet56_job
 from chanprune_ext.recovery import evaluate
 from chanprune_ext.report import LayerWidth, RunReport, load_report
 
 DATA = Path(os.environ.get("CHANPRUNE_DATA", Path(__file__).parents[2] / "shared/data"))
 WEIGHTS, IMAGES = DATA / "resnet56-cifar10.safetensors", DATA / "cifar10-raw-subset.npz"
-MOBILENET = DATA / "mobilenet_v2-imagenet.safetensors"
-IMAGENET = DATA / "imagenet-train-1000.tar", DATA / "imagenet-val-650.tar"
 MODEL_FILES = ("original", "plain-l1", "compensated", "distilled")
 
 
@@ -177,30 +175,3 @@ def test_cifar10_resnet56_with_a_little_training(tmp_path: Path) -> None:
     assert compensated.accuracy >= 0.91
     assert fine_tuned.accuracy >= 0.90
     assert distilled.accuracy >= 0.91
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (MOBILENET.exists() and all(path.exists() for path in IMAGENET)),
-    reason="no MobileNetV2 or ImageNet images in CHANPRUNE_DATA",
-)
-def test_imagenet_mobilenetv2_with_a_little_of_everything(tmp_path: Path) -> None:
-    train, test = (str(path) for path in IMAGENET)
-    job = imagenet_mobilenetv2_job(
-        MOBILENET,
-        train,
-        test,
-        DATA / "imagenet_wnids.txt",
-        recover_epochs=1,
-        calibration_images=100,
-        progress=False,
-    )
-    report = run_job(replace(job, latency_rounds=3), tmp_path, command="c", say=lambda _: None)
-    original, plain, compensated, fine_tuned, distilled = report.stages
-
-    assert original.accuracy == pytest.approx(0.778, abs=0.005)
-    assert plain.macs / original.macs == pytest.approx(0.74, abs=0.01)
-    assert plain.accuracy < 0.1
-    assert compensated.accuracy > 0.4
-    assert fine_tuned.accuracy > 0.4
-    assert distilled.accuracy > 0.45
