@@ -84,7 +84,6 @@ def bench(
         f"{found.device}, {found.threads} thread{plural}{layout}; medians of rounds in turns, "
         "memory is weights and the activations' peak",
         style="dim",
-        soft_wrap=True,
     )
     for name, reason in found.skipped.items():
         console.print(f"{name}: left out: {reason}", style="yellow", soft_wrap=True, markup=False)
