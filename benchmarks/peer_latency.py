@@ -18,8 +18,8 @@ import torchvision
 from torch import nn
 
 import chanprune_ext as cpx
+from chanprune_ext.allocation.measured_budget import compare_latency
 from chanprune_ext.analysis import analyse
-from chanprune_ext.measured_budget import compare_latency
 from chanprune_ext.report import environment
 
 BUDGET = 0.5

@@ -3,6 +3,7 @@
 pruned = chanprune_ext.prune(model, example_inputs, ratio=0.5)
 """
 
+from chanprune_ext.allocation import Budget
 from chanprune_ext.analysis import register_rule
 from chanprune_ext.checkpoint import load, save
 from chanprune_ext.compensation import compensate
@@ -14,7 +15,6 @@ from chanprune_ext.pruning import plan, prune
 from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.recovery import Recipe, prune_progressively, recover, sparsify
 from chanprune_ext.search import prune_within
-from chanprune_ext.selection import Budget
 from chanprune_ext.sensitivity import sensitivity
 
 __version__ = "0.1.0"

@@ -25,10 +25,10 @@ from chanprune_ext.analysis.stand_ins import substitute, tensors_of
 from chanprune_ext.devices import device_name, synchroniser
 from chanprune_ext.errors import ChanpruneError, InvalidArgumentError
 from chanprune_ext.latency import time_in_turns
+from chanprune_ext.latency.module_times import ModuleTime, module_times
+from chanprune_ext.latency.width_advice import advice
 from chanprune_ext.module_modes import evaluating, without_cache
-from chanprune_ext.module_times import ModuleTime, module_times
 from chanprune_ext.plan import plans_of
-from chanprune_ext.width_advice import advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

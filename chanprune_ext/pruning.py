@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.allocation.measured_budget import plan_within
+from chanprune_ext.allocation.removal import verified_removal
+from chanprune_ext.allocation.selection import Budget, Goal, Selection
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.couplings import aliases_of, couplings_of
 from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.garbage import collector_paused
-from chanprune_ext.measured_budget import plan_within
 from chanprune_ext.module_tree import structure_remembered
 from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
-from chanprune_ext.removal import verified_removal
-from chanprune_ext.selection import Budget, Goal, Selection
 from chanprune_ext.surgery import apply_plan
 from chanprune_ext.verification import input_shapes
 

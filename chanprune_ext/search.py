@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.allocation import Budget
 from chanprune_ext.compensation import compensate
 from chanprune_ext.compensation.batches import read_batches, split_batches
 from chanprune_ext.compensation.outputs import DeviationMeter, forward, output_tensors
@@ -17,7 +18,6 @@ from chanprune_ext.errors import BudgetError, InvalidArgumentError, NothingToPru
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.pruning import plan
 from chanprune_ext.recovery.evaluation import device_of
-from chanprune_ext.selection import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chanprune_ext.allocation.group_ratios import exact_ratios
 from chanprune_ext.analysis import analyse
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.atomic_files import write_text
@@ -27,7 +28,6 @@ from chanprune_ext.compensation.outputs import DeviationMeter, forward, output_t
 from chanprune_ext.copying import copied
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, NothingToPruneError
-from chanprune_ext.group_ratios import exact_ratios
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.pruning import plan
 from chanprune_ext.verification import zero_slices

@@ -16,9 +16,9 @@ import chanprune_ext as cpx
 from chanprune_ext.bench import bench
 from chanprune_ext.cli import app
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.latency.module_times import ModuleTime, module_times
+from chanprune_ext.latency.width_advice import advice, block_of, misfits
 from chanprune_ext.models import CifarResNet, resnet20
-from chanprune_ext.module_times import ModuleTime, module_times
-from chanprune_ext.width_advice import advice, block_of, misfits
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 import chanprune_ext as cpx
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.data import calibration_batches, open_dataset
+from chanprune_ext.jobs.published import ImageNetImages, inner_channels_within, trained_mobilenet_v2
 from chanprune_ext.models import PadShortcut, resnet56
-from chanprune_ext.published import ImageNetImages, inner_channels_within, trained_mobilenet_v2
 from chanprune_ext.recovery import evaluate, recover
 from chanprune_ext.report import environment
 

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 import chanprune_ext as cpx
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.data import TensorImages, calibration_batches, make_loader, open_dataset
+from chanprune_ext.jobs.published import inner_channels_within
 from chanprune_ext.models import resnet56
-from chanprune_ext.published import inner_channels_within
 from chanprune_ext.recovery import evaluate, recover
 
 KD: dict[str, float] = {"kd": 1.0}

@@ -9,7 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from chanprune_ext.bench import BenchReport
-    from chanprune_ext.module_times import ModuleTime
+    from chanprune_ext.latency.module_times import ModuleTime
 
 __all__ = ["module_table", "row_table"]
 

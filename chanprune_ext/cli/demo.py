@@ -20,7 +20,7 @@ def demo(
     """Trains a ResNet-20 on handwritten digits, halves it, and gives the accuracy back."""
     import torch
 
-    from chanprune_ext.demo import digits_job
+    from chanprune_ext.jobs.demo import digits_job
 
     # Images of 8x8 pixels keep one core busy at most; on a machine that does other work too, more
     # threads wait for each other and take many times as long.

@@ -34,6 +34,7 @@ from chanprune_ext.cli.options import (
 from chanprune_ext.cli.run_printing import command_line
 from chanprune_ext.data import Augmentation
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.jobs.recovery_report import recovery_report
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import Recipe, RecoveryInterrupted, RecoveryResult
 from chanprune_ext.recovery import recover as train_back
@@ -43,7 +44,6 @@ from chanprune_ext.recovery.processes import (
     leave_processes,
 )
 from chanprune_ext.recovery.recipe import LOSSES
-from chanprune_ext.recovery_report import recovery_report
 from chanprune_ext.report import make_folder, write_report
 
 __all__ = ["recover"]

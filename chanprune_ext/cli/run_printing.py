@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from chanprune_ext.cli.tables import stage_table
-from chanprune_ext.pipeline import Job, run_job
+from chanprune_ext.jobs.pipeline import Job, run_job
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chanprune_ext.file_checks import Check
+    from chanprune_ext.jobs.trials import TrialResult
     from chanprune_ext.report import Stage
-    from chanprune_ext.trials import TrialResult
 
 __all__ = ["check_table", "facts_table", "stage_table", "trial_table"]
 

@@ -19,8 +19,8 @@ from .outputs import check_labels, logits, moved, split_batch
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ..image_loader import ImageLoader
-    from ..image_shards import ShardLoader
+    from ..data.loader import ImageLoader
+    from ..data.shards import ShardLoader
 
 __all__ = [
     "Evaluation",

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.group_ratios import exact_ratios
 from ..compensation import compensate
 from ..copying import copied
 from ..errors import InvalidArgumentError
-from ..group_ratios import exact_ratios
 from ..plan import plans_of
 from ..pruning import plan as make_plan
 from .feature_matching import composed_kept

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from ..image_loader import EpochSampler, ImageLoader
-from ..image_sets import ImageDataset
-from ..image_shards import ShardLoader
-from ..unreadable_images import watched
+from ..data.loader import EpochSampler, ImageLoader
+from ..data.sets import ImageDataset
+from ..data.shards import ShardLoader
+from ..data.unreadable import watched
 from .random_state import generators_of, random_state, set_random_state
 
 if TYPE_CHECKING:

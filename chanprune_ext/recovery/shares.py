@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from ..data.loader import ImageLoader
+from ..data.shards import ShardLoader
 from ..errors import DataError, InvalidArgumentError
-from ..image_loader import ImageLoader
-from ..image_shards import ShardLoader
 from .evaluation import SpareBatch, validation_loader
 
 if TYPE_CHECKING:

@@ -1,0 +1,262 @@
+"""How many units each group keeps, and which ones.
+
+Without coupling between sizes a group's count follows from its ratio alone. Where sizes are linked
+(chunks that stay equal, one attribute that serves two layers) the counts of all linked groups are
+solved together as a small integer program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chanprune_ext.errors import BudgetError, NothingToPruneError
+
+from .links import solve_linked_counts
+from .selection import (
+    NORMALISATIONS,
+    Goal,
+    active_groups,
+    group_ratios,
+    why_nothing,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from chanprune_ext.analysis import Analysis, CouplingGroup
+    from chanprune_ext.analysis.groups import Sizes
+
+    from .selection import Selection
+
+__all__ = ["allocate"]
+
+_SAVING_ROUNDS = 3  # how often savings are computed again next to what has gone
+_REFINEMENTS = 8  # how often the search for a budget skips a group that does not fit
+
+
+def allocate(
+    analysis: Analysis,
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    parameter_names: Sequence[str],
+    held: frozenset[int] = frozenset(),
+) -> dict[int, np.ndarray]:
+    """Choose the units to remove.
+
+    Args:
+        analysis: Groups of the model.
+        scores: One score per unit of each group, high = keep.
+        selection: What the user asked for.
+        parameter_names: Parameters that a params budget counts.
+        held: Indices of groups that must stay whole.
+
+    Returns:
+        Group index -> bool (units,), True where a unit is removed. No layer is left empty.
+
+    Raises:
+        InvalidArgumentError: A glob names no group.
+        NothingToPruneError: No group may be pruned.
+    """
+    ratios = group_ratios(analysis, selection)
+    active = active_groups(analysis, selection, held, ratios)
+    if not active:
+        raise NothingToPruneError(why_nothing(analysis, selection, held))
+    if selection.budget is not None:
+        return _meet_budget(analysis, scores, selection, active, parameter_names)
+    if selection.threshold is not None:
+        wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
+        wanted = {i: max(w, _floor(analysis.groups[i], selection)) for i, w in wanted.items()}
+    elif selection.scope == "global":
+        wanted = _global_counts(active, scores, selection, ratios)
+    else:
+        wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active}
+    return _select(analysis, scores, active, wanted, selection.round_to)
+
+
+def _select(
+    analysis: Analysis,
+    scores: Sequence[np.ndarray],
+    active: Sequence[CouplingGroup],
+    wanted: Mapping[int, float],
+    round_to: int,
+) -> dict[int, np.ndarray]:
+    """Whole counts near the wanted ones, then the lowest scores of each group."""
+    buckets = solve_linked_counts(analysis, active, wanted, round_to)
+    removed: dict[int, np.ndarray] = {}
+    for group in active:
+        mask = np.zeros(group.units, dtype=bool)
+        score = scores[group.index]
+        for units, keep in buckets[group.index]:
+            # Stable: of equal scores the later channel goes.
+            order = units[np.argsort(-score[units], kind="stable")]
+            mask[order[keep:]] = True
+        if mask.any():
+            removed[group.index] = mask
+    return removed
+
+
+def _floor(group: CouplingGroup, selection: Selection) -> float:
+    return max(1.0, np.ceil(group.units * (1 - selection.max_ratio)))
+
+
+def _global_counts(
+    active: Sequence[CouplingGroup],
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    ratios: Mapping[int, float],
+    savings: Mapping[int, float] | None = None,
+) -> dict[int, float]:
+    """One threshold over all groups, on scores made comparable by ``selection.normalise``.
+
+    Args:
+        active: Groups that take part.
+        scores: One score per unit of each group.
+        selection: What the user asked for.
+        ratios: Group index -> ratio; groups with another ratio than the default keep theirs.
+        savings: Group index -> what the removal of one unit saves: scores count per saving.
+    """
+    named = {g.index for g in active if ratios[g.index] != selection.ratio}
+    pool = [g for g in active if g.index not in named]
+    wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active if g.index in named}
+    if pool:
+        ranked = np.concatenate(
+            [
+                _normalised(scores[g.index], selection.normalise)
+                / (1.0 if savings is None else max(savings[g.index], 1e-12))
+                for g in pool
+            ]
+        )
+        owner = np.concatenate([np.full(g.units, k) for k, g in enumerate(pool)])
+        order = np.argsort(ranked, kind="stable")
+        goal = int(np.floor(selection.ratio * len(ranked) + 0.5))
+        spare = np.array([g.units - _floor(g, selection) for g in pool])
+        taken = np.zeros(len(pool), dtype=int)
+        count = 0
+        for position in order:
+            if count >= goal:
+                break
+            k = owner[position]
+            if taken[k] < spare[k]:
+                taken[k] += 1
+                count += 1
+        wanted.update({g.index: float(g.units - taken[k]) for k, g in enumerate(pool)})
+    return wanted
+
+
+def _normalised(score: np.ndarray, how: str) -> np.ndarray:
+    unit = NORMALISATIONS[how](score)
+    return score / unit if unit > 0 else score
+
+
+def _meet_budget(
+    analysis: Analysis,
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    active: Sequence[CouplingGroup],
+    parameter_names: Sequence[str],
+) -> dict[int, np.ndarray]:
+    """The smallest common ratio whose plan fits the budget, found by bisection.
+
+    Where whole channels make that coarse, some groups take the next smaller ratio.
+    """
+    goals = _goals(analysis, selection, parameter_names)
+
+    savings: dict[int, float] | None = None
+
+    def counts(ratio: float) -> dict[int, float]:
+        if selection.scope == "global":
+            trial = replace(selection, ratio=ratio, ratios={}, threshold=None, budget=None)
+            return _global_counts(active, scores, trial, {g.index: ratio for g in active}, savings)
+        return {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active}
+
+    def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
+        removed = _select(analysis, scores, active, wanted, selection.round_to)
+        sizes = analysis.sizes(analysis.removed_labels(removed))
+        return removed, all(goal.cost(sizes) <= goal.limit for goal in goals)
+
+    small = counts(selection.max_ratio)
+    best, fits = attempt(small)
+    if not fits:
+        sizes = analysis.sizes(analysis.removed_labels(best))
+        kept = " and ".join(
+            f"{goal.cost(sizes) / max(goal.whole, 1e-30):.3f} of its {goal.name} (wanted "
+            f"{goal.limit / max(goal.whole, 1e-30):.3f})"
+            for goal in goals
+        )
+        raise BudgetError(
+            f"budget cannot be met: with at most {selection.max_ratio:.0%} of each group removed "
+            f"the model keeps {kept}; raise max_ratio or ask for less"
+        )
+    # Losses count per saving, and what a unit saves depends on how many others have gone.
+    per_saving = selection.scope == "global" and selection.normalise == "none"
+    for _ in range(_SAVING_ROUNDS if per_saving else 1):
+        if per_saving:
+            savings = _savings(analysis, active, {} if savings is None else best, goals)
+            small = counts(selection.max_ratio)
+        low, high, large = 0.0, selection.max_ratio, counts(0.0)
+        for _ in range(16):
+            middle = (low + high) / 2
+            wanted = counts(middle)
+            removed, fits = attempt(wanted)
+            if fits:
+                high, best, small = middle, removed, wanted
+            else:
+                low, large = middle, wanted
+    # Many groups change their count at the same ratio: let as many as fit take the larger one.
+    larger: set[int] = set()
+    rest = [g.index for g in active if large[g.index] != small[g.index]]
+    for _ in range(_REFINEMENTS):
+        first, last = 0, len(rest) + 1
+        while last - first > 1:
+            middle_group = (first + last) // 2
+            trial = larger.union(rest[:middle_group])
+            removed, fits = attempt({i: (large if i in trial else small)[i] for i in small})
+            if fits:
+                first, best = middle_group, removed
+            else:
+                last = middle_group
+        larger.update(rest[:first])
+        rest = rest[first + 1 :]  # the next one alone is too much
+        if not rest:
+            break
+    return best
+
+
+def _goals(analysis: Analysis, selection: Selection, parameter_names: Sequence[str]) -> list[Goal]:
+    """What the budget asks for, and what else was asked for."""
+    assert selection.budget is not None
+    costs: dict[str, tuple[str, Callable[[Sizes], float]]] = {
+        "macs": ("MACs", lambda sizes: sizes.macs()),
+        "params": ("parameters", lambda sizes: sizes.params(parameter_names)),
+    }
+    whole = analysis.sizes(analysis.removed_labels({}))
+    goals = list(selection.goals)
+    for key, fraction in selection.budget.fractions().items():
+        if key in costs:
+            name, cost = costs[key]
+            goals.append(Goal(name, cost, fraction * cost(whole), cost(whole)))
+    return goals
+
+
+def _savings(
+    analysis: Analysis,
+    active: Sequence[CouplingGroup],
+    removed: Mapping[int, np.ndarray],
+    goals: Sequence[Goal],
+) -> dict[int, float]:
+    """What one unit of each group saves, as a share of the whole, next to what has gone already."""
+    savings: dict[int, float] = {}
+    for group in active:
+        few = np.ones(group.units, dtype=bool)
+        few[0] = False
+        ends = [
+            analysis.sizes(analysis.removed_labels({**removed, group.index: mask}))
+            for mask in (np.zeros_like(few), few)
+        ]
+        savings[group.index] = sum(
+            (goal.cost(ends[0]) - goal.cost(ends[1])) / max(goal.whole, 1e-30) for goal in goals
+        ) / max(1, group.units - 1)
+    return savings

@@ -1,0 +1,207 @@
+"""From scores to a removal that is known to work: allocate, solve the attributes, replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chanprune_ext.analysis.equations import attributes_in, solve_attributes
+from chanprune_ext.analysis.groups import Frozen
+from chanprune_ext.analysis.provenance import Attribute, Dim, leaves
+from chanprune_ext.analysis.replay import DivergenceError, replay
+from chanprune_ext.errors import NothingToPruneError, VerificationError
+
+from .allocate import allocate
+from .selection import Selection, active_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+
+    from chanprune_ext.analysis import Analysis
+    from chanprune_ext.analysis.groups import Sizes
+    from chanprune_ext.analysis.provenance import Equation
+    from chanprune_ext.analysis.scales import Rescaling
+    from chanprune_ext.analysis.tracer import Event, Slots
+
+__all__ = ["Removal", "verified_removal"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Units to remove, and all that follows from them.
+
+    Attributes:
+        units: Group index -> bool (units,), True where a unit goes.
+        masks: Parameter or buffer -> {dim: bool (n,), True where an index stays}.
+        sizes: Every surviving size.
+        attributes: Ints stored on modules -> new value, for those that change.
+        rescalings: What is multiplied so that constants keep their effect.
+        held: Groups that had to stay whole, and why.
+    """
+
+    units: dict[int, np.ndarray]
+    masks: dict[str, dict[int, np.ndarray]]
+    sizes: Sizes
+    attributes: dict[Attribute, int]
+    rescalings: tuple[Rescaling, ...]
+    held: tuple[Frozen, ...]
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a removal does not work: what said so, about which dimensions, and what would go."""
+
+    event: Event
+    slots: Sequence[Slots]
+    error: VerificationError
+    shrinking: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """All that does not change while groups are held back."""
+
+    analysis: Analysis
+    model: nn.Module
+    example_inputs: Any
+    scores: Sequence[np.ndarray]
+    selection: Selection
+    parameter_names: Sequence[str]
+
+    def attempt(self, held: Mapping[int, Event | None]) -> Removal | _Refusal | None:
+        """Allocate, solve, replay, with some groups left whole; None if nothing would go."""
+        analysis = self.analysis
+        units = allocate(
+            analysis, self.scores, self.selection, self.parameter_names, frozenset(held)
+        )
+        if not units:
+            return None
+        labels = analysis.removed_labels(units)
+        sizes = analysis.sizes(labels)
+        attributes, violated = solve_attributes(analysis, sizes)
+        if violated:
+            event = analysis.trace.events[violated[0].reason]
+            error = VerificationError(f"no plan satisfies the sizes at {event}")
+            return _Refusal(event, _slots_of(analysis, violated[0]), error, frozenset(units))
+        masks = analysis.kept_masks(labels)
+        try:
+            rescalings = replay(analysis, self.model, self.example_inputs, masks, attributes, sizes)
+        except DivergenceError as error:
+            return _Refusal(error.where, error.slots, error, frozenset(units))
+        told = _held_back(analysis, {i: e for i, e in held.items() if e is not None})
+        return Removal(units, masks, sizes, attributes, rescalings, told)
+
+    def culprit(self, held: Mapping[int, Event | None]) -> int | None:
+        """A group without which a removal gets further, where no dimension names it.
+
+        Groups are added in order until the removal fails; bisection finds the one that does it.
+        """
+        rest = [g.index for g in self.analysis.groups if g.index not in held]
+        works, fails = 0, len(rest)
+        while fails - works > 1:
+            middle = (works + fails) // 2
+            try:
+                failed = self.attempt({**held, **dict.fromkeys(rest[middle:])})
+            except NothingToPruneError:
+                failed = None
+            if isinstance(failed, _Refusal):
+                fails = middle
+            else:
+                works = middle
+        return rest[fails - 1] if rest else None
+
+
+def verified_removal(
+    analysis: Analysis,
+    model: nn.Module,
+    example_inputs: Any,
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    parameter_names: Sequence[str],
+) -> Removal:
+    """Allocate, solve the attributes, replay; hold back the groups that any of these refuses.
+
+    Raises:
+        NothingToPruneError: Nothing is left to remove.
+        VerificationError: The model does not run as predicted even where nothing is removed.
+    """
+    search = _Search(analysis, model, example_inputs, scores, selection, parameter_names)
+    held: dict[int, Event | None] = {}
+    while True:
+        found = search.attempt(held)
+        if isinstance(found, Removal):
+            return found
+        if found is None:
+            raise NothingToPruneError(_why_nothing(analysis, selection, frozenset(held)))
+        culprits = _groups_in(analysis, found.slots) & found.shrinking
+        if not culprits:
+            culprit = search.culprit(held)
+            culprits = set() if culprit is None else {culprit}
+        held.update(dict.fromkeys(culprits, found.event))
+        if not culprits or len(held) == len(analysis.groups):
+            raise found.error  # holding everything back does not help
+
+
+def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) -> str:
+    """What keeps groups whole that a ratio was asked of."""
+    active = {g.index for g in active_groups(analysis, selection, held)}
+    for equation in analysis.trace.equations:
+        touched = _groups_in(analysis, _slots_of(analysis, equation))
+        if touched & active and touched - active:
+            inside, outside = (
+                analysis.groups[min(indices)] for indices in (touched & active, touched - active)
+            )
+            return (
+                f"nothing would be removed: the channels of '{inside.name}' ({inside.kind}) are "
+                f"tied by a size to those of '{outside.name}' ({outside.kind}), which stay, at "
+                f"{analysis.trace.events[equation.reason]}; choose both"
+            )
+    return (
+        f"nothing would be removed: every group keeps all its channels under ratio="
+        f"{selection.ratio}, round_to={selection.round_to}; ask for a larger ratio or a smaller "
+        f"round_to"
+    )
+
+
+def _slots_of(analysis: Analysis, equation: Equation) -> list[Slots]:
+    """Every dimension an equation speaks of, by itself or through an attribute."""
+    found = [equation.slots]
+    found += [leaf.slots for leaf in leaves(equation.expr) if isinstance(leaf, Dim)]
+    named = set(attributes_in(equation.expr))
+    found += [
+        other.slots
+        for other in analysis.trace.equations
+        if isinstance(other.expr, Attribute) and other.expr in named
+    ]
+    return found
+
+
+def _groups_in(analysis: Analysis, slots: Iterable[Slots]) -> set[int]:
+    """Groups that any of these dimensions loses channels with."""
+    owner = np.full(analysis.trace.store.size, -1, dtype=np.int64)
+    for group in analysis.groups:
+        owner[group.roots] = group.index
+    found: set[int] = set()
+    for each in slots:
+        resolved = analysis.trace.store.resolve(each)
+        found.update(int(i) for i in np.unique(owner[resolved]) if i >= 0)
+    return found
+
+
+def _held_back(analysis: Analysis, held: Mapping[int, Event]) -> tuple[Frozen, ...]:
+    """Groups a plan had to leave whole, told like frozen channels."""
+    return tuple(
+        Frozen(
+            next(m.entry for m in analysis.groups[index].members if m.role == "out"),
+            analysis.groups[index].units * analysis.groups[index].multiplicity,
+            event.detail or event.op,
+            event.op,
+            event.module,
+            event.source,
+        )
+        for index, event in held.items()
+    )

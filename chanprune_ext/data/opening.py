@@ -1,0 +1,301 @@
+"""Image classification data behind one function, :func:`open_dataset`."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError, InvalidArgumentError
+from .archive import ImageArchive, decode, is_archive
+from .class_names import class_names
+from .files import FileImages
+from .sets import ImageDataset, TensorImages, require_positive
+from .shard_files import count_images, find_shards, is_shard_pattern
+from .shards import ShardedImages
+from .transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Preset
+from .unreadable import UnreadableImages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["open_dataset"]
+
+DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
+SMALL_EDGE = 64  # images up to this many pixels a side are decoded once and kept in memory
+
+
+def open_dataset(
+    spec: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    augment: bool | Augmentation = False,
+    size: int | None = None,
+    resize: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_file: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    preset: Preset | None = None,
+) -> ImageDataset:
+    """Opens a labelled image set.
+
+    Args:
+        spec (str or PathLike): one of
+
+            - a ``.npz`` file with uint8 ``{train,test}_images`` ``[N, H, W, C]`` and
+              ``{train,test}_labels`` ``[N]``;
+            - a folder ``[split/]class/image``, or a tar archive of one (also gzip, bzip2, xz);
+            - tar shards, read one after the other: a folder of tar files, or a pattern such as
+              ``imagenet/train-{0000..0127}.tar`` or ``imagenet/*.tar``; ``shards:<file>`` for one
+              alone. Classes are the samples' ``.cls`` numbers, or the folder or the first part of
+              their names, as for folders. Needs ``pip install 'chanprune_ext[webdataset]'``;
+            - ``cifar10:<root>``: torchvision's CIFAR-10 under that folder, downloaded if missing;
+            - ``digits``: the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn,
+              every fifth of them for the test.
+        split (str): ``"train"``, ``"val"`` or ``"test"``; the last two stand in for each other
+            where only one exists. A folder without split folders is one set, returned for any
+            split. Default: ``"test"``.
+        augment (bool or Augmentation): random changes for training: shift by up to 4 pixels and
+            mirroring for small images (digits: 1 pixel, never mirrored), random resized crop and
+            mirroring for large ones; and what an :class:`Augmentation` names. Default: False.
+        size (int, optional): edge of the images handed out, for folders and archives. Default: as
+            they are if the first one is square and at most 64 pixels wide, otherwise 224.
+        resize (int, optional): shorter side before the centre is cut out, for images larger than
+            64 pixels. Default: ``size * 256 / 224``.
+        mean (Sequence[float], optional): subtracted from pixels on the scale 0 to 1, one value a
+            channel. Default: ImageNet's for colour, 0.5 otherwise, the set's own for digits.
+        std (Sequence[float], optional): what the difference is divided by, likewise.
+        class_file (str or PathLike, optional): text file with one class folder name a line, in
+            label order, or ``"imagenet"`` for the ids of ILSVRC 2012. Default: labels follow the
+            sorted folder names.
+        seed (int): seed of the augmentation. Default: 0.
+        preset (Preset, optional): what the weights expect; sets size, resize, mean and std where
+            these are not given, and the interpolation. Default: None.
+
+    Returns:
+        ImageDataset: :class:`TensorImages` for images up to 64 pixels, else :class:`FileImages`,
+        or :class:`ShardedImages`. Images that can't be read are left out, with a warning that
+        names them; more than one in a hundred is an error.
+
+    Raises:
+        DataError: the data are missing, truncated, empty, or labelled outside the classes.
+        InvalidArgumentError: an argument is outside what is described above.
+    """
+    if split not in ("train", "val", "test"):
+        raise InvalidArgumentError(f"split: expected 'train', 'val' or 'test', got {split!r}")
+    for name, value in (("size", size), ("resize", resize)):
+        if value is not None:
+            require_positive(**{name: value})
+    name, path = os.fspath(spec), Path(spec)
+    if preset is not None:
+        size, resize = size or preset.size, resize or preset.resize
+        mean, std = mean or preset.mean, std or preset.std
+    interpolation = "bilinear" if preset is None else preset.interpolation
+    if is_shard_pattern(name):
+        looks = _looks(size or 224, resize, mean, std, interpolation)
+        shards = count_images(find_shards(name, split))
+        return ShardedImages(shards, class_file, looks, augment, seed)
+    if path.is_dir() or (path.is_file() and is_archive(path)):
+        archive = ImageArchive(path)
+        return _from_archive(
+            archive, split, augment, size, resize, mean, std, class_file, seed, interpolation
+        )
+    for argument, given in (("size", size), ("resize", resize), ("class_file", class_file)):
+        if given is not None:
+            raise InvalidArgumentError(f"{argument}: only folders and archives of images take it")
+    pad, flip = 4, True
+    if name == "digits":
+        images, labels, classes = _digits(split)
+        mean, std, pad, flip = mean or DIGITS_MEAN, std or DIGITS_STD, 1, False
+    elif name.startswith("cifar10:"):
+        images, labels, classes = _cifar10(Path(name.removeprefix("cifar10:")), split)
+    elif path.suffix == ".npz":
+        images, labels, classes = _npz(path, split)
+    elif path.exists():
+        raise DataError(f"{path}: unknown kind of data; expected .npz, .tar, .tar.gz or a folder")
+    else:
+        raise DataError(
+            f"{name}: no such file or folder; expected a .npz file, a folder or tar archive of "
+            "images, 'cifar10:<root>' or 'digits'"
+        )
+    mean, std = _normalisation(images.shape[1], mean, std)
+    return TensorImages(images, labels, classes, mean, std, augment, seed, pad, flip)
+
+
+def _normalisation(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float], Sequence[float]]:
+    default_mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
+    default_std = IMAGENET_STD if channels == 3 else (0.5,) * channels
+    return (default_mean if mean is None else mean), (default_std if std is None else std)
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("digits: needs scikit-learn; pip install scikit-learn") from error
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    held_out = torch.arange(len(labels)) % 5 == 0
+    chosen = ~held_out if split == "train" else held_out
+    return images[chosen], labels[chosen], tuple(str(digit) for digit in range(10))
+
+
+def _cifar10(root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    from torchvision.datasets import CIFAR10
+
+    train = split == "train"
+    try:
+        data = CIFAR10(str(root), train=train, download=not (root / CIFAR10.base_folder).is_dir())
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cifar10:{root}: not found there and not downloadable ({error}); put the folder "
+            f"{CIFAR10.base_folder} into {root}"
+        ) from error
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets), tuple(data.classes)
+
+
+def _npz(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    part = "train" if split == "train" else "test"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in (f"{part}_images", f"{part}_labels")}
+            other = f"{'test' if part == 'train' else 'train'}_labels"
+            everything = [arrays[f"{part}_labels"], *([file[other]] if other in file else [])]
+    except KeyError as error:
+        raise DataError(
+            f"{path}: no array {error}; expected {part}_images, {part}_labels"
+        ) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a complete .npz file ({error}); copy it again") from error
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise DataError(
+            f"{path}: {part}_images: expected a non-empty uint8 array [N, H, W, C], got "
+            f"{images.dtype} {list(images.shape)}"
+        )
+    for array in everything:
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(
+                f"{path}: labels: expected integers [N], got {array.dtype} {list(array.shape)}"
+            )
+        if array.size and array.min() < 0:
+            raise DataError(f"{path}: labels: expected numbers from 0, got {array.min()}")
+    if len(images) != len(labels):
+        raise DataError(f"{path}: {len(images)} {part}_images but {len(labels)} {part}_labels")
+    classes = tuple(
+        str(i) for i in range(1 + max(int(array.max(initial=0)) for array in everything))
+    )
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return tensor, torch.from_numpy(labels.astype(np.int64)), classes
+
+
+def _from_archive(
+    archive: ImageArchive,
+    split: str,
+    augment: bool | Augmentation,
+    size: int | None,
+    resize: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    class_file: str | os.PathLike[str] | None,
+    seed: int,
+    interpolation: str,
+) -> ImageDataset:
+    kinds, kind_of = archive.entries.kinds, archive.entries.kind_of
+    folders = (name for _, name in kinds)
+    classes = class_names(str(archive.path), folders, class_file)
+    rank = {name: label for label, name in enumerate(classes)}
+    wanted = _wanted_split(archive, split)
+    chosen = np.array([split == wanted for split, _ in kinds])
+    positions = np.flatnonzero(chosen[kind_of]).tolist()
+    label_of = np.array([rank[name] for _, name in kinds])
+    labels = torch.from_numpy(label_of[kind_of[positions]])
+    if size is None:
+        width, height = _size_of_first(archive, positions)
+        size = width if width == height <= SMALL_EDGE else 224
+    if size > SMALL_EDGE:
+        looks = _looks(size, resize, mean, std, interpolation)
+        return FileImages(archive, positions, labels, classes, looks, augment, seed)
+    if resize is not None:
+        raise InvalidArgumentError(f"resize: only taken with size > {SMALL_EDGE}, got size {size}")
+    mean, std = _normalisation(3, mean, std)
+    images, readable = _decode_all(archive, positions, size)
+    return TensorImages(images, labels[readable], classes, mean, std, augment, seed)
+
+
+def _looks(
+    size: int,
+    resize: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    interpolation: str,
+) -> Preset:
+    mean, std = _normalisation(3, mean, std)
+    return Preset(size, resize, mean, std, interpolation)
+
+
+def _size_of_first(archive: ImageArchive, positions: Sequence[int]) -> tuple[int, int]:
+    """Width and height of the first image that can be read."""
+    for position in positions:
+        try:
+            height, width = decode(archive, position).shape[1:]
+            return width, height
+        except DataError as error:
+            reason = error
+    raise DataError(f"{archive.path}: none of {len(positions)} images can be read: {reason}")
+
+
+def _wanted_split(archive: ImageArchive, split: str) -> str | None:
+    if not archive.splits:
+        return None
+    stand_in = {"val": "test", "test": "val"}.get(split, split)
+    for candidate in (split, stand_in):
+        if candidate in archive.splits:
+            return candidate
+    raise DataError(
+        f"{archive.path}: no folder for split {split!r}; found {', '.join(sorted(archive.splits))}"
+    )
+
+
+def _decode_all(
+    archive: ImageArchive, positions: Sequence[int], size: int
+) -> tuple[Tensor, Tensor]:
+    """The images that can be read, and which of them these are."""
+    from torchvision.transforms import v2
+
+    fit = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    images = torch.empty((len(positions), 3, size, size), dtype=torch.uint8)
+    readable = torch.ones(len(positions), dtype=torch.bool)
+    errors: dict[int, str] = {}
+
+    def fill(index: int) -> None:
+        try:
+            image = decode(archive, positions[index])
+        except DataError as error:
+            readable[index] = False
+            errors[index] = str(error).removeprefix(f"{archive.path}: ")
+            return
+        images[index] = image if image.shape[1:] == (size, size) else fit(image)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(fill, range(len(positions))):
+            pass
+    unreadable = UnreadableImages(str(archive.path), len(positions), errors.__getitem__)
+    for index in errors:
+        unreadable.mark(index)
+    unreadable.finish()
+    return (images[readable] if errors else images), readable

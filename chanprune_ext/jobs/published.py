@@ -1,0 +1,242 @@
+"""Published results measured again: networks, images, and ways of pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chanprune_ext.allocation import Budget
+from chanprune_ext.checkpoint import load_weights
+from chanprune_ext.criteria import magnitude
+from chanprune_ext.data import Augmentation, calibration_batches, open_dataset
+from chanprune_ext.elimination import elimination
+from chanprune_ext.models import resnet56
+from chanprune_ext.recovery import recover
+
+from .references import MOBILENETV2_IMAGENET, RESNET56_CIFAR10
+from .trials import Further, Trial
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from chanprune_ext.criteria import Criterion
+    from chanprune_ext.data import ImageDataset
+    from chanprune_ext.report import Reference
+
+__all__ = [
+    "DISTILLATION",
+    "MILD_CROPS",
+    "ImageNetImages",
+    "TrialSet",
+    "cifar10_resnet56_set",
+    "hidden_channels",
+    "imagenet_mobilenetv2_set",
+    "inner_channels_within",
+    "trained_mobilenet_v2",
+]
+
+# Options of :func:`chanprune_ext.recover` for a MobileNetV2 that is close to its teacher already,
+# and a thousand images without labels. Twelve epochs at twice the rate, with small crops, end where
+# they began.
+DISTILLATION: dict[str, Any] = {
+    "epochs": 4,
+    "losses": {"kd": 1.0},
+    "temperature": 1.0,
+    "optimizer": "adamw",
+    "lr": 1e-4,
+    "weight_decay": 0.0,
+    "batch_size": 32,
+    "freeze_batch_norm": True,
+    "channels_last": True,
+}
+MILD_CROPS = Augmentation(scale=(0.35, 1.0))
+# The expansions of MobileNetV2's blocks: the first block has none.
+_EXPANSIONS = tuple(f"features.{block}.conv.0.0" for block in range(2, 18))
+
+
+@dataclass(frozen=True)
+class TrialSet:
+    """What :func:`chanprune_ext.trials.run_trials` needs.
+
+    Attributes:
+        title: Heading of the table.
+        model: The trained network.
+        test: Labelled images to report on.
+        trials: Ways of pruning it.
+        calibration: Seed -> unlabelled batches.
+        references: Results from elsewhere for the same network and data.
+    """
+
+    title: str
+    model: nn.Module
+    test: ImageDataset
+    trials: tuple[Trial, ...]
+    calibration: Callable[[int], list[Tensor]]
+    references: tuple[Reference, ...] = ()
+
+
+def cifar10_resnet56_set(weights: str | os.PathLike[str], data: str, images: int) -> TrialSet:
+    """ResNet-56 on CIFAR-10.
+
+    Args:
+        weights: State dict of a ResNet-56 trained on CIFAR-10.
+        data: CIFAR-10 as :func:`chanprune_ext.data.open_dataset` takes it, raw pixels.
+        images: Unlabelled training images; as many blends of two of them are added.
+    """
+    model = resnet56()
+    load_weights(model, weights)
+    train = open_dataset(data, "train")
+    halves: dict[str, Any] = {"ratio": 0.0, "ratios": {"layer*.conv1": 0.5}}
+    return TrialSet(
+        title="ResNet-56 on CIFAR-10",
+        model=model.eval(),
+        test=open_dataset(data, "test"),
+        trials=(
+            Trial(
+                "blocks halved, plain L1",
+                lambda _: {**halves, "criterion": magnitude(members="makers")},
+                after=None,
+                published="article: drop 3.87; measured elsewhere: 65",
+            ),
+            Trial(
+                "blocks halved",
+                lambda batches: {**halves, "criterion": elimination(batches)},
+                published="article: drop 3.87; He et al. 2017: 2.0",
+            ),
+            Trial(
+                "MACs x0.50",
+                lambda batches: inner_channels_within(batches, Budget(macs=0.5)),
+                published="article: drop 3.87; He et al. 2017: 2.0",
+            ),
+            Trial("MACs x0.40", lambda batches: inner_channels_within(batches, Budget(macs=0.4))),
+            Trial(
+                "every group halved",
+                lambda batches: {"ratio": 0.5, "criterion": elimination(batches)},
+            ),
+        ),
+        calibration=lambda seed: calibration_batches(train, images, seed=seed, mixed=True),
+        references=RESNET56_CIFAR10,
+    )
+
+
+class ImageNetImages:
+    """ImageNet as MobileNetV2's weights expect it, normalised to [-1, 1].
+
+    Args:
+        data: Folder or archive with training images.
+        test_data: Folder or archive with validation images. Default: the split of ``data``.
+        class_file: Class folder names in label order.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        test_data: str | None = None,
+        class_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._data = data
+        self._test_data = test_data or data
+        self._looks: dict[str, Any] = {
+            "mean": (0.5,) * 3,
+            "std": (0.5,) * 3,
+            "class_file": class_file,
+        }
+
+    def training(self, *, augment: bool | Augmentation = False, seed: int = 0) -> ImageDataset:
+        """The training images, changed at random or as they are."""
+        return open_dataset(self._data, "train", augment=augment, seed=seed, **self._looks)
+
+    def test(self) -> ImageDataset:
+        """The validation images."""
+        return open_dataset(self._test_data, "val", resize=227, **self._looks)
+
+
+def trained_mobilenet_v2(weights: str | os.PathLike[str]) -> nn.Module:
+    """A MobileNetV2 with weights in torchvision's layout, in eval mode."""
+    from torchvision.models import mobilenet_v2
+
+    model = mobilenet_v2()
+    load_weights(model, weights)
+    return model.eval()
+
+
+def imagenet_mobilenetv2_set(
+    weights: str | os.PathLike[str],
+    data: str,
+    test_data: str | None,
+    class_file: str | os.PathLike[str] | None,
+    images: int,
+) -> TrialSet:
+    """MobileNetV2 on ImageNet, normalised to [-1, 1].
+
+    Args:
+        weights: State dict in torchvision's layout.
+        data: Folder or archive with training images.
+        test_data: Folder or archive with validation images. Default: the split of ``data``.
+        class_file: Class folder names in label order.
+        images: Unlabelled training images.
+    """
+    found = ImageNetImages(data, test_data, class_file)
+    train = found.training()
+
+    def distilled(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
+        recover(pruned, original, train=found.training(augment=MILD_CROPS), **DISTILLATION)
+
+    return TrialSet(
+        title="MobileNetV2 on ImageNet",
+        model=trained_mobilenet_v2(weights),
+        test=found.test(),
+        trials=(
+            Trial(
+                "hidden -30 %, plain L1",
+                lambda _: hidden_channels(0.3, magnitude(members="makers")),
+                after=None,
+                published="article: drop 3.6",
+            ),
+            Trial(
+                "hidden -10 %",
+                lambda batches: hidden_channels(0.1, elimination(batches)),
+                published="LBYL, no data: drop 18.5",
+            ),
+            Trial(
+                "hidden -30 %",
+                lambda batches: hidden_channels(0.3, elimination(batches)),
+                published="article: drop 3.6",
+            ),
+            Trial(
+                "params x0.65",
+                lambda batches: inner_channels_within(batches, Budget(params=0.65)),
+                published="article: drop 3.6",
+                further=(Further("distilled", distilled, published="article: drop 0.5"),),
+            ),
+        ),
+        calibration=lambda seed: calibration_batches(train, images, seed=seed),
+        references=MOBILENETV2_IMAGENET,
+    )
+
+
+def hidden_channels(ratio: float, criterion: Criterion) -> dict[str, Any]:
+    """Options of :func:`chanprune_ext.plan`: a share of every hidden width of MobileNetV2 goes."""
+    return {
+        "ratio": 0.0,
+        "ratios": dict.fromkeys(_EXPANSIONS, ratio),
+        "criterion": criterion,
+    }
+
+
+def inner_channels_within(batches: list[Tensor], budget: Budget) -> dict[str, Any]:
+    """Options of :func:`chanprune_ext.plan`: inner channels of all blocks go by elimination.
+
+    Args:
+        batches: Calibration batches.
+        budget: What the network may cost in the end.
+    """
+    return {
+        "budget": budget,
+        "criterion": elimination(batches),
+        "scope": "global",
+        "kinds": ("hidden",),
+    }

@@ -1,0 +1,387 @@
+"""How many channels each group keeps, and which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import network, randomised, relative_error, run, zeroed
+from torch import Tensor, nn
+from toys import TOYS
+
+import chanprune_ext as cpx
+from chanprune_ext.allocation.links import solve_linked_counts
+from chanprune_ext.analysis import analyse
+from chanprune_ext.criteria import magnitude
+from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+class Chain(nn.Module):
+    """Convolutions of the given widths, one after the other."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, padding=1) for i, o in zip((3, *widths), widths, strict=False)
+        )
+        self.fc = nn.Linear(widths[-1], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.fc(x.mean((2, 3)))
+
+
+def chain(*widths: int) -> nn.Module:
+    torch.manual_seed(0)
+    return Chain(*widths)
+
+
+def kept_widths(plan: cpx.PruningPlan) -> list[int]:
+    return [g.width_after for g in plan.groups]
+
+
+# -- local ratios --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(0.5, [8, 5, 4]), (0.25, [12, 8, 5]), (0.3, [11, 7, 5]), (0.7, [5, 3, 2]), (0.99, [1, 1, 1])],
+)
+def test_every_group_loses_the_ratio(ratio: float, expected: list[int]) -> None:
+    """The nearest whole number, of two equally near ones the larger; never nothing."""
+    assert kept_widths(cpx.plan(chain(16, 10, 7), IMAGES, ratio)) == expected
+
+
+def test_ratios_by_glob() -> None:
+    model = chain(16, 10, 8)
+    plan = cpx.plan(model, IMAGES, 0.0, ratios={"convs.*": 0.5, "convs.2": 0.25})
+    assert kept_widths(plan) == [8, 5, 6]
+    plan = cpx.plan(model, IMAGES, 0.5, ratios={"convs.1": 0.0})
+    assert kept_widths(plan) == [8, 10, 4]
+    plan = cpx.plan(model, IMAGES, 0.5, ratios={"*.0": 0.75}, ignore=["convs.2"])
+    assert kept_widths(plan) == [4, 5, 8]
+
+
+def test_any_producer_of_a_group_names_it() -> None:
+    torch.manual_seed(0)
+    model = TOYS["Residual"].make()
+    plan = cpx.plan(model, IMAGES, 0.0, ratios={"b": 0.5})
+    assert plan.kept["stem.0.weight"][0].shape == (8,)
+    assert "a.0.weight" not in plan.kept or 0 not in plan.kept["a.0.weight"]
+    with pytest.raises(NothingToPruneError):
+        cpx.plan(model, IMAGES, 0.0, ratios={"b": 0.5}, ignore="stem*")
+
+
+@pytest.mark.parametrize("round_to", [2, 4, 8, 5])
+def test_rounding(round_to: int) -> None:
+    """Multiples where a group is wide enough; a narrower one keeps its width."""
+    plan = cpx.plan(chain(32, 20, 3), IMAGES, 0.4, round_to=round_to)
+    wide = kept_widths(plan)
+    for group, width in zip(plan.groups, wide, strict=True):
+        if group.width_before < round_to:
+            assert width == group.width_before
+        else:
+            assert width % round_to == 0
+            assert abs(width - 0.6 * group.width_before) <= max(round_to / 2, round_to - 1)
+
+
+def test_rounding_counts_channels_not_units() -> None:
+    """Each channel of a depthwise multiplier's input stands for two of its output."""
+    torch.manual_seed(0)
+    plan = cpx.plan(TOYS["DepthwiseMultiplier"].make(), IMAGES, 0.3, round_to=4)
+    assert plan.kept["a.0.weight"][0].shape[0] % 4 == 0
+    assert plan.kept["dw.0.weight"][0].shape[0] == 2 * plan.kept["a.0.weight"][0].shape[0]
+
+
+# -- linked counts -------------------------------------------------------------------------------
+
+
+class Cut(nn.Module):
+    """A convolution cut into equal parts that are read by different layers."""
+
+    def __init__(self, parts: int, width: int) -> None:
+        super().__init__()
+        self.count = str(parts)  # a number in a string has no width to follow
+        self.a = nn.Conv2d(3, parts * width, 1)
+        self.b = nn.ModuleList(nn.Conv2d(width, 8, 1) for _ in range(parts))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.a(x).chunk(int(self.count), 1)
+        y = sum(b(p) for b, p in zip(self.b, pieces, strict=True))
+        return self.fc(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_equal_parts_stay_equal_and_are_rounded(parts: int, round_to: int) -> None:
+    torch.manual_seed(0)
+    model = Cut(parts, 12)
+    plan = cpx.plan(model, IMAGES, 0.45, round_to=round_to, criterion="random")
+    pruned = plan.apply(model)
+    widths = {b.in_channels for b in pruned.b}
+    assert len(widths) == 1
+    (width,) = widths
+    assert width % round_to == 0
+    assert abs(width - 0.55 * 12) <= round_to
+    assert relative_error(run(pruned, IMAGES), run(zeroed(model, plan), IMAGES)) < 1e-9
+
+
+def test_equal_parts_choose_their_own_channels() -> None:
+    torch.manual_seed(0)
+    model = Cut(2, 12)
+    with torch.no_grad():
+        model.a.weight.fill_(1)
+        model.a.weight[[0, 1, 2, 3, 4, 5, 18, 19, 20, 21, 22, 23]] = 0.1
+    plan = cpx.plan(model, IMAGES, 0.5)
+    assert plan.kept["a.weight"][0].tolist() == list(range(6, 18))
+
+
+def test_one_part_at_a_ratio_of_its_own() -> None:
+    """Parts that must be equal meet between the ratios asked for."""
+    torch.manual_seed(0)
+    model = Cut(2, 12)
+    analysis = analyse(model, IMAGES)
+    first, second = (g for g in analysis.groups if g.name == "a")
+    wanted = {g.index: float(g.units) for g in analysis.groups}
+    wanted[first.index], wanted[second.index] = 4.0, 8.0
+    counts = solve_linked_counts(analysis, analysis.groups, wanted, 1)
+    ((_, a),), ((_, b),) = counts[first.index], counts[second.index]
+    assert a == b
+    assert 4 <= a <= 8
+
+
+def test_shared_attribute_keeps_layers_equal() -> None:
+    """One int that two layers are reshaped by: both shrink by the same number."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = 12
+            self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(3, 12, 1)
+            self.c, self.d = nn.Linear(12, 8), nn.Linear(12, 8)
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x).mean((2, 3)).view(-1, self.width)
+            b = self.b(x).mean((2, 3)).view(-1, self.width)
+            return self.fc(self.c(a) + self.d(b))
+
+    torch.manual_seed(0)
+    model = Shared()
+    plan = cpx.plan(model, IMAGES, 0.0, ratios={"a": 0.5, "b": 0.25})
+    pruned = plan.apply(model)
+    assert pruned.a.out_channels == pruned.b.out_channels == pruned.width
+    assert 6 <= pruned.width <= 9
+    assert relative_error(run(pruned, IMAGES), run(zeroed(model, plan), IMAGES)) < 1e-9
+    with pytest.raises(NothingToPruneError):
+        cpx.plan(model, IMAGES, 0.0, ratios={"a": 0.5})
+
+
+def test_unrelated_links_do_not_disturb_each_other() -> None:
+    """A component that cannot be rounded does not keep another from it."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.odd = Cut(2, 16), Cut(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.even(x) + self.odd(x)
+
+    torch.manual_seed(0)
+    model = Two()
+    pruned = cpx.prune(model, IMAGES, 0.4, round_to=8)
+    assert {b.in_channels for b in pruned.even.b} == {8}
+    assert {b.in_channels for b in pruned.odd.b} <= {2, 3}
+
+
+def test_single_channels_of_a_wide_layer_may_go() -> None:
+    """A part of one channel is given up where the layer keeps others and a link asks for it."""
+
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut = 1
+            self.a = nn.Conv2d(3, 8, 1)
+            self.b, self.c = nn.Conv2d(1, 4, 1), nn.Conv2d(3, 4, 1)
+            self.d = nn.Conv2d(4, 4, 1)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.a(x).chunk(2, 1)
+            y = self.b(left[:, : self.cut]) + self.c(left[:, self.cut :]) + self.d(right)
+            return self.fc(y.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Uneven()
+    plan = cpx.plan(model, IMAGES, 0.5)
+    pruned = plan.apply(model)
+    assert pruned.b.in_channels == 1
+    assert relative_error(run(pruned, IMAGES), run(zeroed(model, plan), IMAGES)) < 1e-9
+
+
+# -- global ranking and thresholds ---------------------------------------------------------------
+
+# The plain norm of each filter, so that the scores can be written down.
+FILTERS = magnitude(members="makers", normalise=False)
+
+
+def test_global_ranking_takes_the_lowest_of_all() -> None:
+    model = chain(16, 16)
+    with torch.no_grad():
+        model.convs[0].weight.fill_(1)
+        # Half of the second layer is worth next to nothing, relative to the layer's mean.
+        model.convs[1].weight.fill_(1)
+        model.convs[1].weight[::2] = 0.01
+    plan = cpx.plan(model, IMAGES, 0.25, scope="global")
+    assert kept_widths(plan) == [16, 8]
+    assert plan.kept["convs.1.weight"][0].tolist() == list(range(1, 16, 2))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
+def test_global_ranking_removes_the_ratio_in_all(ratio: float) -> None:
+    widths = [40, 24, 16]
+    plan = cpx.plan(chain(*widths), IMAGES, ratio, scope="global", criterion="random")
+    assert sum(kept_widths(plan)) == 80 - round(80 * ratio)
+
+
+def test_global_ranking_leaves_something_everywhere() -> None:
+    model = chain(20, 20)
+    with torch.no_grad():
+        model.convs[0].weight.copy_(torch.rand_like(model.convs[0].weight) + 1)
+        model.convs[1].weight.zero_()
+    plan = cpx.plan(model, IMAGES, 0.5, scope="global", max_ratio=0.8, criterion=FILTERS)
+    assert kept_widths(plan)[1] == 4
+    assert sum(kept_widths(plan)) == 20
+
+
+def test_globally_ranked_scores_are_relative_to_their_group() -> None:
+    """A layer with small weights throughout is not worth less."""
+    model = chain(16, 16)
+    before = kept_widths(cpx.plan(model, IMAGES, 0.5, scope="global"))
+    with torch.no_grad():
+        model.convs[0].weight.mul_(1e-3)
+    assert kept_widths(cpx.plan(model, IMAGES, 0.5, scope="global")) == before
+
+
+def test_named_groups_keep_their_ratio_under_global_ranking() -> None:
+    plan = cpx.plan(chain(16, 16, 16), IMAGES, 0.5, scope="global", ratios={"convs.1": 0.25})
+    widths = kept_widths(plan)
+    assert widths[1] == 12
+    assert widths[0] + widths[2] == 16
+
+
+def test_threshold() -> None:
+    model = chain(8, 8)
+    with torch.no_grad():
+        for k, conv in enumerate(model.convs):
+            conv.weight.zero_()
+            for i in range(8):
+                conv.weight[i, 0, 0, 0] = float(i + 4 * k)
+    plan = cpx.plan(model, IMAGES, threshold=5.0, criterion=FILTERS)
+    assert plan.kept["convs.0.weight"][0].tolist() == [5, 6, 7]
+    assert plan.kept["convs.1.weight"][0].tolist() == list(range(1, 8))
+    plan = cpx.plan(model, IMAGES, threshold=100.0, max_ratio=0.75, criterion=FILTERS)
+    assert kept_widths(plan) == [2, 2]
+
+
+def test_equal_scores_keep_the_first_channels() -> None:
+    model = chain(8, 8)
+    with torch.no_grad():
+        for conv in model.convs:
+            conv.weight.fill_(0.5)
+    for scope in ("local", "global"):
+        plan = cpx.plan(model, IMAGES, 0.5, scope=scope, criterion=FILTERS)
+        for name in ("convs.0.weight", "convs.1.weight"):
+            kept = plan.kept[name][0].tolist()
+            assert kept == list(range(len(kept)))
+
+
+# -- budgets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("name", ["resnet56", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "goal", [{"macs": 0.5}, {"params": 0.3}, {"macs": 0.7, "params": 0.6}], ids=str
+)
+def test_budget_is_met_closely_and_never_exceeded(
+    name: str, goal: dict[str, float], scope: str
+) -> None:
+    model, inputs = network(name)
+    plan = cpx.plan(model, inputs, budget=cpx.Budget(**goal), scope=scope)
+    used = {
+        "macs": plan.macs_after / plan.macs_before,
+        "params": plan.params_after / plan.params_before,
+    }
+    assert all(used[k] <= v for k, v in goal.items())
+    # One of the two is what stops it.
+    assert max(used[k] / v for k, v in goal.items()) > 0.98
+
+
+def test_coarse_rounding_wastes_less_than_a_common_ratio() -> None:
+    """At multiples of 8, most groups of these nets change at the same ratio."""
+    model, inputs = network("mobilenet_v2")
+    plan = cpx.plan(model, inputs, budget=cpx.Budget(macs=0.5), round_to=8)
+    assert 0.48 < plan.macs_after / plan.macs_before <= 0.5
+    model, inputs = network("resnet56")
+    plan = cpx.plan(model, inputs, budget=cpx.Budget(macs=0.5), round_to=8)
+    assert 0.44 < plan.macs_after / plan.macs_before <= 0.5
+
+
+def test_budget_respects_ignore() -> None:
+    model = chain(16, 16, 16)
+    plan = cpx.plan(model, IMAGES, budget=cpx.Budget(params=0.5), ignore="convs.1")
+    assert plan.groups[1].width_after == 16
+    assert plan.params_after <= 0.5 * plan.params_before
+
+
+def test_a_whole_budget_removes_nothing() -> None:
+    with pytest.raises(NothingToPruneError, match="nothing would be removed"):
+        cpx.plan(chain(8, 8), IMAGES, budget=cpx.Budget(macs=1.0))
+
+
+# -- all together --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ["ChunkDense", "ChannelShuffleResidual", "SplitByOneSize"])
+def test_any_scores_give_a_network_that_works(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, inputs = randomised(TOYS[name].make(), seed), TOYS[name].inputs()
+    generator = np.random.default_rng(seed)
+    options: dict[str, Any] = {
+        "ratio": float(generator.choice([0.2, 0.5, 0.9])),
+        "scope": str(generator.choice(["local", "global"])),
+        "round_to": int(generator.choice([1, 2, 3])),
+    }
+    plan = cpx.plan(model, inputs, criterion="random", seed=seed, **options)
+    error = relative_error(run(plan.apply(model), inputs), run(zeroed(model, plan), inputs))
+    assert error < 1e-9
+    assert all(g.width_after >= 0 for g in plan.groups)
+    assert all(len(i) for dims in plan.kept.values() for i in dims.values())
+
+
+@pytest.mark.parametrize("given", [{"ratio": 0.3}, {"ratio": 0.0}, {"ratios": {"convs.1": 0.0}}])
+@pytest.mark.parametrize(
+    "decides", [{"budget": cpx.Budget(macs=0.5)}, {"threshold": 0.1}], ids=["budget", "threshold"]
+)
+def test_a_ratio_beside_a_budget_or_threshold_is_refused(
+    given: dict[str, object], decides: dict[str, object]
+) -> None:
+    """It would have no effect: the user asked for something else than what would happen."""
+    message = f"give either {next(iter(given))} or {next(iter(decides))}, not both"
+    with pytest.raises(InvalidArgumentError, match=message):
+        cpx.plan(chain(8, 8), IMAGES, **given, **decides)
+
+
+def test_an_empty_mapping_of_ratios_goes_with_a_budget() -> None:
+    plan = cpx.plan(chain(8, 8), IMAGES, ratios={}, budget=cpx.Budget(params=0.5))
+    assert plan.params_after <= 0.5 * plan.params_before
