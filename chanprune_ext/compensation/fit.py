@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear_maps import unfolded
-from .moments import Moments
+from .moments import Moments, fit_dtype
 from .pooled_windows import pooled_windows, windows_help
 from .report import LayerReport
 from .samples import Samples
@@ -172,7 +172,7 @@ class _Fit:
         for seen in self.runs.observe(self.target):
             inputs = self.inputs(seen)
             assert inputs is not None
-            dtype = torch.float64 if seen.pruned.dtype == torch.float64 else torch.float32
+            dtype = fit_dtype(seen.pruned)
             for columns, (original, pruned) in unfolded(
                 [layer.geometry for layer in self.layers],
                 [x.to(dtype) for x in inputs],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .fit import one_sided_residual
 from .linear_maps import unfolded
-from .moments import Moments
+from .moments import Moments, fit_dtype
 from .ridge import Factor
 from .thinning import thinned
 
@@ -100,7 +100,7 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     segments = runs.segments(pair)
     if not segments or not any(not s.held_back for s in segments):
         return False
-    dtype = torch.float64 if segments[0].x.dtype == torch.float64 else torch.float32
+    dtype = fit_dtype(segments[0].x)
     for s in segments:
         s.x, s.between, s.original, s.pruned = (
             t.to(dtype) for t in (s.x, s.between, s.original, s.pruned)

@@ -110,6 +110,7 @@ class Lockstep:
         device: torch.device,
     ) -> None:
         self._original = original
+        self._original_state: dict[str, Tensor] = original.state_dict()
         self._pruned = pruned
         self.fit_batches = len(fit)
         self._batches = [(x, False) for x in fit] + [(x, True) for x in held_back]
@@ -209,7 +210,7 @@ class Lockstep:
 
     def original_weight(self, layer: Layer) -> Tensor:
         """The weight of a layer in the original network, at the kept output channels."""
-        weight: Tensor = self._original.state_dict()[layer.entry]
+        weight = self._original_state[layer.entry]
         return weight if layer.kept_rows is None else weight[layer.kept_rows]
 
     def segments(self, pair: Pair) -> list[Segment]:

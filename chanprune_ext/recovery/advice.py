@@ -9,6 +9,7 @@ import torch
 from ..compensation.batch_norm import measured_batch_norms
 from ..compensation.batches import sample_count
 from .outputs import inputs_and_labels
+from .processes import launched_processes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +82,8 @@ def out_of_memory(error: BaseException, batch: Any, update: int, recipe: Recipe)
     advice = [f"take batches of {half} (batch_size) with gradient_accumulation_steps={2 * steps}"]
     if recipe.precision == "fp32":
         advice.append("precision='bf16'")
+    if launched_processes() > 1 and not recipe.shard:
+        advice.append("shard=True, which divides the network over the processes")
     if recipe.ema_decay is not None or recipe.swa_start is not None:
         advice.append("leave the running average out")
     if recipe.keep == "best":

@@ -17,7 +17,8 @@ import chanprune_ext as cpx
 from chanprune_ext.cli import app
 from chanprune_ext.errors import InvalidArgumentError, TrainingError
 from chanprune_ext.models import resnet20
-from chanprune_ext.recovery import advice, data_wait, recover
+from chanprune_ext.recovery import Recipe, advice, data_wait, recover
+from chanprune_ext.recovery.advice import out_of_memory
 from chanprune_ext.recovery.data_wait import DataWait
 from chanprune_ext.recovery.loop import TrainingLoop
 from chanprune_ext.recovery.result import EpochRecord
@@ -227,6 +228,16 @@ def test_out_of_memory_says_what_to_change(
     with pytest.raises(TrainingError, match=rf"in update 3, with 16 images at once.*{advised}"):
         recover(student, train=points(96), batch_size=16, progress=False, **options)
     assert same(student, net("Plain"))
+
+
+@pytest.mark.parametrize(("processes", "told"), [(1, False), (4, True)])
+def test_several_processes_are_told_of_sharding(
+    monkeypatch: pytest.MonkeyPatch, processes: int, told: bool
+) -> None:
+    monkeypatch.setattr(advice, "launched_processes", lambda: processes)
+    error, batch = torch.OutOfMemoryError("no room"), torch.zeros(16, 6)
+    assert ("shard=True" in out_of_memory(error, batch, 2, Recipe())) == told
+    assert "shard=True" not in out_of_memory(error, batch, 2, Recipe(shard=True))
 
 
 def test_waiting_for_data_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
