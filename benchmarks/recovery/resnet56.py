@@ -47,6 +47,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 2e-4,
         "weight_decay": 0.0,
     },
+    "frozen-t1-features": {
+        **FROZEN,
+        "losses": {**KD, "features": 1.0},
+        "taps": ["layer3"],
+        "lr": 0.001,
+        "temperature": 1.0,
+    },
     "frozen-t1-mix": {**FROZEN, **MIXED, "lr": 0.003, "temperature": 1.0},
 }
 
