@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.couplings import CoupledDim, Couplings, StuckDim
     from chanprune_ext.analysis.tracer import Event
-    from chanprune_ext.plan import GroupSummary
+    from chanprune_ext.group_summary import GroupSummary
 
 __all__ = ["ExplainedGroup", "ExplainedMember", "Explanation", "cause", "explain"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.couplings import Couplings
     from chanprune_ext.analysis.groups import Frozen
     from chanprune_ext.explanation import Explanation
-    from chanprune_ext.plan import GroupSummary
+    from chanprune_ext.group_summary import GroupSummary
 
 __all__ = ["Inspection", "inspect_model"]
 

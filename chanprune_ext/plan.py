@@ -18,6 +18,7 @@ from chanprune_ext.analysis.scales import Rescaling
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.atomic_files import write_text
 from chanprune_ext.errors import CheckpointError, PlanMismatchError
+from chanprune_ext.group_summary import GroupSummary
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
@@ -28,33 +29,10 @@ if TYPE_CHECKING:
 
     from chanprune_ext.explanation import Explanation
 
-__all__ = ["GroupSummary", "PruningPlan", "plan_of", "plans_of", "structure_of"]
+__all__ = ["PruningPlan", "plan_of", "plans_of", "structure_of"]
 
 FORMAT = 1
 _ATTRIBUTE = "_chanprune_plans"
-
-
-@dataclass(frozen=True)
-class GroupSummary:
-    """What a plan does to one coupling group.
-
-    Attributes:
-        name: The first module that makes the channels.
-        producers: All modules that make them.
-        consumers: All modules that read them.
-        width_before: Channels of the first producer that belong to the group.
-        width_after: How many of them stay.
-        normalised: A layer takes statistics over the channels.
-        kind: ``"heads"``, ``"head_dim"``, ``"residual"``, ``"mlp"`` or ``"hidden"``.
-    """
-
-    name: str
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-    width_before: int
-    width_after: int
-    normalised: bool = False
-    kind: str = "hidden"
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,9 @@ from chanprune_ext.analysis.stand_ins import substitute
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.garbage import collector_paused
+from chanprune_ext.group_summary import GroupSummary
 from chanprune_ext.module_tree import structure_remembered
-from chanprune_ext.plan import GroupSummary, PruningPlan, structure_of
+from chanprune_ext.plan import PruningPlan, structure_of
 from chanprune_ext.surgery import apply_plan
 from chanprune_ext.verification import input_shapes
 

@@ -8,13 +8,13 @@ import torch
 import typer
 from rich.console import Console
 
-from chanprune_ext.atomic_files import write_text
+from chanprune_ext.atomic_files import make_folder, write_text
 from chanprune_ext.bench import BACKENDS
 from chanprune_ext.bench import bench as measure
 from chanprune_ext.cli.bench_tables import module_table, row_table
 from chanprune_ext.cli.options import Device, InputShapes, ModelArguments, SavedFile
 from chanprune_ext.cli.saved_model import open_saved
-from chanprune_ext.report import environment, make_folder
+from chanprune_ext.report import environment
 
 __all__ = ["bench"]
 

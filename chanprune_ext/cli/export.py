@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from chanprune_ext.atomic_files import make_folder
 from chanprune_ext.cli.options import (
     Device,
     InputShapes,
@@ -19,7 +20,6 @@ from chanprune_ext.cli.tables import facts_table
 from chanprune_ext.export import export as write
 from chanprune_ext.export import format_of
 from chanprune_ext.quantities import format_bytes
-from chanprune_ext.report import make_folder
 
 __all__ = ["export"]
 

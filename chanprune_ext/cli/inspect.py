@@ -10,14 +10,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from chanprune_ext.atomic_files import write_text
+from chanprune_ext.atomic_files import make_folder, write_text
 from chanprune_ext.cli.example_inputs import example_inputs
 from chanprune_ext.cli.model_spec import build_model, parse_arguments
 from chanprune_ext.cli.options import ModelArguments, ModelSpec
 from chanprune_ext.errors import AnalysisError
 from chanprune_ext.explanation import cause
 from chanprune_ext.inspection import Inspection, inspect_model
-from chanprune_ext.report import make_folder
 
 __all__ = ["inspect"]
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from chanprune_ext.allocation import Budget
+from chanprune_ext.atomic_files import make_folder
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.image_options import PresetName, TestData, open_images
 from chanprune_ext.cli.loading import load_model
@@ -30,7 +31,6 @@ from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import evaluate
-from chanprune_ext.report import make_folder
 
 __all__ = ["prune"]
 

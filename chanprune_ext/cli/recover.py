@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from chanprune_ext.atomic_files import make_folder
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.image_options import (
     AutoAugmentation,
@@ -44,7 +45,7 @@ from chanprune_ext.recovery.processes import (
     leave_processes,
 )
 from chanprune_ext.recovery.recipe import LOSSES
-from chanprune_ext.report import make_folder, write_report
+from chanprune_ext.report import write_report
 
 __all__ = ["recover"]
 

@@ -48,11 +48,12 @@ def reproduce(
     seed: Seed = 0,
 ) -> None:
     """Prunes a published network in several ways, without and with training, beside the article."""
+    from chanprune_ext.atomic_files import make_folder
     from chanprune_ext.jobs.published import cifar10_resnet56_set, imagenet_mobilenetv2_set
     from chanprune_ext.jobs.published_jobs import cifar10_resnet56_job, imagenet_mobilenetv2_job
     from chanprune_ext.jobs.trial_report import trial_report
     from chanprune_ext.jobs.trials import run_trials, save_trials
-    from chanprune_ext.report import make_folder, write_report
+    from chanprune_ext.report import write_report
 
     folder = out or Path("runs") / result.value
     small = result is Result.CIFAR10_RESNET56

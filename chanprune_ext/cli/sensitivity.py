@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from chanprune_ext.atomic_files import make_folder
 from chanprune_ext.cli.loading import load_model
 from chanprune_ext.cli.options import (
     DATA_HELP,
@@ -27,7 +28,7 @@ from chanprune_ext.data import calibration_batches, make_loader, open_dataset
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.pruning import plan
 from chanprune_ext.recovery import evaluate
-from chanprune_ext.report import RunReport, Stage, environment, make_folder, write_report
+from chanprune_ext.report import RunReport, Stage, environment, write_report
 from chanprune_ext.sensitivity import Sensitivity
 from chanprune_ext.sensitivity import sensitivity as measure
 

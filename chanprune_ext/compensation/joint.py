@@ -9,7 +9,6 @@ conjugate gradients, preconditioned by the first layer's input moments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
     from .fit import FitOptions
     from .ledger import Ledger
     from .lockstep import Lockstep, Segment
-    from .targets import Layer, Target
+    from .targets import Layer, Pair
 
-__all__ = ["Pair", "refit_jointly"]
+__all__ = ["refit_jointly"]
 
 _ITERATIONS = 6  # of conjugate gradients: more fits the noise of the calibration data
 _STEPS = 2  # Gauss-Newton steps on the same samples
@@ -35,23 +34,6 @@ _SHARES = (1.0, 0.5, 0.25)  # of a step that are tried
 _RIDGE = 3e-3  # next to the preconditioner
 _LEAST_GAIN = 1e-3  # relative; less is not worth a refit of the next layer
 _ENOUGH_VALUES = 1 << 24  # between the layers: a step looks at some of the batches beyond that
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A layer, the clamp behind it, and the layer that alone reads what comes through.
-
-    Attributes:
-        first: The layer that is refitted.
-        between: Its target, whose bounds are the clamp's.
-        second: The layer behind the clamp.
-        target: The value that is matched.
-    """
-
-    first: Layer
-    between: Target
-    second: Layer
-    target: Target
 
 
 class _Linearised:

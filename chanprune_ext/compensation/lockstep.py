@@ -15,8 +15,7 @@ from .paused_runs import PausedRun
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from .joint import Pair
-    from .targets import Layer, Target
+    from .targets import Layer, Pair, Target
 
 __all__ = ["Lockstep", "Observation", "Segment"]
 

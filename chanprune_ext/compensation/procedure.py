@@ -17,14 +17,14 @@ from ..host_memory import freed_memory_kept
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
 from .checks import HasKept, check_networks, check_options, check_same_calls, kept_of
 from .fit import FitOptions, fit_target, skipped_report
-from .joint import Pair, refit_jointly
+from .joint import refit_jointly
 from .ledger import Ledger
 from .lockstep import Lockstep
 from .memory import plan_memory
 from .outputs import DeviationMeter, forward, output_tensors
 from .report import CompensationReport, Deviation, LayerReport
 from .survey import survey_calls
-from .targets import DEAD_SCALE, Skipped, Target, find_targets
+from .targets import DEAD_SCALE, Pair, Skipped, Target, find_targets
 from .variants import Variants
 
 __all__ = ["compensate"]

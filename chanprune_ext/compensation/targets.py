@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..analysis.call_trace import Call, CallTrace
 
-__all__ = ["DEAD_SCALE", "Layer", "Skipped", "Target", "find_targets"]
+__all__ = ["DEAD_SCALE", "Layer", "Pair", "Skipped", "Target", "find_targets"]
 
 _PASSED_ON = {"dropout", "dropout_", "feature_dropout", "feature_dropout_", "contiguous"}
 _SUMS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0}
@@ -138,6 +138,23 @@ class Target:
     layers: list[Layer] = field(default_factory=list)
     bounds: tuple[float, float] | None = None
     is_output: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer, the clamp behind it, and the layer that alone reads what comes through.
+
+    Attributes:
+        first: The layer that is refitted.
+        between: Its target, whose bounds are the clamp's.
+        second: The layer behind the clamp.
+        target: The value that is matched.
+    """
+
+    first: Layer
+    between: Target
+    second: Layer
+    target: Target
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from chanprune_ext.atomic_files import make_folder
 from chanprune_ext.checkpoint import save
 from chanprune_ext.compensation import compensate
 from chanprune_ext.latency import measure_latency
@@ -26,7 +27,6 @@ from chanprune_ext.report import (
     StageLatency,
     TrainingEpoch,
     environment,
-    make_folder,
     write_report,
 )
 

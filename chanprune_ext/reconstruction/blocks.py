@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ..plan import GroupSummary
+    from ..group_summary import GroupSummary
 
 __all__ = ["Block", "find_blocks"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .run_report import (
+from .page import render_html, write_report
+from .record import (
     LayerWidth,
     Reference,
     RunReport,
@@ -11,9 +12,6 @@ from .run_report import (
     TrainingEpoch,
     environment,
     load_report,
-    make_folder,
-    render_html,
-    write_report,
 )
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
     "TrainingEpoch",
     "environment",
     "load_report",
-    "make_folder",
     "render_html",
     "write_report",
 ]

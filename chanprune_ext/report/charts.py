@@ -1,17 +1,9 @@
-"""Charts of the report as inline SVG that follows the page's light or dark theme.
-
-matplotlib draws with placeholder colours; in the finished SVG each placeholder is replaced by a CSS
-variable of the page, and text stays text so that it takes the page's font. Elements given a tooltip
-carry an SVG ``<title>``.
-"""
+"""The report's bars and curves: accuracy, latency, widths and training, as inline SVG."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -19,50 +11,32 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from chanprune_ext.quantities import format_accuracy, format_milliseconds
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from .chart_style import (
+    INK,
+    MUTED,
+    PLACEHOLDERS,
+    STAGE_COLORS,
+    STYLE,
+    SURFACE,
+    WIDTH,
+    add_tip,
+    as_svg,
+)
 
-    from matplotlib.artist import Artist
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
 
-    from .run_report import LayerWidth, RunReport, Stage
+    from .record import LayerWidth, RunReport, Stage
 
 __all__ = [
-    "STAGE_COLORS",
     "accuracy_chart",
     "latency_chart",
     "training_chart",
     "widths_chart",
 ]
 
-# CSS variable of the page for each stage in turn: the original is grey, the rest have a hue.
-STAGE_COLORS = ("--stage-0", "--stage-1", "--stage-2", "--stage-3", "--stage-4", "--stage-5")
-
-_VARIABLES = ("--ink", "--muted", "--grid", "--surface", "--before", "--after", *STAGE_COLORS)
-# Placeholders are near-black colours that no other element of a figure uses.
-_PLACEHOLDERS = {name: f"#0a0b{number + 16:02x}" for number, name in enumerate(_VARIABLES)}
-_INK, _MUTED, _GRID, _SURFACE = (
-    _PLACEHOLDERS[name] for name in ("--ink", "--muted", "--grid", "--surface")
-)
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10.5,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
-_WIDTH = 9.6  # inches; the page scales the drawing to its column
 _MOST_NAMED_LAYERS = 36
 
 
@@ -75,12 +49,12 @@ def accuracy_chart(stages: Sequence[Stage]) -> str:
         _stage_bar(axes, row, value, (error, error), tips, f"{stage.name}: n = {stage.samples}")
         label = format_accuracy(stage.accuracy, stage.standard_error)
         # In a column of their own, where the reference line does not cross them.
-        axes.text(104, row, label, va="center", weight="bold", color=_INK)
-    axes.axvline(stages[0].accuracy * 100, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(104, row, label, va="center", weight="bold", color=INK)
+    axes.axvline(stages[0].accuracy * 100, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(0, 122)
     axes.set_xticks(range(0, 101, 20), labels=[f"{tick} %" for tick in range(0, 101, 20)])
     _name_rows(axes, [stage.name for stage in stages])
-    return _svg(figure, "accuracy", "Accuracy of each stage with standard error", tips)
+    return as_svg(figure, "accuracy", "Accuracy of each stage with standard error", tips)
 
 
 def latency_chart(stages: Sequence[Stage]) -> str:
@@ -100,26 +74,26 @@ def latency_chart(stages: Sequence[Stage]) -> str:
         if position:
             label += f", {latency.speedup:.2f} times as fast"
         place = latency.high_ms + 0.012 * longest
-        axes.text(place, position, label, va="center", weight="bold", color=_INK)
+        axes.text(place, position, label, va="center", weight="bold", color=INK)
     axes.set_xlim(0, longest * 1.28)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ms"))
     _name_rows(axes, [name for _, name, _ in rows])
-    return _svg(figure, "latency", "Measured latency of each stage", tips)
+    return as_svg(figure, "latency", "Measured latency of each stage", tips)
 
 
 def widths_chart(widths: Sequence[LayerWidth]) -> str:
     """Draws output channels per layer in execution order: what was there and what is kept."""
     named = len(widths) <= _MOST_NAMED_LAYERS
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 3.6 if named else 3.0), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6 if named else 3.0), layout="constrained")
         axes = figure.add_subplot()
     tips: dict[str, str] = {}
     for column, layer in enumerate(widths):
         tip = f"{layer.name}: {layer.before} → {layer.after} channels"
         for kind, height in (("before", layer.before), ("after", layer.after)):
-            (bar,) = axes.bar(column, height, width=0.78, color=_PLACEHOLDERS[f"--{kind}"])
-            _tip(bar, f"{kind}-{column}", tip, tips)
+            (bar,) = axes.bar(column, height, width=0.78, color=PLACEHOLDERS[f"--{kind}"])
+            add_tip(bar, f"{kind}-{column}", tip, tips)
     axes.set_xlim(-0.7, len(widths) - 0.3)
     axes.set_ylabel("output channels")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -133,7 +107,7 @@ def widths_chart(widths: Sequence[LayerWidth]) -> str:
     else:
         axes.set_xlabel("layer, in execution order (hover for names)")
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    return _svg(figure, "widths", "Output channels of each layer before and after pruning", tips)
+    return as_svg(figure, "widths", "Output channels of each layer before and after pruning", tips)
 
 
 def training_chart(report: RunReport) -> str:
@@ -145,8 +119,8 @@ def training_chart(report: RunReport) -> str:
         for record in history
         if record.val_accuracy is not None
     ]
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.7), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
         loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     tips: dict[str, str] = {}
     _curve(loss_axes, "training loss", epochs, [record.loss for record in history], tips, 1)
@@ -161,7 +135,7 @@ def training_chart(report: RunReport) -> str:
     rates = [record.learning_rate for record in history]
     _curve(rate_axes, "learning rate", epochs, rates, tips, 2)
     rate_axes.set_ylim(bottom=0)
-    return _svg(figure, "training", "Recovery: loss, validation accuracy, learning rate", tips)
+    return as_svg(figure, "training", "Recovery: loss, validation accuracy, learning rate", tips)
 
 
 def _curve(
@@ -173,17 +147,17 @@ def _curve(
     color: int,
 ) -> None:
     """Draws one training curve; each point has its value as tooltip."""
-    hue = _PLACEHOLDERS[STAGE_COLORS[color]]
+    hue = PLACEHOLDERS[STAGE_COLORS[color]]
     axes.plot(x, y, color=hue, linewidth=1.8)
     kind = title.split(" ", maxsplit=1)[0]
     for epoch, value in zip(x, y, strict=True):
         if not math.isfinite(value):
             continue
         (point,) = axes.plot(
-            [epoch], [value], marker="o", markersize=5, color=hue, markeredgecolor=_SURFACE
+            [epoch], [value], marker="o", markersize=5, color=hue, markeredgecolor=SURFACE
         )
-        _tip(point, f"{kind}-{epoch}", f"epoch {epoch}: {value:.4g}", tips)
-    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+        add_tip(point, f"{kind}-{epoch}", f"epoch {epoch}: {value:.4g}", tips)
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -192,8 +166,8 @@ def _curve(
 
 def _stage_axes(rows: int) -> tuple[Figure, Axes]:
     """Axes for horizontal bars, one row per stage, first on top."""
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.55 + 0.48 * rows), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.55 + 0.48 * rows), layout="constrained")
         axes = figure.add_subplot()
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
@@ -212,51 +186,16 @@ def _stage_bar(
 ) -> None:
     """Draws one horizontal bar with whiskers (lengths below and above the value)."""
     stage = row if color_of is None else color_of
-    color = _PLACEHOLDERS[STAGE_COLORS[stage % len(STAGE_COLORS)]]
+    color = PLACEHOLDERS[STAGE_COLORS[stage % len(STAGE_COLORS)]]
     (bar,) = axes.barh(row, value, height=0.62, color=color)
-    _tip(bar, f"bar-{row}", tip, tips)
+    add_tip(bar, f"bar-{row}", tip, tips)
     below, above = whiskers
-    axes.plot([value - below, value + above], [row, row], color=_INK, linewidth=1.2)
+    axes.plot([value - below, value + above], [row, row], color=INK, linewidth=1.2)
     for end in (value - below, value + above):
-        axes.plot([end, end], [row - 0.11, row + 0.11], color=_INK, linewidth=1.2)
+        axes.plot([end, end], [row - 0.11, row + 0.11], color=INK, linewidth=1.2)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), labels=names)
-    axes.tick_params(axis="y", labelcolor=_INK, pad=6)
+    axes.tick_params(axis="y", labelcolor=INK, pad=6)
     axes.set_ylim(len(names) - 0.5, -0.5)
-
-
-def _tip(artist: Artist, identity: str, text: str, tips: dict[str, str]) -> None:
-    """Remembers a tooltip for an artist; :func:`_svg` writes it into the drawing."""
-    artist.set_gid(f"tip-{identity}")
-    tips[f"tip-{identity}"] = text
-
-
-def _svg(figure: Figure, name: str, label: str, tips: Mapping[str, str]) -> str:
-    """Returns the figure as an ``<svg>`` element for inlining, with a label for screen readers."""
-    buffer = io.StringIO()
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, count=1, flags=re.DOTALL)
-    for variable, placeholder in _PLACEHOLDERS.items():
-        drawing = drawing.replace(placeholder, f"var({variable})")
-    # The style element would apply to the whole page, and the page has its own font.
-    drawing = re.sub(r"<style.*?</style>", "", drawing, count=1, flags=re.DOTALL)
-    drawing = re.sub(r"font-family: [^;\"]*;", "", drawing)
-    drawing = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--font)", drawing)
-    for identity, text in tips.items():
-        group = f'<g id="{identity}">'
-        drawing = drawing.replace(group, f"<g><title>{html.escape(text)}</title>", 1)
-    # Nothing refers to groups, and several drawings on one page would repeat their ids.
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
-    size = re.search(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', drawing)
-    assert size is not None, "matplotlib always writes a viewBox"
-    opening = (
-        f'<svg class="chart" viewBox="{size.group(1)}" role="img" '
-        f'aria-label="{html.escape(label)}" xmlns="http://www.w3.org/2000/svg" '
-        'xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return opening + drawing[size.end() :].strip()

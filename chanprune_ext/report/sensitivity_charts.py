@@ -8,16 +8,16 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .charts import (
-    _GRID,
-    _INK,
-    _MUTED,
-    _PLACEHOLDERS,
-    _STYLE,
-    _WIDTH,
+from .chart_style import (
+    GRID,
+    INK,
+    MUTED,
+    PLACEHOLDERS,
     STAGE_COLORS,
-    _svg,
-    _tip,
+    STYLE,
+    WIDTH,
+    add_tip,
+    as_svg,
 )
 
 if TYPE_CHECKING:
@@ -42,15 +42,15 @@ def sensitivity_chart(data: Mapping[str, Any]) -> str:
     after = [curve.get("compensated") for curve in data["curves"]]
     if after and all(curve is not None for curve in after):
         panels.append(("compensated", [curve[kind] for curve in after]))
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     tips: dict[str, str] = {}
     start = 100 * data["accuracy"] if kind == "accuracy" else 0.0
     for panel, (name, values) in zip(axes, panels, strict=True):
         scaled = [[start, *(scale * v for v in curve)] for curve in values]
         _panel(panel, data, scaled, f"{title}, {name}", name, tips, rising=kind != "accuracy")
-    return _svg(figure, "sensitivity", f"{title} of each group against the share removed", tips)
+    return as_svg(figure, "sensitivity", f"{title} of each group against the share removed", tips)
 
 
 def _quantity(data: Mapping[str, Any]) -> tuple[str, str, float]:
@@ -77,7 +77,7 @@ def _panel(
     for rank, number in reversed(list(enumerate(order))):
         curve = data["curves"][number]
         named = rank < _NAMED
-        colour = _PLACEHOLDERS[STAGE_COLORS[rank + 1]] if named else _MUTED
+        colour = PLACEHOLDERS[STAGE_COLORS[rank + 1]] if named else MUTED
         label = curve["group"] if named else None
         (line,) = axes.plot(
             ratios,
@@ -90,8 +90,8 @@ def _panel(
         points = ", ".join(
             f"{r:.0%}: {v:.3g}" for r, v in zip(data["ratios"], values[number][1:], strict=True)
         )
-        _tip(line, f"{name}-{number}", f"{curve['group']} ({points})", tips)
-    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+        add_tip(line, f"{name}-{number}", f"{curve['group']} ({points})", tips)
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     axes.set_xlabel("share of the group removed")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     handles, labels = axes.get_legend_handles_labels()
@@ -100,6 +100,6 @@ def _panel(
         labels[::-1],
         fontsize=8.5,
         facecolor="none",
-        edgecolor=_GRID,
-        labelcolor=_INK,
+        edgecolor=GRID,
+        labelcolor=INK,
     )

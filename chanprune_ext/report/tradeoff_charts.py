@@ -9,16 +9,16 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .charts import (
-    _INK,
-    _MUTED,
-    _PLACEHOLDERS,
-    _STYLE,
-    _SURFACE,
-    _WIDTH,
+from .chart_style import (
+    INK,
+    MUTED,
+    PLACEHOLDERS,
     STAGE_COLORS,
-    _svg,
-    _tip,
+    STYLE,
+    SURFACE,
+    WIDTH,
+    add_tip,
+    as_svg,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from .run_report import Reference, Stage
+    from .record import Reference, Stage
 
 __all__ = ["tradeoff_chart"]
 
@@ -64,8 +64,8 @@ def tradeoff_chart(stages: Sequence[Stage], references: Sequence[Reference]) -> 
     latency = _by_latency(stages, references)
     if any(point.ours for point in latency):
         panels.append(("measured time", latency))
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     tips: dict[str, str] = {}
     changes = [point.change for _, points in panels for point in points]
@@ -78,7 +78,7 @@ def tradeoff_chart(stages: Sequence[Stage], references: Sequence[Reference]) -> 
     axes[0].set_ylim(floor - 0.12 * span, max(changes) + 0.12 * span)
     axes[0].set_ylabel("change of top-1 accuracy (points)")
     label = "Change of accuracy against multiply-accumulates and time"
-    return _svg(figure, "tradeoff", label, tips)
+    return as_svg(figure, "tradeoff", label, tips)
 
 
 def _by_macs(stages: Sequence[Stage], references: Sequence[Reference]) -> list[_Point]:
@@ -102,7 +102,7 @@ def _by_latency(stages: Sequence[Stage], references: Sequence[Reference]) -> lis
 
 
 def _stage_point(number: int, stage: Stage, first: Stage, cost: float) -> _Point:
-    color = _PLACEHOLDERS[STAGE_COLORS[number % len(STAGE_COLORS)]]
+    color = PLACEHOLDERS[STAGE_COLORS[number % len(STAGE_COLORS)]]
     change = 100 * (stage.accuracy - first.accuracy)
     return _Point(cost, change, stage.name, stage.name, color, ours=True)
 
@@ -111,7 +111,7 @@ def _reference_point(number: int, reference: Reference, cost: float | None) -> _
     if cost is None:
         return None
     letter = _LETTERS[number % len(_LETTERS)]
-    return _Point(cost, 100 * reference.change, reference.name, letter, _MUTED, ours=False)
+    return _Point(cost, 100 * reference.change, reference.name, letter, MUTED, ours=False)
 
 
 def _draw(
@@ -125,12 +125,12 @@ def _draw(
             [max(point.change, floor)],
             marker=shape,
             markersize=9 if point.ours else 6,
-            color=point.color if point.ours else _SURFACE,
-            markeredgecolor=_SURFACE if point.ours else _MUTED,
+            color=point.color if point.ours else SURFACE,
+            markeredgecolor=SURFACE if point.ours else MUTED,
             linestyle="none",
         )
         tip = f"{point.name}: {_TIMES}{point.cost:.2f} {quantity}, {_signed(point.change)} points"
-        _tip(marker, f"{quantity.split(maxsplit=1)[0]}-{number}", tip, tips)
+        add_tip(marker, f"{quantity.split(maxsplit=1)[0]}-{number}", tip, tips)
         if not point.ours or below:
             left = not below and _crowded(point, points)
             axes.annotate(
@@ -140,10 +140,10 @@ def _draw(
                 textcoords="offset points",
                 ha="right" if left else "left",
                 va="center",
-                color=_INK if below else _MUTED,
+                color=INK if below else MUTED,
                 fontsize=9.5,
             )
-    axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     most = max(1.0, *(point.cost for point in points))
     axes.set_xlim(0, 1.08 * most)
     axes.set_xlabel(f"{quantity}, original = 1")

@@ -1,9 +1,4 @@
-"""The record of one pruning run, and the self-contained HTML page made from it.
-
-:class:`RunReport` holds plain numbers and strings only, so it can be written as JSON, kept beside
-the results, and rendered again later. The page needs no network: charts are inline SVG, styles and
-the few lines of script are in the file.
-"""
+"""The record of one pruning run: plain numbers and strings, kept as JSON beside the results."""
 
 from __future__ import annotations
 
@@ -12,22 +7,14 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chanprune_ext.atomic_files import make_folder, write_text
 from chanprune_ext.devices import cpu_name
-from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError
 from chanprune_ext.ops import build_info
-from chanprune_ext.quantities import (
-    format_accuracy,
-    format_bytes,
-    format_count,
-    format_milliseconds,
-)
 
 __all__ = [
     "LayerWidth",
@@ -38,9 +25,6 @@ __all__ = [
     "TrainingEpoch",
     "environment",
     "load_report",
-    "make_folder",
-    "render_html",
-    "write_report",
 ]
 
 _FORMAT = "chanprune-report"
@@ -223,72 +207,6 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def render_html(report: RunReport) -> str:
-    """Renders the report as one HTML page that needs nothing outside itself.
-
-    Raises:
-        OutputError: matplotlib or jinja2 is not installed.
-    """
-    try:
-        import jinja2
-
-        from . import charts, sensitivity_charts, tradeoff_charts
-    except ImportError as error:
-        raise OutputError(
-            f"an HTML report needs {error.name}; install it with: "
-            "pip install 'chanprune_ext[report]'"
-        ) from error
-
-    source = files("chanprune_ext.report").joinpath("templates/report.html.j2").read_text("utf-8")
-    templates = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters.update(
-        accuracy=format_accuracy,
-        bytes=format_bytes,
-        count=format_count,
-        milliseconds=format_milliseconds,
-    )
-    measured = [stage for stage in report.stages if stage.latency is not None]
-    return templates.from_string(source).render(
-        report=report,
-        first=report.stages[0],
-        last=report.stages[-1],
-        accuracy_chart=charts.accuracy_chart(report.stages),
-        tradeoff_chart=(
-            tradeoff_charts.tradeoff_chart(report.stages, report.references)
-            if len({stage.macs for stage in report.stages}) > 1 or report.references
-            else ""
-        ),
-        letters="abcdefghijklmnopqrstuvwxyz",
-        latency_chart=charts.latency_chart(report.stages) if measured else "",
-        widths_chart=charts.widths_chart(report.widths) if report.widths else "",
-        training_chart=charts.training_chart(report) if report.history else "",
-        sensitivity_chart=(
-            sensitivity_charts.sensitivity_chart(report.sensitivity) if report.sensitivity else ""
-        ),
-        stage_colors=charts.STAGE_COLORS,
-    )
-
-
-def write_report(report: RunReport, folder: str | os.PathLike[str]) -> Path:
-    """Writes ``report.json`` and ``report.html`` into a folder, which is made where missing.
-
-    Returns:
-        Path of the HTML page.
-
-    Raises:
-        OutputError: The folder or a file cannot be written; no partial file is left.
-    """
-    texts = {
-        "report.json": json.dumps(report.to_dict(), indent=2) + "\n",
-        "report.html": render_html(report),
-    }
-    target = make_folder(folder)
-    for name, text in texts.items():
-        write_text(target / name, text)
-    return target / "report.html"
 
 
 def load_report(path: str | os.PathLike[str]) -> RunReport:
