@@ -47,7 +47,11 @@ CUDA_SOURCES = [
     "csrc/cuda/kd_kl_div.cu",
     "csrc/cuda/kd_kl_div_host.cpp",
 ]
-COUPLING_SOURCES = ["csrc/coupling/label_store.cpp", "csrc/coupling/bindings.cpp"]
+COUPLING_SOURCES = [
+    "csrc/coupling/label_store.cpp",
+    "csrc/coupling/label_views.cpp",
+    "csrc/coupling/bindings.cpp",
+]
 
 EXTRA_FLAGS = os.environ.get("CHANPRUNE_CXX_FLAGS", "").split()
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
