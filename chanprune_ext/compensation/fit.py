@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.accumulation import accumulation_dtype
 from .linear_maps import unfolded
-from .moments import Moments, fit_dtype
+from .moments import Moments
 from .pooled_windows import pooled_windows, windows_help
 from .report import LayerReport
 from .samples import Samples
@@ -172,7 +173,7 @@ class _Fit:
         for seen in self.runs.observe(self.target):
             inputs = self.inputs(seen)
             assert inputs is not None
-            dtype = fit_dtype(seen.pruned)
+            dtype = accumulation_dtype(seen.pruned)
             for columns, (original, pruned) in unfolded(
                 [layer.geometry for layer in self.layers],
                 [x.to(dtype) for x in inputs],

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.accumulation import accumulation_dtype
 from .fit import one_sided_residual
 from .linear_maps import unfolded
-from .moments import Moments, fit_dtype
+from .moments import Moments
 from .ridge import Factor
 from .thinning import thinned
 
@@ -82,7 +83,7 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     segments = runs.segments(pair)
     if not segments or not any(not s.held_back for s in segments):
         return False
-    dtype = fit_dtype(segments[0].x)
+    dtype = accumulation_dtype(segments[0].x)
     for s in segments:
         s.x, s.between, s.original, s.pruned = (
             t.to(dtype) for t in (s.x, s.between, s.original, s.pruned)

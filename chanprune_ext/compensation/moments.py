@@ -7,12 +7,7 @@ from torch import Tensor
 
 from .ridge import Change, Factor
 
-__all__ = ["Moments", "fit_dtype"]
-
-
-def fit_dtype(values: Tensor) -> torch.dtype:
-    """Precision to form products of such values in: float64 stays, all else is float32."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
+__all__ = ["Moments"]
 
 
 class Moments:

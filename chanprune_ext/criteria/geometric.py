@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chanprune_ext.analysis.stand_ins import tensors_of
+from chanprune_ext.ops.accumulation import widened
 
 from .members import Scores, chosen_members, joined, normalised, unit_slices
 
@@ -39,7 +40,7 @@ def fpgm(model: nn.Module, groups: Sequence[CouplingGroup], seed: int) -> Scores
 
 
 def _distances(rows: Tensor) -> Tensor:
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = widened(rows)
     # Exact, not through a matrix product: near filters are what the score is about.
     mode = "donot_use_mm_for_euclid_dist"
     sums = [torch.cdist(part, rows, compute_mode=mode).sum(1) for part in torch.split(rows, _ROWS)]

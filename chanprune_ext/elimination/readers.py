@@ -13,11 +13,12 @@ from ..analysis.call_trace import record_calls
 from ..analysis.calls import CallMode, run_model, steady_calls
 from ..compensation.batches import first_samples, sample_count
 from ..compensation.linear_maps import unfolded
-from ..compensation.moments import Moments, fit_dtype
+from ..compensation.moments import Moments
 from ..compensation.pooled_windows import pooled_windows, windows_help
 from ..compensation.survey import survey_calls
 from ..compensation.targets import DEAD_SCALE, find_targets
 from ..compensation.thinning import thinned
+from ..ops.accumulation import widened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -94,7 +95,7 @@ class Reader:
     def see_layer(self, x: Tensor, y: Tensor, batches: int) -> None:
         """Adds what the layer reads in one of about ``batches`` equal batches."""
         geometry = self.layer.geometry
-        x = x.to(fit_dtype(x))
+        x = widened(x)
         columns = self.moments.gram.shape[-1]
         if not self._every:
             value = x if self.by_channel else y
@@ -119,7 +120,7 @@ class Reader:
         """Adds averages over some positions, where the layer reads the average over all."""
         if not windows_help(x.shape[0] * batches, x.shape[1]):
             return
-        parts = pooled_windows(x.to(fit_dtype(x)))
+        parts = pooled_windows(widened(x))
         columns = parts.flatten(0, 1).t().unsqueeze(0)
         self.moments.add(columns, columns[:, :0], weight=1 / parts.shape[1])
 

@@ -11,6 +11,7 @@ from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops.accumulation import accumulation_dtype, widened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,10 +23,6 @@ __all__ = ["channel_norms", "channel_norms_reference"]
 _OPS = torch.ops.chanprune
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _result_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _check(weights: Sequence[Tensor], dims: Sequence[int], p: float) -> None:
@@ -103,7 +100,7 @@ def channel_norms_reference(
     """`channel_norms` in plain torch: fallback, test oracle and benchmark baseline."""
     norms = []
     for weight, dim in zip(weights, dims, strict=True):
-        channels = weight.to(_result_dtype(weight)).movedim(dim, 0).unsqueeze(-1)
+        channels = widened(weight).movedim(dim, 0).unsqueeze(-1)
         norms.append(_reduce(channels.flatten(1), p))
     return norms
 
@@ -120,7 +117,7 @@ def _reduce(rows: Tensor, p: float) -> Tensor:
 
 def _fake(weights: list[Tensor], dims: list[int], p: float) -> list[Tensor]:  # noqa: ARG001
     return [
-        weight.new_empty(weight.shape[dim], dtype=_result_dtype(weight))
+        weight.new_empty(weight.shape[dim], dtype=accumulation_dtype(weight))
         for weight, dim in zip(weights, dims, strict=True)
     ]
 

@@ -9,10 +9,10 @@ from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops.accumulation import accumulation_dtype
 from chanprune_ext.ops.kd_kl_div_arguments import (
     REDUCTIONS,
     Reduction,
-    accumulation_dtype,
     check_arguments,
     check_label_values,
     flat_rows,

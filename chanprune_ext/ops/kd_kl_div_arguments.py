@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.ops.accumulation import accumulation_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "REDUCTIONS",
     "Reduction",
-    "accumulation_dtype",
     "check_arguments",
     "check_label_values",
     "flat_rows",
@@ -31,11 +31,6 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def flat_rows(logits: Tensor) -> Tensor:
     """Logits (..., C) as (rows, C)."""
     return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-
-
-def accumulation_dtype(student: Tensor) -> torch.dtype:
-    """What losses are computed in and returned as."""
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
 def check_arguments(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..ops.accumulation import widened
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,7 +30,7 @@ def feature_mimic(student: Tensor, teacher: Tensor) -> Tensor:
         student (Tensor[N, ...]): features.
         teacher (Tensor[N, ...]): features of the same shape, without gradient.
     """
-    student, teacher = _widened(student), _widened(teacher)
+    student, teacher = widened(student), widened(teacher)
     return (student - teacher).square().sum() / (teacher.square().sum() + _TINY)
 
 
@@ -48,7 +50,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int = 1) -
 
 
 def _attention(features: Tensor, channel_dim: int) -> Tensor:
-    energy = _widened(features).square().sum(channel_dim).flatten(1)
+    energy = widened(features).square().sum(channel_dim).flatten(1)
     return energy / (energy.square().sum(1, keepdim=True) + _TINY).sqrt()
 
 
@@ -77,11 +79,7 @@ def channel_statistics(
 
 
 def _statistics(features: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    values = _widened(features).movedim(channel_dim, 0).flatten(1)
+    values = widened(features).movedim(channel_dim, 0).flatten(1)
     variance, mean = torch.var_mean(values, dim=1, correction=0)
     # The root of a dead channel's variance, 0, has no finite slope.
     return mean, (variance + _TINY).sqrt()
-
-
-def _widened(features: Tensor) -> Tensor:
-    return features if features.dtype in (torch.float32, torch.float64) else features.float()

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from ..compensation.batches import sample_count
 from ..errors import DataError, InvalidArgumentError
 from ..ops import kd_kl_div
+from ..ops.accumulation import widened
 from .evaluation import device_of
 from .feature_losses import attention_transfer, channel_statistics, feature_mimic
 from .feature_matching import Tap, find_taps
@@ -126,9 +127,9 @@ class Objective:
             precision = self.recipe.teacher_precision or self.recipe.precision
             precision = _HALF.get(_dtype_of(self.teacher), precision)
             with torch.no_grad(), _autocast(device, precision):
-                wanted = _widened(logits(self._running_teacher, inputs))
+                wanted = widened(logits(self._running_teacher, inputs))
         with _autocast(device, self.recipe.precision):
-            scores = _widened(logits(model, inputs))
+            scores = widened(logits(model, inputs))
         if wanted is not None and wanted.shape != scores.shape:
             raise InvalidArgumentError(
                 f"teacher: expected logits {list(scores.shape)} like the student's, got "
@@ -323,8 +324,3 @@ def _autocast(device: str, precision: str) -> torch.autocast:
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-def _widened(scores: Tensor) -> Tensor:
-    """Half precision as float32: the loss is small work, its rounding would not be."""
-    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()

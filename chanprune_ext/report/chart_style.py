@@ -13,12 +13,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from matplotlib.artist import Artist
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 __all__ = [
     "GRID",
@@ -26,11 +27,11 @@ __all__ = [
     "MUTED",
     "PLACEHOLDERS",
     "STAGE_COLORS",
-    "STYLE",
     "SURFACE",
-    "WIDTH",
     "add_tip",
     "as_svg",
+    "new_figure",
+    "stage_color",
 ]
 
 # CSS variable of the page for each stage in turn: the original is grey, the rest have a hue.
@@ -43,7 +44,7 @@ INK, MUTED, GRID, SURFACE = (
     PLACEHOLDERS[name] for name in ("--ink", "--muted", "--grid", "--surface")
 )
 
-STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10.5,
     "axes.edgecolor": GRID,
@@ -60,7 +61,21 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
-WIDTH = 9.6  # inches; the page scales the drawing to its column
+_WIDTH = 9.6  # inches; the page scales the drawing to its column
+
+
+def new_figure(
+    height: float, panels: int = 1, *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width, ``height`` inches high, with its panels from left to right."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        return figure, list(figure.subplots(1, panels, sharey=sharey, squeeze=False)[0])
+
+
+def stage_color(number: int) -> str:
+    """The placeholder of a stage's colour; the colours begin again after the last."""
+    return PLACEHOLDERS[STAGE_COLORS[number % len(STAGE_COLORS)]]
 
 
 def add_tip(artist: Artist, identity: str, text: str, tips: dict[str, str]) -> None:
@@ -72,7 +87,7 @@ def add_tip(artist: Artist, identity: str, text: str, tips: dict[str, str]) -> N
 def as_svg(figure: Figure, name: str, label: str, tips: Mapping[str, str]) -> str:
     """Returns the figure as an ``<svg>`` element for inlining, with a label for screen readers."""
     buffer = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]

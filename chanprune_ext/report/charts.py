@@ -5,28 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from chanprune_ext.quantities import format_accuracy, format_milliseconds
 
-from .chart_style import (
-    INK,
-    MUTED,
-    PLACEHOLDERS,
-    STAGE_COLORS,
-    STYLE,
-    SURFACE,
-    WIDTH,
-    add_tip,
-    as_svg,
-)
+from .chart_style import INK, MUTED, PLACEHOLDERS, SURFACE, add_tip, as_svg, new_figure, stage_color
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .record import LayerWidth, RunReport, Stage
 
@@ -85,9 +74,7 @@ def latency_chart(stages: Sequence[Stage]) -> str:
 def widths_chart(widths: Sequence[LayerWidth]) -> str:
     """Draws output channels per layer in execution order: what was there and what is kept."""
     named = len(widths) <= _MOST_NAMED_LAYERS
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6 if named else 3.0), layout="constrained")
-        axes = figure.add_subplot()
+    figure, (axes,) = new_figure(3.6 if named else 3.0)
     tips: dict[str, str] = {}
     for column, layer in enumerate(widths):
         tip = f"{layer.name}: {layer.before} → {layer.after} channels"
@@ -119,9 +106,7 @@ def training_chart(report: RunReport) -> str:
         for record in history
         if record.val_accuracy is not None
     ]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-        loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3, width_ratios=(1, 1, 1))
+    figure, (loss_axes, accuracy_axes, rate_axes) = new_figure(2.7, 3)
     tips: dict[str, str] = {}
     _curve(loss_axes, "training loss", epochs, [record.loss for record in history], tips, 1)
     _curve(
@@ -147,7 +132,7 @@ def _curve(
     color: int,
 ) -> None:
     """Draws one training curve; each point has its value as tooltip."""
-    hue = PLACEHOLDERS[STAGE_COLORS[color]]
+    hue = stage_color(color)
     axes.plot(x, y, color=hue, linewidth=1.8)
     kind = title.split(" ", maxsplit=1)[0]
     for epoch, value in zip(x, y, strict=True):
@@ -166,9 +151,7 @@ def _curve(
 
 def _stage_axes(rows: int) -> tuple[Figure, Axes]:
     """Axes for horizontal bars, one row per stage, first on top."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.55 + 0.48 * rows), layout="constrained")
-        axes = figure.add_subplot()
+    figure, (axes,) = new_figure(0.55 + 0.48 * rows)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_visible(False)
@@ -186,8 +169,7 @@ def _stage_bar(
 ) -> None:
     """Draws one horizontal bar with whiskers (lengths below and above the value)."""
     stage = row if color_of is None else color_of
-    color = PLACEHOLDERS[STAGE_COLORS[stage % len(STAGE_COLORS)]]
-    (bar,) = axes.barh(row, value, height=0.62, color=color)
+    (bar,) = axes.barh(row, value, height=0.62, color=stage_color(stage))
     add_tip(bar, f"bar-{row}", tip, tips)
     below, above = whiskers
     axes.plot([value - below, value + above], [row, row], color=INK, linewidth=1.2)

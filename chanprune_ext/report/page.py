@@ -63,7 +63,7 @@ def render_html(report: RunReport) -> str:
             if len({stage.macs for stage in report.stages}) > 1 or report.references
             else ""
         ),
-        letters="abcdefghijklmnopqrstuvwxyz",
+        letters=tradeoff_charts.LETTERS,
         latency_chart=charts.latency_chart(report.stages) if measured else "",
         widths_chart=charts.widths_chart(report.widths) if report.widths else "",
         training_chart=charts.training_chart(report) if report.history else "",

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .chart_style import (
-    GRID,
-    INK,
-    MUTED,
-    PLACEHOLDERS,
-    STAGE_COLORS,
-    STYLE,
-    WIDTH,
-    add_tip,
-    as_svg,
-)
+from .chart_style import GRID, INK, MUTED, add_tip, as_svg, new_figure, stage_color
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,9 +30,7 @@ def sensitivity_chart(data: Mapping[str, Any]) -> str:
     after = [curve.get("compensated") for curve in data["curves"]]
     if after and all(curve is not None for curve in after):
         panels.append(("compensated", [curve[kind] for curve in after]))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = new_figure(3.6, len(panels), sharey=True)
     tips: dict[str, str] = {}
     start = 100 * data["accuracy"] if kind == "accuracy" else 0.0
     for panel, (name, values) in zip(axes, panels, strict=True):
@@ -77,7 +63,7 @@ def _panel(
     for rank, number in reversed(list(enumerate(order))):
         curve = data["curves"][number]
         named = rank < _NAMED
-        colour = PLACEHOLDERS[STAGE_COLORS[rank + 1]] if named else MUTED
+        colour = stage_color(rank + 1) if named else MUTED
         label = curve["group"] if named else None
         (line,) = axes.plot(
             ratios,

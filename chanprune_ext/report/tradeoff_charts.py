@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .chart_style import (
-    INK,
-    MUTED,
-    PLACEHOLDERS,
-    STAGE_COLORS,
-    STYLE,
-    SURFACE,
-    WIDTH,
-    add_tip,
-    as_svg,
-)
+from .chart_style import INK, MUTED, SURFACE, add_tip, as_svg, new_figure, stage_color
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +17,11 @@ if TYPE_CHECKING:
 
     from .record import Reference, Stage
 
-__all__ = ["tradeoff_chart"]
+__all__ = ["LETTERS", "tradeoff_chart"]
 
 _WORST = -8.0  # points of accuracy; what lost more is drawn on the lower border
 _TIMES = "\N{MULTIPLICATION SIGN}"
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = ascii_lowercase  # of published results, in the chart and in the table below it
 
 
 @dataclass(frozen=True)
@@ -64,9 +53,7 @@ def tradeoff_chart(stages: Sequence[Stage], references: Sequence[Reference]) -> 
     latency = _by_latency(stages, references)
     if any(point.ours for point in latency):
         panels.append(("measured time", latency))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = new_figure(3.7, len(panels), sharey=True)
     tips: dict[str, str] = {}
     changes = [point.change for _, points in panels for point in points]
     floor = min(changes)
@@ -102,15 +89,14 @@ def _by_latency(stages: Sequence[Stage], references: Sequence[Reference]) -> lis
 
 
 def _stage_point(number: int, stage: Stage, first: Stage, cost: float) -> _Point:
-    color = PLACEHOLDERS[STAGE_COLORS[number % len(STAGE_COLORS)]]
     change = 100 * (stage.accuracy - first.accuracy)
-    return _Point(cost, change, stage.name, stage.name, color, ours=True)
+    return _Point(cost, change, stage.name, stage.name, stage_color(number), ours=True)
 
 
 def _reference_point(number: int, reference: Reference, cost: float | None) -> _Point | None:
     if cost is None:
         return None
-    letter = _LETTERS[number % len(_LETTERS)]
+    letter = LETTERS[number % len(LETTERS)]
     return _Point(cost, 100 * reference.change, reference.name, letter, MUTED, ours=False)
 
 

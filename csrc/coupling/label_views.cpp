@@ -1,13 +1,12 @@
-#include "coupling/label_store.h"
-
 // Labels of a dim that is viewed as several, and of several that are viewed as one.
-
 #include <algorithm>
 #include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "coupling/label_store.h"
 
 namespace chanprune {
 
