@@ -3,7 +3,10 @@
 #   make test      lint, types and all tests but the slow ones
 #   make test-all  the slow ones too
 #   make lint      ruff, mypy, clang-format
-#   make sanitize  tests of the native modules under AddressSanitizer and UBSan, built in a temporary folder
+#   make sanitize  tests of the native modules under AddressSanitizer and UBSan, built in a temporary folder; those of
+#                  the emulated CUDA module too
+#   make emulate   the CUDA kernels and their host code on the CPU, by the operator tests; needs no GPU and no
+#                  CUDA toolkit
 #   make wheel-test  one wheel, audited, its operator tests under several releases of torch (TORCHES='2.11.0? latest')
 #   make bench     benchmarks; writes runs/benchmarks-*.json, renders docs/benchmarks.md (NOTE='words on the run')
 #   make coverage  prune every model of torchvision, timm, transformers and the toys; writes
@@ -25,7 +28,7 @@ INSTALLED := $(VENV)/.chanprune-installed
 NATIVE_SOURCES := $(shell find csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_INSTALL_ARGS)
 
-.PHONY: help install demo test test-all lint sanitize wheel-test bench coverage prune-speed docs clean
+.PHONY: help install demo test test-all lint sanitize emulate wheel-test bench coverage prune-speed docs clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -72,6 +75,10 @@ sanitize: $(INSTALLED)
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2; \
 	$$python -c "from chanprune_ext import _C; assert _C.__file__.startswith('$$folder'), _C"; \
 	$$python -m pytest -q -m "not slow" tests/ops tests/analysis/test_labels.py
+	$(BIN)/python tools/emulate_cuda.py --sanitize -q
+
+emulate: $(INSTALLED)
+	$(BIN)/python tools/emulate_cuda.py -q
 
 # Releases with a question mark may be missing on the package index.
 TORCHES ?= 2.11.0? 2.13.0? latest

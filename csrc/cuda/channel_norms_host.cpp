@@ -7,6 +7,7 @@
 #include "channel_norms.h"
 #include "cuda/channel_norms_kernels.h"
 #include "cuda/launch.h"
+#include "cuda/table_upload.h"
 #include "new_tensor.h"
 
 namespace chanprune {

@@ -174,16 +174,18 @@ struct RowStatistics {
                Hard ? logarithm(row.hard) : A(0)} {}
 };
 
+// In float64, once a row: the terms of the divergence nearly cancel, and T^2 multiplies what is
+// left.
 template <bool Hard, typename T>
-__device__ Accumulator<T> row_loss(const RowState<Accumulator<T>>& row,
-                                   const Accumulator<T>* statistics, const T* student,
-                                   int64_t classes, const int64_t* labels, int64_t b,
-                                   const KdFactors<Accumulator<T>>& factors) {
+__device__ double row_loss(const RowState<Accumulator<T>>& row, const T* student, int64_t classes,
+                           const int64_t* labels, int64_t b,
+                           const KdFactors<Accumulator<T>>& factors) {
   using A = Accumulator<T>;
-  A loss = 0;
+  double loss = 0;
   if (factors.soft != 0) {
-    const A kl = row.cross / row.teacher - statistics[kTeacherLogSum] + statistics[kStudentLogSum];
-    loss = factors.soft * factors.temperature * factors.temperature * kl;
+    const double kl = static_cast<double>(row.cross) / row.teacher +
+                      log(static_cast<double>(row.student) / row.teacher);
+    loss = static_cast<double>(factors.soft) * factors.temperature * factors.temperature * kl;
   }
   if constexpr (Hard) {
     const int64_t label = labels[b];
@@ -191,10 +193,11 @@ __device__ Accumulator<T> row_loss(const RowState<Accumulator<T>>& row,
       // An out-of-range label cannot be reported from here without a wait; NaN cannot be missed.
       const bool valid = label >= 0 && label < classes;
       const A logit = valid ? load(student[label]) : kNaN<A>;
-      const A log_sum = statistics[kHardLogSum];
-      A hard = (1 - factors.smoothing) * (log_sum - (logit - row.student_max));
+      const double log_sum = log(static_cast<double>(row.hard));
+      double hard = (1 - factors.smoothing) * (log_sum - (logit - row.student_max));
       if (factors.smoothing > 0) {
-        hard += factors.smoothing * (log_sum - row.differences / static_cast<A>(classes));
+        hard += factors.smoothing *
+                (log_sum - static_cast<double>(row.differences) / static_cast<double>(classes));
       }
       loss += factors.hard * hard;
     }
@@ -323,7 +326,7 @@ __device__ void finish_row(const RowsJob<T>& job, int64_t b, const RowState<Accu
   const T* s = job.student + b * job.classes;
   if (worker == 0) {
     job.losses[b] =
-        row_loss<Hard, T>(row, statistics.values, s, job.classes, job.labels, b, job.factors);
+        static_cast<A>(row_loss<Hard, T>(row, s, job.classes, job.labels, b, job.factors));
     if (job.statistics != nullptr) {
       for (int k = 0; k < kKdStatistics; ++k) {
         job.statistics[b * kKdStatistics + k] = statistics.values[k];

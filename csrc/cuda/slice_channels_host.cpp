@@ -7,6 +7,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/slice_channels_kernels.h"
+#include "cuda/table_upload.h"
 #include "slice_channels.h"
 
 namespace chanprune {

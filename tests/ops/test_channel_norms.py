@@ -53,11 +53,12 @@ def test_equals_definition(weights, p):
         torch.testing.assert_close(norm.double(), expected, rtol=TOLERANCE[weight.dtype], atol=0)
 
 
-# One shape per code path: short and long rows, split rows, split outer steps, columns with and
-# without a remainder, depthwise, one channel, one element.
+# One shape per code path: short rows, long rows, several of them in a unit, split rows, split outer
+# steps, columns with and without a remainder, depthwise, one channel, one element.
 REGIMES = [
     ((64, 32, 3, 3), 0),
     ((64, 32, 3, 3), 1),
+    ((9, 5000), 0),
     ((3, 70_001), 0),
     ((1, 140_000), 0),
     ((300, 40, 600), 1),
