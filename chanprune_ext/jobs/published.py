@@ -182,9 +182,10 @@ def imagenet_mobilenetv2_set(
     found = ImageNetImages(data, test_data, class_file)
     train = found.training()
 
-    def distilled(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
+    def distil(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
         recover(pruned, original, train=found.training(augment=MILD_CROPS), **DISTILLATION)
 
+    distilled = (Further("distilled", distil, published="article: drop 0.5"),)
     return TrialSet(
         title="MobileNetV2 on ImageNet",
         model=trained_mobilenet_v2(weights),
@@ -205,12 +206,13 @@ def imagenet_mobilenetv2_set(
                 "hidden -30 %",
                 lambda batches: hidden_channels(0.3, elimination(batches)),
                 published="article: drop 3.6",
+                further=distilled,
             ),
             Trial(
                 "params x0.65",
                 lambda batches: inner_channels_within(batches, Budget(params=0.65)),
                 published="article: drop 3.6",
-                further=(Further("distilled", distilled, published="article: drop 0.5"),),
+                further=distilled,
             ),
         ),
         calibration=lambda seed: calibration_batches(train, images, seed=seed),
