@@ -36,6 +36,7 @@ constexpr size_t kStackBytes = 64 << 10;
 
 enum class State { kReady, kAtBarrier, kExchanging, kReturned };
 
+// A thread of the block.
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
