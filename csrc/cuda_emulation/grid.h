@@ -1,8 +1,8 @@
 // Runs a CUDA grid on the CPU: every thread of a block is a fiber, blocks follow one another.
 //
 // The order of threads and blocks is drawn anew for every block, so that a kernel which lacks a
-// barrier computes something else. An exchange that a lane of the warp stays away from, undefined on
-// a GPU, is an exception. As there, a barrier does not wait for threads that have returned.
+// barrier computes something else. An exchange that a lane of the warp stays away from, undefined
+// on a GPU, is an exception. As there, a barrier does not wait for threads that have returned.
 #pragma once
 
 #include <cstddef>
