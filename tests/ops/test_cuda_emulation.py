@@ -1,4 +1,4 @@
-"""What only the emulated CUDA module can show (``python tools/emulate_cuda.py``): its launches."""
+"""What the CUDA module does otherwise than the CPU's, seen under ``tools/emulate_cuda.py``."""
 
 from __future__ import annotations
 
@@ -58,6 +58,25 @@ def test_launches_of_a_distillation_loss(
     )
     assert made == forward
     assert launches_of(losses[0].backward) == backward
+
+
+@pytest.mark.parametrize("classes", [5, 1500])  # a row by a warp, by a block
+@pytest.mark.parametrize("early", [True, False])
+def test_labels_out_of_range_give_nan(classes: int, early: bool) -> None:
+    student, teacher = torch.randn(2, 3, classes)
+    student.requires_grad_()
+    loss = kd_kl_div(
+        student,
+        teacher,
+        labels=torch.tensor([0, classes, 1]),
+        hard_weight=1.0,
+        reduction="none",
+        gradient_in_forward=early,
+    )
+    assert loss.isnan().tolist() == [False, True, False]
+    loss.sum().backward()
+    assert student.grad is not None
+    assert student.grad.isnan().all(1).tolist() == [False, True, False]
 
 
 def test_the_order_of_threads_changes_no_bit() -> None:
