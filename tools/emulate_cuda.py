@@ -38,7 +38,7 @@ OTHERWISE_ON_CUDA = (
     "test_out_of_range_labels_are_named",
     "test_operator_itself_refuses_bad_arguments[arguments4-got 3 at row 1]",
 )
-TESTED = ("channel_norms", "slice_channels", "kd_kl_div", "cuda_emulation")
+TESTED = ("channel_norms", "slice_channels", "kd_kl_div", "huge", "cuda_emulation")
 LAUNCH = re.compile(r"([A-Za-z_]\w*(?:<[^<>;(){}]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .matching import Matching, floating
-from .objective import RelativeError, squares, widened
+from .objective import RelativeError, full_precision, squares
 from .passages import run
 from .report import BlockReport
 from .tuning import DivergedError, Schedule, tune
@@ -86,13 +86,13 @@ def tune_block(
     loss = RelativeError(matching(fit[i].target) for i in range(len(fit)))
 
     def loss_of(index: int) -> Tensor:
-        inputs = fit.inputs(index).mapped(_master)
+        inputs = fit.inputs(index).mapped(full_precision)
         with options.autocast():
             outputs = run(copies, inputs)
         return loss(floating(outputs), matching(fit[index].target))
 
     def judged() -> float:
-        return error_of(copies, judge, matching, _master)
+        return error_of(copies, judge, matching, full_precision)
 
     tuned = tune(weights, len(fit), loss_of, judged, options.schedule, options.generator)
     after = settled(
@@ -143,10 +143,6 @@ def settled(
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _master(tensor: Tensor) -> Tensor:
-    return widened(tensor) if tensor.is_floating_point() else tensor
 
 
 @torch.no_grad()

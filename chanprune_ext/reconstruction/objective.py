@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RelativeError", "are_logits", "divergence", "squares", "widened"]
+__all__ = ["RelativeError", "are_logits", "divergence", "full_precision", "squares"]
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """Half-precision values in float32, other floating-point values as they are."""
+def full_precision(tensor: Tensor) -> Tensor:
+    """Half-precision values in float32, all others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def squares(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sum of squared differences, and of squared targets."""
-    pairs = [(widened(o), widened(t)) for o, t in zip(outputs, targets, strict=True)]
+    pairs = [(full_precision(o), full_precision(t)) for o, t in zip(outputs, targets, strict=True)]
     error = torch.stack([(o - t).square().sum() for o, t in pairs]).sum()
     energy = torch.stack([t.square().sum() for _, t in pairs]).sum()
     return error, energy
@@ -56,5 +56,5 @@ def are_logits(outputs: Sequence[Tensor]) -> bool:
 
 def divergence(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Mean ``KL(softmax(target) || softmax(output))`` in nats."""
-    ours, theirs = (F.log_softmax(widened(logits[0]), 1) for logits in (outputs, targets))
+    ours, theirs = (F.log_softmax(full_precision(logits[0]), 1) for logits in (outputs, targets))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)

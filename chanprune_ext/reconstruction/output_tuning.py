@@ -19,7 +19,7 @@ from ..compensation.batches import sample_count
 from ..copying import copied
 from .block_tuning import Options, settled
 from .matching import floating
-from .objective import RelativeError, are_logits, divergence, squares, widened
+from .objective import RelativeError, are_logits, divergence, full_precision, squares
 from .report import BlockReport
 from .tuning import tune
 from .weights import TunedWeights, tunable
@@ -129,13 +129,9 @@ class End:
             lambda *_: (inputs.args, inputs.kwargs), prepend=True, with_kwargs=True
         )
         try:
-            return floating(run_model(self.model, substitute(batch, _widened)))
+            return floating(run_model(self.model, substitute(batch, full_precision)))
         finally:
             handle.remove()
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return widened(tensor) if tensor.is_floating_point() else tensor
 
 
 def tune_output(
@@ -170,7 +166,7 @@ def tune_output(
     report = replace(report, parameters=weights.count)
 
     def outputs(batches: Batches, index: int) -> list[Tensor]:
-        return end(batches.inputs[index], batches.feed.inputs(index).mapped(_widened))
+        return end(batches.inputs[index], batches.feed.inputs(index).mapped(full_precision))
 
     def loss_of(index: int) -> Tensor:
         with options.autocast():
