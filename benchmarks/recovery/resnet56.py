@@ -137,6 +137,7 @@ def main() -> None:
             line = {
                 **key,
                 "start": evaluate(start, judged).top1,
+                "start_kl": against_teacher(start, teacher, judged)["kl"],
                 "top1": found.top1,
                 "standard_error": found.standard_error,
                 "loss": found.loss,
@@ -148,13 +149,7 @@ def main() -> None:
             }
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(
-                {
-                    k: line[k]
-                    for k in ("recipe", "start", "top1", "agreement", "kl", "loss", "cpu_seconds")
-                },
-                flush=True,
-            )
+            print({k: v for k, v in line.items() if isinstance(v, str | float)}, flush=True)
 
 
 if __name__ == "__main__":
