@@ -21,6 +21,7 @@ from chanprune_ext.latency.width_advice import advice, block_of, misfits
 from chanprune_ext.models import CifarResNet, resnet20
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 CPU = torch.device("cpu")
@@ -76,8 +77,18 @@ def test_a_forward_that_raises_leaves_no_hooks() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other; on a busy machine for longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_rows_say_what_was_measured() -> None:
-    original, pruned = nn.Linear(512, 512), nn.Linear(512, 128)
+    original, pruned = nn.Linear(512, 2048), nn.Linear(512, 128)
     found = bench(
         original, pruned, torch.randn(2, 512), batch_sizes=(1, 64), backends=["eager"], seconds=0.1
     )
@@ -87,7 +98,7 @@ def test_rows_say_what_was_measured() -> None:
     assert row.rounds >= 9
     assert row.original_quartiles_ms[0] <= row.original_ms <= row.original_quartiles_ms[1]
     # Weights with bias, and the output of a batch of 64.
-    assert row.original_memory == 4 * (512 * 513 + 64 * 512)
+    assert row.original_memory == 4 * (2048 * 513 + 64 * 2048)
     assert row.pruned_memory == 4 * (128 * 513 + 64 * 128)
     assert row.throughput()[0] == pytest.approx(64e3 / row.original_ms)
     assert found.macs_ratio is None
