@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda_emulation/grid.h"
 
@@ -41,24 +40,11 @@ T __shfl_xor_sync(unsigned lanes, T value, int mask) {
   return value;
 }
 
-// Of floating-point numbers the one that is no NaN, as on the device.
-template <typename T>
-T max(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return std::fmax(a, b);
-  } else {
-    return a < b ? b : a;
-  }
-}
+// Of two numbers the one that is no NaN, as on the device.
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
 
-template <typename T>
-T min(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return std::fmin(a, b);
-  } else {
-    return b < a ? b : a;
-  }
-}
+inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
 
 // The device multiplies in float32 and has a power of two by table. (glibc declares a function of
 // this name, so a macro.)

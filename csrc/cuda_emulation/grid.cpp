@@ -178,54 +178,49 @@ void Scheduler::exchange(unsigned warp) {
   }
 }
 
-#if defined(__SANITIZE_ADDRESS__)
-// AddressSanitizer must know whose stack is in use.
+// AddressSanitizer must know whose stack is in use; otherwise there is nothing to tell.
 const void* home_stack = nullptr;
 size_t home_stack_bytes = 0;
 
-void switch_context(ucontext_t* from, ucontext_t* to, const void* stack, size_t bytes, bool last,
-                    bool to_home) {
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake, stack, bytes);
-  swapcontext(from, to);
-  __sanitizer_finish_switch_fiber(fake, to_home ? &home_stack : nullptr,
-                                  to_home ? &home_stack_bytes : nullptr);
-}
-
-void Scheduler::resume(Fiber* fiber) {
-  running_ = fiber;
-  thread_index = fiber->index;
-  switch_context(&home_, &fiber->context, fiber->stack.get(), kStackBytes, false, false);
-}
-
-void Scheduler::leave(State state) {
-  running_->state = state;
-  switch_context(&running_->context, &home_, home_stack, home_stack_bytes,
-                 state == State::kReturned, true);
-}
-
-void Scheduler::enter() {
-  __sanitizer_finish_switch_fiber(nullptr, &home_stack, &home_stack_bytes);
-  (*scheduler().thread_)();
-  scheduler().leave(State::kReturned);
-}
+void* leaving_for(const void* stack, size_t bytes, bool for_good) {
+  void* own = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &own, stack, bytes);
 #else
+  (void)stack, (void)bytes, (void)for_good;
+#endif
+  return own;
+}
+
+void arrived(void* own, bool from_home) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(own, from_home ? &home_stack : nullptr,
+                                  from_home ? &home_stack_bytes : nullptr);
+#else
+  (void)own, (void)from_home;
+#endif
+}
+
 void Scheduler::resume(Fiber* fiber) {
   running_ = fiber;
   thread_index = fiber->index;
+  void* const own = leaving_for(fiber->stack.get(), kStackBytes, false);
   swapcontext(&home_, &fiber->context);
+  arrived(own, false);
 }
 
 void Scheduler::leave(State state) {
   running_->state = state;
+  void* const own = leaving_for(home_stack, home_stack_bytes, state == State::kReturned);
   swapcontext(&running_->context, &home_);
+  arrived(own, true);
 }
 
 void Scheduler::enter() {
+  arrived(nullptr, true);
   (*scheduler().thread_)();
   scheduler().leave(State::kReturned);
 }
-#endif
 
 }  // namespace
 
