@@ -61,20 +61,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
 
-# The sanitizer's runtime must be loaded before Python, and with it the C++ library whose exceptions
-# it watches. Leaks are not looked for: the interpreter and torch have their own.
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 sanitize: $(INSTALLED)
-	set -e; python=$(abspath $(BIN))/python; folder=$$(mktemp -d); trap "rm -rf $$folder" EXIT; \
-	git ls-files -z chanprune_ext csrc tests setup.py pyproject.toml README.md \
-	  | xargs -0 cp --parents -t $$folder; \
-	cd $$folder; \
-	CHANPRUNE_CXX_FLAGS="$(SANITIZERS) -fno-omit-frame-pointer -O1 -DCHANPRUNE_NO_CLONES" FORCE_CUDA=0 \
-	  $$python setup.py -q build_ext --inplace; \
-	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"; \
-	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2; \
-	$$python -c "from chanprune_ext import _C; assert _C.__file__.startswith('$$folder'), _C"; \
-	$$python -m pytest -q -m "not slow" tests/ops tests/analysis/test_labels.py
+	$(BIN)/python tools/sanitize.py -q
 	$(BIN)/python tools/emulate_cuda.py --sanitize -q
 
 emulate: $(INSTALLED)

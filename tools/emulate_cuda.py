@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,14 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from package_copy import SANITIZERS, compiler, copy_package, run_pytest, sanitizer_environment
 
-ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("chanprune_ext", "csrc", "tests", "pyproject.toml", "README.md")
 SOURCES = ("csrc/*.cpp", "csrc/cpu/build_facts.cpp", "csrc/cuda_emulation/*.cpp", "csrc/cuda/*")
 LEFT_OUT = ("module.cpp", "build_facts.cu")  # of csrc/cuda: the CUDA module itself
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # as in setup.py
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
-SANITIZERS += ["-fno-sanitize-recover=undefined"]
 # On CUDA nobody looks at the values of labels, which would wait for the device.
 OTHERWISE_ON_CUDA = (
     "test_out_of_range_labels_are_named",
@@ -48,26 +44,12 @@ def translated(source: str) -> str:
     return source.replace("LIBRARY_IMPL(chanprune, CUDA,", "LIBRARY_IMPL(chanprune, CPU,")
 
 
-def copy_tree(folder: Path) -> None:
-    """Copies what git knows of, and what it does not ignore, but no compiled module."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *COPIED],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listing.stdout.decode().split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-
-
 def build(folder: Path, flags: list[str]) -> bool:
     """Compiles and links chanprune_ext/_C in the copy; False if something does not compile."""
     torch_home = Path(torch.__file__).parent
     includes = ["-Icsrc/cuda_emulation", "-Icsrc", "-isystem", str(torch_home / "include")]
     includes.append(f"-I{sysconfig.get_paths()['include']}")
     common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-    compiler = os.environ.get("CXX", "c++")
     commands, objects = [], []
     for pattern in SOURCES:
         for file in sorted(folder.glob(pattern)):
@@ -81,32 +63,16 @@ def build(folder: Path, flags: list[str]) -> bool:
             language = ["-x", "c++", "-c", str(file.relative_to(folder)), "-o", objects[-1]]
             if file.suffix == ".cu":  # nvcc includes it unasked
                 language = ["-include", "cuda_runtime.h", *language]
-            commands.append([compiler, *common, *flags, TARGET, *includes, *language])
+            commands.append([compiler(), *common, *flags, TARGET, *includes, *language])
     library = f"-L{torch_home / 'lib'}"
     module = ["-shared", *objects, "-o", "chanprune_ext/_C.abi3.so"]
-    link = [compiler, *flags, *module, library, "-lc10", "-ltorch", "-ltorch_cpu"]
+    link = [compiler(), *flags, *module, library, "-lc10", "-ltorch", "-ltorch_cpu"]
 
     def run(command: list[str]) -> bool:
         return subprocess.run(command, cwd=folder, check=False).returncode == 0
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return all(list(pool.map(run, commands))) and run(link)
-
-
-def sanitizer_environment() -> dict[str, str]:
-    """The sanitizer's runtime must be loaded before Python, and with it the C++ library."""
-    compiler = os.environ.get("CXX", "c++")
-    files = [
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    return {
-        "LD_PRELOAD": " ".join(files),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter and torch have their own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
 
 
 def main() -> int:
@@ -116,21 +82,13 @@ def main() -> int:
     options, pytest_arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_tree(folder)
-        flags = ["-O1", *SANITIZERS] if options.sanitize else ["-O2"]
-        if not build(folder, flags):
+        copy_package(folder)
+        if not build(folder, list(SANITIZERS) if options.sanitize else ["-O2"]):
             return 1
-        environment = {**os.environ, **(sanitizer_environment() if options.sanitize else {})}
-        check = f"from chanprune_ext import _C; assert _C.__file__.startswith({name!r}), _C"
-        python = [sys.executable, "-c", check]
-        subprocess.run(python, cwd=folder, env=environment, check=True)
-        command = [sys.executable, "-m", "pytest", "-m", "not slow"]
-        command += [f"tests/ops/test_{part}.py" for part in TESTED]
-        command += [f"--deselect=tests/ops/test_kd_kl_div.py::{test}" for test in OTHERWISE_ON_CUDA]
-        done = subprocess.run(
-            [*command, *pytest_arguments], cwd=folder, env=environment, check=False
-        )
-        return done.returncode
+        tests = [f"tests/ops/test_{part}.py" for part in TESTED]
+        tests += [f"--deselect=tests/ops/test_kd_kl_div.py::{test}" for test in OTHERWISE_ON_CUDA]
+        environment = sanitizer_environment() if options.sanitize else {}
+        return run_pytest(folder, [*tests, *pytest_arguments], environment)
 
 
 if __name__ == "__main__":

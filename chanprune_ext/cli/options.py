@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, each written once."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ __all__ = [
     "OutFile",
     "OutFolder",
     "PlainModel",
+    "Precision",
     "SavedFile",
     "Seed",
     "Weights",
@@ -26,6 +28,15 @@ DATA_HELP = (
     "A .npz file, a folder or tar archive of images in one folder a class, tar shards "
     "('train-{0000..0127}.tar', or a folder of them), 'cifar10:<root>', or 'digits'."
 )
+
+
+class Precision(str, Enum):
+    """Arithmetic of the training."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
 
 ModelSpec = Annotated[
     str,

@@ -30,6 +30,7 @@ from chanprune_ext.cli.options import (
     ModelArguments,
     ModelSpec,
     OutFile,
+    Precision,
     Seed,
 )
 from chanprune_ext.cli.run_printing import command_line
@@ -64,14 +65,6 @@ class Keep(str, Enum):
 
     LAST = "last"
     BEST = "best"
-
-
-class Precision(str, Enum):
-    """Arithmetic of the training."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
 
 
 class LearningRateScale(str, Enum):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from chanprune_ext.cli.options import DATA_HELP, ClassFile, Seed
+from chanprune_ext.cli.options import DATA_HELP, ClassFile, Precision, Seed
 from chanprune_ext.cli.run_printing import command_line, run_and_print, say
 from chanprune_ext.cli.tables import trial_table
 
@@ -45,6 +45,9 @@ def reproduce(
     epochs: Annotated[
         int, typer.Option(min=0, help="Epochs of fine-tuning and distillation; 0: no training.")
     ] = 10,
+    precision: Annotated[
+        Precision, typer.Option(help="Arithmetic of the training.")
+    ] = Precision.FP32,
     seed: Seed = 0,
 ) -> None:
     """Prunes a published network in several ways, without and with training, beside the article."""
@@ -92,6 +95,7 @@ def reproduce(
         options: dict[str, Any] = {
             "recover_epochs": epochs,
             "calibration_images": count,
+            "precision": precision.value,
             "seed": seed,
         }
         job = (

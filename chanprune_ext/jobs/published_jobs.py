@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = ["cifar10_resnet56_job", "imagenet_mobilenetv2_job"]
 
+# CIFAR-10 has 50,000 training images.
+_WHOLE_TRAINING_SET = 20_000
+_USUAL_TRAINING: dict[str, Any] = {"lr": 0.02}
+_CAREFUL_TRAINING: dict[str, Any] = {"lr": 0.001, "freeze_batch_norm": True}
+_WITH_LABELS: dict[str, Any] = {"losses": {"kd": 0.9, "hard": 0.1}, "temperature": 4.0}
+# At a higher temperature the small logits count, which are noise on images the teacher was trained
+# on.
+_WITHOUT_LABELS: dict[str, Any] = {"losses": {"kd": 1.0}, "temperature": 1.0}
+
 
 def cifar10_resnet56_job(
     weights: str | os.PathLike[str],
@@ -33,21 +42,25 @@ def cifar10_resnet56_job(
     *,
     recover_epochs: int = 10,
     calibration_images: int = 512,
+    precision: str = "fp32",
     seed: int = 0,
     progress: bool = True,
 ) -> Job:
     """The published result: a ResNet-56 with half of its multiply-accumulates.
 
     Inner channels of the blocks go by elimination, from all blocks by what they cost and save; the
-    rest is compensated, then fine-tuned on the labels, and distilled without them. Batch norms keep
-    their statistics meanwhile: the compensated network is close to the original already.
+    rest is compensated, then fine-tuned on the labels, and distilled. How depends on the images:
+    a whole training set is trained on as usual, with labels beside the teacher; on a part of one,
+    batch norms keep their statistics, the learning rate is low and the teacher speaks alone, for
+    the compensated network is close to it already.
 
     Args:
-        weights: State dict of a ResNet-56 trained on CIFAR-10.
-        data: CIFAR-10 as :func:`chanprune_ext.data.open_dataset` takes it, raw pixels.
+        weights: State dict of a ResNet-56 trained on these images.
+        data: CIFAR-10 as :func:`chanprune_ext.data.open_dataset` takes it.
         recover_epochs: Epochs of fine-tuning and of distillation on all training images there.
         calibration_images: Unlabelled training images for elimination and compensation; as many
             blends of two of them are added.
+        precision: Arithmetic of the training, as in :class:`chanprune_ext.recovery.Recipe`.
         seed: Seed of order, augmentation and calibration images.
         progress: Draw progress bars.
     """
@@ -55,10 +68,11 @@ def cifar10_resnet56_job(
     load_weights(model, weights)
     train = open_dataset(data, "train", augment=True, seed=seed)
     calibration = calibration_batches(train, calibration_images, seed=seed, mixed=True)
-    recovery: dict[str, Any] = {
+    whole = len(train) >= _WHOLE_TRAINING_SET
+    training: dict[str, Any] = {
+        **(_USUAL_TRAINING if whole else _CAREFUL_TRAINING),
         "epochs": recover_epochs,
-        "lr": 0.001,
-        "freeze_batch_norm": True,
+        "precision": precision,
         "channels_last": True,  # a fifth less time on CPUs
         "seed": seed,
         "progress": progress,
@@ -70,16 +84,15 @@ def cifar10_resnet56_job(
         test=open_dataset(data, "test"),
         calibration=calibration,
         plan_options=inner_channels_within(calibration, Budget(macs=0.5)),
-        fine_tune_options=recovery,
-        # At a higher temperature the small logits count, which are noise on images the teacher was
-        # trained on.
-        recover_options={**recovery, "losses": {"kd": 1.0}, "temperature": 1.0},
+        fine_tune_options=training,
+        recover_options={**training, **(_WITH_LABELS if whole else _WITHOUT_LABELS)},
         stage_notes=(
-            "the published weights",
+            "the weights given",
             "inner channels of the blocks, by elimination within the budget, and nothing else",
             f"{calibration_images} unlabelled training images and their blends, no gradient step",
             f"{recover_epochs} epochs on the labels of {len(train):,} images, no teacher",
-            f"{recover_epochs} epochs of distillation on {len(train):,} images, no labels",
+            f"{recover_epochs} epochs of distillation on {len(train):,} images, "
+            + ("labels beside the teacher" if whole else "no labels"),
         ),
         notes=("Test images are only reported on; no weights and no epoch are chosen by them.",),
         references=RESNET56_CIFAR10,
@@ -94,6 +107,7 @@ def imagenet_mobilenetv2_job(
     *,
     recover_epochs: int = 10,
     calibration_images: int = 1000,
+    precision: str = "fp32",
     seed: int = 0,
     progress: bool = True,
 ) -> Job:
@@ -109,13 +123,20 @@ def imagenet_mobilenetv2_job(
         class_file: Class folder names in label order.
         recover_epochs: Epochs of fine-tuning and of distillation on all training images there.
         calibration_images: Unlabelled training images for everything before.
+        precision: Arithmetic of the training, as in :class:`chanprune_ext.recovery.Recipe`.
         seed: Seed of order, augmentation and calibration images.
         progress: Draw progress bars.
     """
     images = ImageNetImages(data, test_data, class_file)
     train = images.training(augment=MILD_CROPS, seed=seed)
     calibration = calibration_batches(images.training(), calibration_images, seed=seed)
-    distillation = {**DISTILLATION, "epochs": recover_epochs, "seed": seed, "progress": progress}
+    distillation = {
+        **DISTILLATION,
+        "epochs": recover_epochs,
+        "precision": precision,
+        "seed": seed,
+        "progress": progress,
+    }
     return Job(
         title="MobileNetV2 on ImageNet, hidden channels -30 %",
         model=trained_mobilenet_v2(weights),

@@ -1,0 +1,50 @@
+"""How the published results are trained for, by the images there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from chanprune_ext.checkpoint import save
+from chanprune_ext.jobs import published_jobs
+from chanprune_ext.jobs.published_jobs import cifar10_resnet56_job
+from chanprune_ext.models import resnet56
+from chanprune_ext.recovery import Recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def weights_and_images(tmp_path: Path) -> tuple[Path, Path]:
+    """A network, and 40 images to train on."""
+    save(resnet56(), tmp_path / "weights.safetensors")
+    arrays = {}
+    for split, count in (("train", 40), ("test", 10)):
+        arrays[f"{split}_images"] = np.zeros((count, 32, 32, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 10
+    np.savez(tmp_path / "images.npz", **arrays)
+    return tmp_path / "weights.safetensors", tmp_path / "images.npz"
+
+
+@pytest.mark.parametrize(("whole_set", "careful"), [(40, False), (41, True)])
+def test_training_depends_on_the_number_of_images(
+    whole_set: int,
+    careful: bool,
+    weights_and_images: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(published_jobs, "_WHOLE_TRAINING_SET", whole_set)
+    weights, images = weights_and_images
+    job = cifar10_resnet56_job(
+        weights, str(images), calibration_images=8, precision="bf16", seed=3, progress=False
+    )
+    assert job.fine_tune_options is not None
+    for options in (job.fine_tune_options, job.recover_options):
+        recipe = Recipe(**{key: value for key, value in options.items() if key != "progress"})
+        assert recipe.freeze_batch_norm is careful
+        assert (recipe.epochs, recipe.precision, recipe.seed) == (10, "bf16", 3)
+    assert ("hard" in job.recover_options["losses"]) is not careful
+    assert ("no labels" in job.stage_notes[-1]) is careful
