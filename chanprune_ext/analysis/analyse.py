@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chanprune_ext.analysis.calls import tensors_in
-from chanprune_ext.analysis.groups import Analysis, build_analysis
+from chanprune_ext.analysis.grouping import build_analysis
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.analysis.trace import trace_model
 from chanprune_ext.errors import InvalidArgumentError
@@ -17,6 +17,8 @@ from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from chanprune_ext.analysis.groups import Analysis
 
 __all__ = ["analyse"]
 
