@@ -3,12 +3,14 @@
     python benchmarks/recovery/resnet56.py search --out runs/recovery
     python benchmarks/recovery/resnet56.py final --seeds 0 1 2 --out runs/recovery
 
-Inner channels go by elimination within half of the MACs, the rest is compensated on 512 unlabelled
-images and as many blends of them ("MACs x0.50" of ``chanprune reproduce cifar10-resnet56``).
-``search`` holds back every eighth training image, trains each recipe on the others and measures on
-those held back: top-1, agreement with the unpruned network and KL divergence from it. ``final``
-trains chosen recipes on all training images and reports the last epoch on the test images. One JSON
-line a run goes to ``<out>/<command>.jsonl``; runs already there are not repeated.
+Inner channels go by elimination within half of the MACs, the rest is compensated on unlabelled
+training images (``--calibration-images``) and as many blends of them ("MACs x0.50" of ``chanprune
+reproduce cifar10-resnet56``). ``search`` holds back every eighth training image, trains each recipe
+on the others and measures on those held back: top-1, agreement with the unpruned network and KL
+divergence from it; the last two also on images that the unpruned network was not trained on either,
+every third JPEG test image that is none of the test images of ``final``. ``final`` trains chosen
+recipes on all training images and reports the last epoch on the test images. One JSON line a run
+goes to ``<out>/<command>.jsonl``; runs already there are not repeated.
 
 ``--transfer`` adds the 50,000 JPEG training images, whose labels are not used.
 """
@@ -72,13 +74,25 @@ def with_transfer(data: TensorImages, other: TensorImages) -> TensorImages:
     return both
 
 
-def start_network(teacher: torch.nn.Module, train: TensorImages, seed: int, file: Path) -> Any:
+def unseen_images(jpegs: TensorImages, test: TensorImages) -> TensorImages:
+    """Every third of the JPEG test images that are not copies of the given test images."""
+    distances = torch.cdist(test.images.float().flatten(1), jpegs.images.float().flatten(1))
+    fresh = torch.ones(len(jpegs), dtype=torch.bool)
+    fresh[distances.argmin(1)] = False
+    return subset(jpegs, fresh.nonzero().flatten()[::3])
+
+
+def start_network(
+    teacher: torch.nn.Module, train: TensorImages, images: int, seed: int, file: Path
+) -> Any:
     """The pruned and compensated network, made once a seed."""
     if not file.exists():
         batches = calibration_batches(train, 512, seed=seed, mixed=True)
         options = inner_channels_within(batches, cpx.Budget(macs=0.5))
         made = cpx.plan(teacher, torch.zeros(1, 3, 32, 32), **options)
         pruned = made.apply(teacher)
+        if images != 512:
+            batches = calibration_batches(train, min(images, len(train)), seed=seed, mixed=True)
         cpx.compensate(pruned, teacher, batches, plan=made)
         cpx.save(pruned, file)
     return cpx.load(file, resnet56())
@@ -102,6 +116,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument(
+        "--calibration-images",
+        type=int,
+        default=512,
+        help="of compensation, all if more; of elimination: 512",
+    )
     parser.add_argument("--transfer", action="store_true", help="with the JPEG training images")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON, over each recipe")
     args = parser.parse_args()
@@ -109,22 +129,26 @@ def main() -> None:
     teacher = load_weights(resnet56(), home / "resnet56-cifar10.safetensors").eval()
     train = open_dataset(home / "cifar10-raw-subset.npz", "train", augment=True)
     judged = open_dataset(home / "cifar10-raw-subset.npz", "test")
+    unseen = None
     if args.command == "search":
         held_back = torch.arange(len(train)) % 8 == 7
         judged = subset(train, held_back).without_augmentation()
         train = subset(train, ~held_back)
+        jpegs = open_dataset(home / "cifar10-jpeg.tar.gz", "test")
+        unseen = unseen_images(jpegs, open_dataset(home / "cifar10-raw-subset.npz", "test"))
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / f"{args.command}.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     transfer = open_dataset(home / "cifar10-jpeg.tar.gz", "train") if args.transfer else None
     for seed in args.seeds:
-        start = start_network(
-            teacher, train, seed, args.out / f"{args.command}-start-{seed}.safetensors"
-        )
+        count = args.calibration_images
+        file = args.out / f"{args.command}-start-{seed}-of-{count}.safetensors"
+        start = start_network(teacher, train, count, seed, file)
         for name in args.recipes:
             settings = {"epochs": args.epochs, "channels_last": True, "seed": seed}
             settings |= {**RECIPES[name], **args.settings}
             key = {"recipe": name, "settings": settings, "transfer": args.transfer}
+            key["calibration_images"] = count
             if any({k: d[k] for k in key} == key for d in done):
                 continue
             student, data = copy.deepcopy(start), copy.copy(train)
@@ -134,6 +158,14 @@ def main() -> None:
             begun = time.process_time()
             result = recover(student, teacher, train=data, progress=False, **settings)
             found = evaluate(student, judged)
+            further = (
+                {}
+                if unseen is None
+                else {
+                    "unseen_start": against_teacher(start, teacher, unseen),
+                    "unseen": against_teacher(student, teacher, unseen),
+                }
+            )
             line = {
                 **key,
                 "start": evaluate(start, judged).top1,
@@ -143,6 +175,7 @@ def main() -> None:
                 "loss": found.loss,
                 "n": found.n,
                 **against_teacher(student, teacher, judged),
+                **further,
                 "cpu_seconds": round(time.process_time() - begun, 1),
                 "train_loss": [round(record.loss, 5) for record in result.history],
                 "full_recipe": result.recipe.to_dict(),
