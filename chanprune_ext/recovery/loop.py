@@ -151,8 +151,8 @@ class TrainingLoop:
             with self.interruption if self._keeps() else nullcontext(), bar, self.objective:
                 while at.epoch <= recipe.epochs:
                     record = self._epoch(at.epoch, bar, log)
-                    bar.validated(record.val)
                     self.history.append(record)
+                    bar.epoch(record)
                     log.epoch(at.update, record)
                     bar.say(wait_hint(record, self.source))
                     at.next_epoch(recipe.epochs + 1 if self._stuck(at.epoch) else at.epoch + 1)

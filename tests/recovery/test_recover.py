@@ -333,13 +333,26 @@ def test_layout_and_mixed_precision_train_a_convolutional_net(precision: str) ->
     assert all(p.is_contiguous() for p in student.parameters())
 
 
-def test_progress_is_drawn_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_drawn_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(net(), epochs=1)
     assert capsys.readouterr().out == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take the output for a terminal
     recover(net(), train=points(), val=points(), epochs=1, batch_size=32, progress=True)
     shown = capsys.readouterr().out
     assert "epoch 1/1" in shown
     assert "6/6" in shown
+
+
+def test_a_log_has_a_line_for_every_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    result = recover(net(), train=points(), val=points(), epochs=2, batch_size=32, progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line, record in zip(lines, result.history, strict=True):
+        assert record.val is not None
+        assert line.startswith(f"epoch {record.epoch}/2 loss {record.loss:.4f} lr ")
+        assert f"val {100 * record.val.top1:.2f} %" in line
 
 
 class Endless(IterableDataset[Any]):
