@@ -97,34 +97,43 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
         ChanpruneError: A step failed, or a result cannot be written.
     """
     make_folder(out)  # a place that cannot be written shows now and not after the training
+    models: dict[str, nn.Module] = {}
+    file_bytes: dict[str, int] = {}
+    runs: dict[str, RecoveryResult] = {}
+
+    def keep(name: str, model: nn.Module) -> None:
+        """Writes a model as soon as it is there: what comes after it can take hours, and fail."""
+        path = out / f"{name.replace(' ', '-').lower()}.safetensors"
+        save(model, path)
+        models[name], file_bytes[name] = model, path.stat().st_size
+
     say("analysing the model and choosing channels")
     made = plan(job.model, torch.zeros(1, *job.test.shape), **job.plan_options)
+    made.save(out / "plan.json")
+    keep("original", job.model)
     plain = made.apply(job.model)
+    keep(f"plain {made.criterion.upper()}", plain)
 
     say("compensating: no labels, no gradients")
     compensated = copy.deepcopy(plain)
     compensation = compensate(compensated, job.model, job.calibration)
+    keep("compensated", compensated)
 
-    runs: dict[str, tuple[nn.Module, RecoveryResult]] = {}
     if job.fine_tune_options is not None:
         say("recovering: fine-tuning on the labels, without a teacher")
         student = copy.deepcopy(compensated)
-        result = recover(student, train=job.train, val=job.test, **job.fine_tune_options)
-        runs["fine-tuned"] = student, result
+        runs["fine-tuned"] = recover(
+            student, train=job.train, val=job.test, **job.fine_tune_options
+        )
+        keep("fine-tuned", student)
     say("recovering: distillation from the original")
     recovered = copy.deepcopy(compensated)
-    recovery = recover(
+    recovery = runs["distilled"] = recover(
         recovered, teacher=job.model, train=job.train, val=job.test, **job.recover_options
     )
-    runs["distilled"] = recovered, recovery
+    keep("distilled", recovered)
 
-    say("measuring accuracy, latency and file sizes")
-    models = {
-        "original": job.model,
-        f"plain {made.criterion.upper()}": plain,
-        "compensated": compensated,
-        **{name: student for name, (student, _) in runs.items()},
-    }
+    say("measuring accuracy and latency")
     images = torch.stack([job.test[index][0] for index in range(job.latency_batch)])
     latencies = measure_latency(models, images, rounds=job.latency_rounds)
     stages = []
@@ -141,13 +150,10 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
                 params=made.params_before if unpruned else made.params_after,
                 macs=made.macs_before if unpruned else made.macs_after,
                 latency=stage_latency(latencies[name], latencies["original"]),
-                file_bytes=_saved_size(
-                    model, out / f"{name.replace(' ', '-').lower()}.safetensors"
-                ),
+                file_bytes=file_bytes[name],
                 note=note,
             )
         )
-    made.save(out / "plan.json")
     report = RunReport(
         title=job.title,
         command=command,
@@ -167,7 +173,7 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
                 f"Recovery took {recovery.seconds:.0f} s of training; the weights measured are "
                 "those of the last epoch."
             ),
-            *(best_epoch_note(name, result) for name, (_, result) in runs.items()),
+            *(best_epoch_note(name, result) for name, result in runs.items()),
         ),
         references=job.references,
     )
@@ -215,9 +221,3 @@ def training_epochs(recovery: RecoveryResult) -> tuple[TrainingEpoch, ...]:
         )
         for record in recovery.history
     )
-
-
-def _saved_size(model: nn.Module, path: Path) -> int:
-    """Saves a model and returns the size of its file in bytes."""
-    save(model, path)
-    return path.stat().st_size

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["cifar10_resnet56_job", "imagenet_mobilenetv2_job"]
 
-# CIFAR-10 has 50,000 training images.
+# From so many training images on a set counts as whole; CIFAR-10 has 50,000.
 _WHOLE_TRAINING_SET = 20_000
-_USUAL_TRAINING: dict[str, Any] = {"lr": 0.02}
-_CAREFUL_TRAINING: dict[str, Any] = {"lr": 0.001, "freeze_batch_norm": True}
-_WITH_LABELS: dict[str, Any] = {"losses": {"kd": 0.9, "hard": 0.1}, "temperature": 4.0}
-# At a higher temperature the small logits count, which are noise on images the teacher was trained
-# on.
-_WITHOUT_LABELS: dict[str, Any] = {"losses": {"kd": 1.0}, "temperature": 1.0}
+# How ResNet-56 is trained on a whole set, and on a part of one. There a higher temperature would
+# count the small logits, which are noise on images the teacher was trained on.
+_ON_ALL: dict[str, Any] = {"lr": 0.02}
+_ON_FEW: dict[str, Any] = {"lr": 0.001, "freeze_batch_norm": True}
+_DISTILLED_ON_ALL: dict[str, Any] = {"losses": {"kd": 0.9, "hard": 0.1}, "temperature": 4.0}
+_DISTILLED_ON_FEW: dict[str, Any] = {"losses": {"kd": 1.0}, "temperature": 1.0}
 
 
 def cifar10_resnet56_job(
@@ -70,7 +70,7 @@ def cifar10_resnet56_job(
     calibration = calibration_batches(train, calibration_images, seed=seed, mixed=True)
     whole = len(train) >= _WHOLE_TRAINING_SET
     training: dict[str, Any] = {
-        **(_USUAL_TRAINING if whole else _CAREFUL_TRAINING),
+        **(_ON_ALL if whole else _ON_FEW),
         "epochs": recover_epochs,
         "precision": precision,
         "channels_last": True,  # a fifth less time on CPUs
@@ -85,7 +85,7 @@ def cifar10_resnet56_job(
         calibration=calibration,
         plan_options=inner_channels_within(calibration, Budget(macs=0.5)),
         fine_tune_options=training,
-        recover_options={**training, **(_WITH_LABELS if whole else _WITHOUT_LABELS)},
+        recover_options={**training, **(_DISTILLED_ON_ALL if whole else _DISTILLED_ON_FEW)},
         stage_notes=(
             "the weights given",
             "inner channels of the blocks, by elimination within the budget, and nothing else",

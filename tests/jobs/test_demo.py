@@ -143,6 +143,14 @@ def test_a_bad_plan_leaves_an_empty_folder(small_job: Job, tmp_path: Path) -> No
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_what_is_done_stays_when_a_later_step_fails(small_job: Job, tmp_path: Path) -> None:
+    job = replace(small_job, recover_options={"epochs": 0})
+    with pytest.raises(InvalidArgumentError, match="epochs"):
+        run_job(job, tmp_path, command="c", say=lambda _: None)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"plan.json", *(f"{name}.safetensors" for name in MODEL_FILES[:3])}
+
+
 def test_layer_widths_of_linear_and_convolution_layers() -> None:
     before = nn.Sequential(nn.Conv1d(1, 6, 1), nn.ReLU(), nn.Linear(6, 3))
     after = nn.Sequential(nn.Conv1d(1, 4, 1), nn.ReLU(), nn.Linear(4, 3))
