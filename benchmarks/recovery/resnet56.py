@@ -9,8 +9,9 @@ reproduce cifar10-resnet56``). ``search`` holds back every eighth training image
 on the others and measures on those held back: top-1, agreement with the unpruned network and KL
 divergence from it; the last two also on images that the unpruned network was not trained on either,
 every third JPEG test image that is none of the test images of ``final``. ``final`` trains chosen
-recipes on all training images and reports the last epoch on the test images. One JSON line a run
-goes to ``<out>/<command>.jsonl``; runs already there are not repeated.
+recipes on all training images and reports the last epoch on the test images. The recipe ``none``
+leaves the compensated network as it is. One JSON line a run goes to ``<out>/<command>.jsonl``; runs
+already there are not repeated.
 
 ``--transfer`` adds the 50,000 JPEG training images, whose labels are not used.
 """
@@ -38,7 +39,9 @@ from chanprune_ext.recovery import evaluate, recover
 KD: dict[str, float] = {"kd": 1.0}
 FROZEN: dict[str, Any] = {"losses": KD, "freeze_batch_norm": True}
 MIXED: dict[str, Any] = {"mixup": 1.0, "cutmix": 1.0}
+NOTHING = "none"  # the recipe that leaves the compensated network as it is
 RECIPES: dict[str, dict[str, Any]] = {
+    NOTHING: {},
     "kd-mix-ema": {"losses": KD, **MIXED, "ema_decay": 0.98},
     "frozen": {**FROZEN, "lr": 0.001},
     "frozen-t1": {**FROZEN, "lr": 0.001, "temperature": 1.0},
@@ -109,13 +112,33 @@ def against_teacher(student: torch.nn.Module, teacher: torch.nn.Module, data: Te
     return {"agreement": agree / len(data), "kl": kl / len(data)}
 
 
+def measured(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    judged: TensorImages,
+    unseen: TensorImages | None,
+) -> dict[str, Any]:
+    """What a line says of a network."""
+    found = evaluate(student, judged)
+    line = {
+        "top1": found.top1,
+        "standard_error": found.standard_error,
+        "loss": found.loss,
+        "n": found.n,
+        **against_teacher(student, teacher, judged),
+    }
+    if unseen is not None:
+        line["unseen"] = {"n": len(unseen), **against_teacher(student, teacher, unseen)}
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("search", "final"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument(
         "--calibration-images",
         type=int,
@@ -146,39 +169,33 @@ def main() -> None:
         start = start_network(teacher, train, count, seed, file)
         for name in args.recipes:
             settings = {"epochs": args.epochs, "channels_last": True, "seed": seed}
-            settings |= {**RECIPES[name], **args.settings}
-            key = {"recipe": name, "settings": settings, "transfer": args.transfer}
-            key["calibration_images"] = count
-            if any({k: d[k] for k in key} == key for d in done):
+            settings = {} if name == NOTHING else {**settings, **RECIPES[name], **args.settings}
+            key = {
+                "recipe": name,
+                "settings": settings,
+                "transfer": args.transfer,
+                "calibration_images": count,
+                "seed": seed,
+            }
+            if any({k: d.get(k) for k in key} == key for d in done):
                 continue
-            student, data = copy.deepcopy(start), copy.copy(train)
-            if isinstance(transfer, TensorImages):
-                data = with_transfer(data, transfer)
-            data.seed = seed
-            begun = time.process_time()
-            result = recover(student, teacher, train=data, progress=False, **settings)
-            found = evaluate(student, judged)
-            further = (
-                {}
-                if unseen is None
-                else {
-                    "unseen_start": against_teacher(start, teacher, unseen),
-                    "unseen": against_teacher(student, teacher, unseen),
+            student, training, begun = copy.deepcopy(start), {}, time.process_time()
+            if name != NOTHING:
+                data = copy.copy(train)
+                if isinstance(transfer, TensorImages):
+                    data = with_transfer(data, transfer)
+                data.seed = seed
+                result = recover(student, teacher, train=data, progress=False, **settings)
+                training = {
+                    "cpu_seconds": round(time.process_time() - begun, 1),
+                    "train_loss": [round(record.loss, 5) for record in result.history],
+                    "full_recipe": result.recipe.to_dict(),
                 }
-            )
             line = {
                 **key,
                 "start": evaluate(start, judged).top1,
-                "start_kl": against_teacher(start, teacher, judged)["kl"],
-                "top1": found.top1,
-                "standard_error": found.standard_error,
-                "loss": found.loss,
-                "n": found.n,
-                **against_teacher(student, teacher, judged),
-                **further,
-                "cpu_seconds": round(time.process_time() - begun, 1),
-                "train_loss": [round(record.loss, 5) for record in result.history],
-                "full_recipe": result.recipe.to_dict(),
+                **measured(student, teacher, judged, unseen),
+                **training,
             }
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
