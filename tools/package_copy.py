@@ -15,8 +15,9 @@ SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize=vptr",
     "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-O1",
 )
-SANITIZERS += ("-fno-omit-frame-pointer", "-O1")
 
 
 def copy_package(folder: Path) -> None:

@@ -154,11 +154,10 @@ def main() -> None:
     judged = open_dataset(home / "cifar10-raw-subset.npz", "test")
     unseen = None
     if args.command == "search":
+        unseen = unseen_images(open_dataset(home / "cifar10-jpeg.tar.gz", "test"), judged)
         held_back = torch.arange(len(train)) % 8 == 7
         judged = subset(train, held_back).without_augmentation()
         train = subset(train, ~held_back)
-        jpegs = open_dataset(home / "cifar10-jpeg.tar.gz", "test")
-        unseen = unseen_images(jpegs, open_dataset(home / "cifar10-raw-subset.npz", "test"))
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / f"{args.command}.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -167,9 +166,10 @@ def main() -> None:
         count = args.calibration_images
         file = args.out / f"{args.command}-start-{seed}-of-{count}.safetensors"
         start = start_network(teacher, train, count, seed, file)
+        start_top1 = evaluate(start, judged).top1
         for name in args.recipes:
-            settings = {"epochs": args.epochs, "channels_last": True, "seed": seed}
-            settings = {} if name == NOTHING else {**settings, **RECIPES[name], **args.settings}
+            usual = {"epochs": args.epochs, "channels_last": True, "seed": seed}
+            settings = {} if name == NOTHING else {**usual, **RECIPES[name], **args.settings}
             key = {
                 "recipe": name,
                 "settings": settings,
@@ -193,12 +193,12 @@ def main() -> None:
                 }
             line = {
                 **key,
-                "start": evaluate(start, judged).top1,
+                "start": start_top1,
                 **measured(student, teacher, judged, unseen),
                 **training,
             }
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with log.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
             print({k: v for k, v in line.items() if isinstance(v, str | float)}, flush=True)
 
 
