@@ -22,11 +22,13 @@ SANITIZERS = (
 
 def copy_package(folder: Path) -> None:
     """Copies what git knows of, and what it does not ignore, but no compiled module."""
+    copy_listed(folder, "--cached", "--others", "--exclude-standard", *COPIED)
+
+
+def copy_listed(folder: Path, *arguments: str) -> None:
+    """Copies the files that ``git ls-files`` lists, called with these arguments."""
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *COPIED],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
+        ["git", "ls-files", "-z", *arguments], cwd=ROOT, capture_output=True, check=True
     )
     for name in filter(None, listing.stdout.decode().split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

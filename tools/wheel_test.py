@@ -23,7 +23,8 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from package_copy import ROOT, copy_listed
+
 SOURCES = ("csrc", "chanprune_ext", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "expecttest")
 
@@ -50,12 +51,7 @@ def run(command: list[str | Path], **options: object) -> str:
 def build_wheel(folder: Path) -> Path:
     """The wheel of a clean copy of the tracked sources."""
     copy = folder / "source"
-    copy.mkdir()
-    files = run(["git", "ls-files", "-z", *SOURCES], cwd=ROOT).split("\0")
-    for name in filter(None, files):
-        target = copy / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
+    copy_listed(copy, *SOURCES)
     out = folder / "wheel"
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     run([*command, "-w", out, copy], cwd=folder)
