@@ -7,7 +7,7 @@ Inner channels go by elimination within half of the MACs, the rest is compensate
 training images (``--calibration-images``) and as many blends of them ("MACs x0.50" of ``chanprune
 reproduce cifar10-resnet56``). ``search`` holds back every eighth training image, trains each recipe
 on the others and measures on those held back: top-1, agreement with the unpruned network and KL
-divergence from it; the last two also on images that the unpruned network was not trained on either,
+divergence from it. It measures also on images that the unpruned network was not trained on either,
 every third JPEG test image that is none of the test images of ``final``. ``final`` trains chosen
 recipes on all training images and reports the last epoch on the test images. The recipe ``none``
 leaves the compensated network as it is. One JSON line a run goes to ``<out>/<command>.jsonl``; runs
@@ -119,17 +119,18 @@ def measured(
     unseen: TensorImages | None,
 ) -> dict[str, Any]:
     """What a line says of a network."""
-    found = evaluate(student, judged)
-    line = {
-        "top1": found.top1,
-        "standard_error": found.standard_error,
-        "loss": found.loss,
-        "n": found.n,
-        **against_teacher(student, teacher, judged),
-    }
-    if unseen is not None:
-        line["unseen"] = {"n": len(unseen), **against_teacher(student, teacher, unseen)}
-    return line
+
+    def on(data: TensorImages) -> dict[str, Any]:
+        found = evaluate(student, data)
+        return {
+            "top1": found.top1,
+            "standard_error": found.standard_error,
+            "loss": found.loss,
+            "n": found.n,
+            **against_teacher(student, teacher, data),
+        }
+
+    return on(judged) if unseen is None else {**on(judged), "unseen": on(unseen)}
 
 
 def main() -> None:

@@ -155,6 +155,14 @@ def recover(
     cutmix: Annotated[
         float | None, typer.Option(help="Paste parts of images, parameter likewise.")
     ] = None,
+    teacher_flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--teacher-flip",
+            help="Ask the teacher about mirror images too; not for writing.",
+            show_default=False,
+        ),
+    ] = None,
     ema_decay: Annotated[
         float | None, typer.Option(help="Keep a running average of the weights.")
     ] = None,
@@ -256,6 +264,7 @@ def recover(
         "label_smoothing": label_smoothing,
         "mixup": mixup,
         "cutmix": cutmix,
+        "teacher_flip": teacher_flip,
         "ema_decay": ema_decay,
         "keep": None if keep is None else keep.value,
         "precision": None if precision is None else precision.value,

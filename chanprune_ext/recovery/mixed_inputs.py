@@ -1,4 +1,4 @@
-"""Mixing images of a batch with each other: mixup and CutMix, for labels and for teachers."""
+"""Other views of a batch of images: mixed with each other (mixup, CutMix), and mirrored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,24 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-__all__ = ["InputMixer"]
+__all__ = ["InputMixer", "mirror_images"]
+
+
+def mirror_images(inputs: Any) -> Tensor:
+    """The images with left and right exchanged, in the memory format that they have.
+
+    Args:
+        inputs (Tensor[N, C, H, W]): images.
+
+    Returns:
+        Tensor[N, C, H, W]: the mirror images.
+
+    Raises:
+        DataError: the batch is not one tensor of images.
+    """
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+        raise DataError(f"teacher_flip: expected batches of images {_got(inputs)}")
+    return inputs.flip(3)
 
 
 class InputMixer:
@@ -50,10 +67,7 @@ class InputMixer:
             DataError: the batch is not one tensor of images.
         """
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-            raise DataError(
-                "mixup, cutmix: expected batches of images [N, C, H, W], got "
-                f"{list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__}"
-            )
+            raise DataError(f"mixup, cutmix: expected batches of images {_got(inputs)}")
         n = len(inputs)
         pick = int(torch.randint(len(self._chosen), ())) if len(self._chosen) > 1 else 0
         kind, alpha = self._chosen[pick]
@@ -61,3 +75,8 @@ class InputMixer:
         mix = kind(alpha=alpha, num_classes=max(n, 2))
         images, shares = mix(inputs, torch.arange(n, device=inputs.device))
         return images, shares[:, :n]
+
+
+def _got(inputs: Any) -> str:
+    given = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+    return f"[N, C, H, W], got {given}"

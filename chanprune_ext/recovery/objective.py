@@ -18,7 +18,7 @@ from .evaluation import device_of
 from .feature_losses import attention_transfer, channel_statistics, feature_mimic
 from .feature_matching import Tap, find_taps
 from .logit_losses import decoupled_kd, dist, standardised
-from .mixed_inputs import InputMixer
+from .mixed_inputs import InputMixer, mirror_images
 from .outputs import check_labels, logits, moved
 from .recipe import FEATURE_LOSSES
 from .taps import FeatureTaps, plain_module
@@ -127,7 +127,7 @@ class Objective:
             precision = self.recipe.teacher_precision or self.recipe.precision
             precision = _HALF.get(_dtype_of(self.teacher), precision)
             with torch.no_grad(), _autocast(device, precision):
-                wanted = widened(logits(self._running_teacher, inputs))
+                wanted = self._teacher_logits(inputs)
         with _autocast(device, self.recipe.precision):
             scores = widened(logits(model, inputs))
         if wanted is not None and wanted.shape != scores.shape:
@@ -145,6 +145,15 @@ class Objective:
         if _distributed(model) and _features_alone(weights):
             loss = loss + 0 * scores.sum()  # it waits for a gradient of every parameter
         return loss, size
+
+    def _teacher_logits(self, inputs: Any) -> Tensor:
+        """What the teacher says of the images, or of them and of their mirror images on average."""
+        if not self.recipe.teacher_flip:
+            return widened(logits(self._running_teacher, inputs))
+        mirrored = mirror_images(inputs)
+        # First the mirror images, so that the features tapped last are those of the images.
+        flipped = widened(logits(self._running_teacher, mirrored))
+        return (flipped + widened(logits(self._running_teacher, inputs))) / 2
 
     def _weights(self, labels: Tensor | None, epochs_done: float) -> dict[str, float]:
         """The weights that hold for a batch now; losses without weight are left out."""

@@ -69,6 +69,10 @@ class Recipe:
             fall to zero, along a line. Default: None, constant.
         mixup, cutmix (float, optional): parameter of the Beta distribution that images of a batch
             are mixed by, for both networks. Default: None, not mixed.
+        teacher_flip (bool): the losses on logits learn from the mean of what the teacher says of an
+            image and of its mirror image, which is more often right than one of them; a second
+            forward pass of the teacher. Not for images that left and right matter in, such as
+            writing. Default: False.
         max_grad_norm (float, optional): gradients are scaled down to this L2 norm. Default: 5.
         ema_decay (float, optional): train as usual, but measure and keep a running average of
             weights and batch-norm statistics with this decay. Default: None, no average.
@@ -127,6 +131,7 @@ class Recipe:
     feature_epochs: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
+    teacher_flip: bool = False
     max_grad_norm: float | None = 5.0
     ema_decay: float | None = None
     swa_start: float | None = None

@@ -47,4 +47,5 @@ def test_training_depends_on_the_number_of_images(
         assert recipe.freeze_batch_norm is careful
         assert (recipe.epochs, recipe.precision, recipe.seed) == (10, "bf16", 3)
     assert ("hard" in job.recover_options["losses"]) is not careful
+    assert job.recover_options.get("teacher_flip", False) is not careful
     assert ("no labels" in job.stage_notes[-1]) is careful

@@ -18,7 +18,7 @@ from chanprune_ext.errors import CheckpointError, DataError, InvalidArgumentErro
 from chanprune_ext.models import CifarResNet
 from chanprune_ext.recovery import Recipe, evaluate, recover
 from chanprune_ext.recovery.ema import WeightAverage
-from chanprune_ext.recovery.mixed_inputs import InputMixer
+from chanprune_ext.recovery.mixed_inputs import InputMixer, mirror_images
 from chanprune_ext.recovery.objective import Objective
 
 DIGITS: dict[str, Any] = {"batch_size": 64, "progress": False}
@@ -62,6 +62,7 @@ def same(left: nn.Module, right: nn.Module) -> bool:
         {"losses": {"kd": 1.0, "dkd": 0.2, "features": 1.0}, "feature_epochs": 2.0, "mixup": 0.2},
         {"losses": {"kd": 1.0, "features": 1.0}, "ema_decay": 0.97, "bn_batches": 8},
         {"losses": {"kd": 1.0}, "swa_start": 0.6, "bn_batches": 8},
+        {"losses": {"kd": 0.2, "hard": 1.0, "features": 1.0}, "teacher_flip": True},
     ],
     ids=lambda s: "-".join([*s["losses"], *(k for k in s if k != "losses")]),
 )
@@ -196,6 +197,47 @@ def test_mixed_labels_reach_the_hard_loss(pruned: nn.Module) -> None:
     expected = -(wanted * pruned(mixed).log_softmax(1)).sum(1).mean()
     assert size == 16
     torch.testing.assert_close(found, expected)
+
+
+class AskedTwice(nn.Module):
+    """Answers with the mean over an image and its mirror image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.model(x) + self.model(torch.flip(x, (-1,)))) / 2
+
+
+def test_a_teacher_is_asked_about_mirror_images(trained: nn.Module, pruned: nn.Module) -> None:
+    x = digits(32)
+
+    def loss(losses: dict[str, float], teacher: nn.Module = trained, **options: Any) -> float:
+        recipe = Recipe(losses=losses, **options)
+        with Objective(recipe, pruned.eval(), teacher.eval()) as objective:
+            return objective(pruned, x, None)[0].item()
+
+    kd, features = {"kd": 1.0}, {"features": 1.0}
+    flipped = loss(kd, teacher_flip=True)
+    assert flipped == pytest.approx(loss(kd, AskedTwice(trained)), rel=1e-5)
+    assert abs(flipped - loss(kd)) > 0.01 * flipped
+    # Features stay those of the image itself: the student sees no other.
+    assert loss(features, teacher_flip=True) == pytest.approx(loss(features), rel=1e-5)
+    both = loss({**kd, **features}, teacher_flip=True)
+    assert both == pytest.approx(flipped + loss(features), rel=1e-5)
+
+
+def test_mirror_images_keep_their_layout() -> None:
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    mirrored = mirror_images(x)
+    assert torch.equal(mirrored[..., 0], x[..., 4])
+    assert torch.equal(mirror_images(mirrored), x)
+    assert mirrored.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(DataError, match=r"teacher_flip: expected batches of images .*got \[4, 3\]"):
+        mirror_images(torch.zeros(4, 3))
+    with pytest.raises(DataError, match="got dict"):
+        mirror_images({"pixels": x})
 
 
 def test_a_recipe_survives_json_and_reproduces_the_run(
