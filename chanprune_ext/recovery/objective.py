@@ -46,7 +46,8 @@ class Objective:
             is where taps are looked for. Default: None, they are not divided.
 
     Raises:
-        InvalidArgumentError: the losses need a teacher and there is none, or one that they ignore.
+        InvalidArgumentError: the recipe needs a teacher and there is none, or its losses ignore the
+            one there is.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class Objective:
                 raise InvalidArgumentError(
                     f"teacher: needed by the losses {', '.join(needing)}; pass the unpruned network"
                 )
+        if recipe.teacher_flip and teacher is None:
+            raise InvalidArgumentError(
+                "teacher_flip: there is no teacher to ask; pass the unpruned network"
+            )
         if losses is not None and teacher is not None and not _teaches(losses):
             raise InvalidArgumentError(
                 "losses: expected one that learns from the teacher, such as 'kd', got "

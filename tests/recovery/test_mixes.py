@@ -228,6 +228,11 @@ def test_a_teacher_is_asked_about_mirror_images(trained: nn.Module, pruned: nn.M
     assert both == pytest.approx(flipped + loss(features), rel=1e-5)
 
 
+def test_without_a_teacher_nobody_is_asked(pruned: nn.Module) -> None:
+    with pytest.raises(InvalidArgumentError, match="teacher_flip: there is no teacher to ask"):
+        recover(pruned, train=open_dataset("digits", "train"), teacher_flip=True, **DIGITS)
+
+
 def test_mirror_images_keep_their_layout() -> None:
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     mirrored = mirror_images(x)
