@@ -27,9 +27,7 @@ def mirror_images(inputs: Any) -> Tensor:
     Raises:
         DataError: the batch is not one tensor of images.
     """
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-        raise DataError(f"teacher_flip: expected batches of images {_got(inputs)}")
-    return inputs.flip(3)
+    return _images("teacher_flip", inputs).flip(3)
 
 
 class InputMixer:
@@ -66,8 +64,7 @@ class InputMixer:
         Raises:
             DataError: the batch is not one tensor of images.
         """
-        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-            raise DataError(f"mixup, cutmix: expected batches of images {_got(inputs)}")
+        inputs = _images("mixup, cutmix", inputs)
         n = len(inputs)
         pick = int(torch.randint(len(self._chosen), ())) if len(self._chosen) > 1 else 0
         kind, alpha = self._chosen[pick]
@@ -77,6 +74,9 @@ class InputMixer:
         return images, shares[:, :n]
 
 
-def _got(inputs: Any) -> str:
+def _images(setting: str, inputs: Any) -> Tensor:
+    """The batch, if it is one tensor of images, which the setting needs."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs
     given = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-    return f"[N, C, H, W], got {given}"
+    raise DataError(f"{setting}: expected batches of images [N, C, H, W], got {given}")
