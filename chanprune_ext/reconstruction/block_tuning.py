@@ -47,7 +47,11 @@ class Options:
 
     def autocast(self) -> torch.autocast:
         """Context of the forwards that gradients are taken of."""
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        # torch empties the cache of converted weights at the end of the outermost autocast, and
+        # this is an inner one: every step would see the weights of the first.
+        return torch.autocast(
+            self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=False
+        )
 
 
 def tune_block(

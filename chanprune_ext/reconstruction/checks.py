@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InvalidArgumentError
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "check_parts"]
 
 _AMP = (None, torch.float16, torch.bfloat16)
 
@@ -46,3 +46,17 @@ def check_options(
         raise InvalidArgumentError(f"amp: expected one of {_AMP}, got {amp}")
     if memory_limit is not None and memory_limit <= 0:
         raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")
+
+
+def check_parts(tune_blocks: bool, tune_outputs: bool, output_blocks: int) -> None:
+    """Refuses a reconstruction of nothing.
+
+    Raises:
+        InvalidArgumentError: names the option.
+    """
+    if not tune_blocks and not tune_outputs:
+        raise InvalidArgumentError("tune_blocks, tune_outputs: expected at least one to be True")
+    if not isinstance(output_blocks, int) or output_blocks < 1:
+        raise InvalidArgumentError(
+            f"output_blocks: expected an integer >= 1, got {output_blocks!r}"
+        )

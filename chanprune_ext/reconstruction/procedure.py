@@ -22,7 +22,7 @@ from ..module_modes import evaluating
 from ..plan import plan_of
 from .block_tuning import Options, tune_block
 from .blocks import Block, find_blocks
-from .checks import check_options
+from .checks import check_options, check_parts
 from .feed import Feed
 from .matching import Matching, UnmatchedError, match_outputs
 from .output_tuning import OUTPUT, Batches, End, tune_output
@@ -54,7 +54,9 @@ def reconstruct(
     augment: Callable[[Any], Any] | None = None,
     views: int = 0,
     amp: torch.dtype | None = None,
+    tune_blocks: bool = True,
     tune_outputs: bool = True,
+    output_blocks: int = 1,
     memory_limit: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -66,7 +68,7 @@ def reconstruct(
     and its weights are moved by gradient until it returns what the block of the original returns
     from the original's own inputs; so each block also repairs what arrives wrong from the blocks
     before. No labels are needed, and no gradient runs through more than one block. In the end the
-    last block and all that follows it are tuned on the network's output. Call
+    last block, or the last few, and all that follows are tuned on the network's output. Call
     :func:`chanprune_ext.compensate` first: it does in closed form what it can, and this goes on
     from there.
 
@@ -95,8 +97,11 @@ def reconstruct(
         views: How many such views of each batch are tuned on besides the batch as it is.
         amp: Type of autocast while gradients are taken, such as ``torch.bfloat16``. Weights, errors
             that decide, and everything else stay in float32, also for half-precision networks.
+        tune_blocks: Tune the blocks. False: the end of the network only, which takes a fraction of
+            the time and is most of the gain where a classifier has lost many of its features.
         tune_outputs: Tune the end of the network on its output, by KL divergence where that is a
             matrix of logits. False: blocks only.
+        output_blocks: With how many blocks that end begins, of those that enclose pruned channels.
         memory_limit: Most bytes of block inputs and targets to keep; the rest is computed anew when
             needed. None: half of what is free.
         seed: Of the order of batches, and of the global random state inside ``augment``.
@@ -114,6 +119,7 @@ def reconstruct(
     """
     start = time.perf_counter()
     check_options(epochs, lr, batch_size, held_back, views, augment, amp, memory_limit)
+    check_parts(tune_blocks, tune_outputs, output_blocks)
     made_by = plan_of(pruned) if plan is None else plan
     kept = kept_of(pruned, made_by)
     made_by = cast("PruningPlan", made_by)  # kept_of() has raised otherwise
@@ -131,7 +137,8 @@ def reconstruct(
         try:
             before = session.deviation()
             limit = free_memory(device) // 2 if memory_limit is None else memory_limit
-            blocks = session.tune(options, limit, tune_outputs, ledger, progress)
+            end = output_blocks if tune_outputs else 0
+            blocks = session.tune(options, limit, tune_blocks, end, ledger, progress)
             after = session.deviation()
             better = after.better_than(before)
             if not better:
@@ -212,33 +219,47 @@ class _Session:
         return meter.deviation()
 
     def tune(
-        self, options: Options, limit: int, tune_outputs: bool, ledger: Ledger, progress: bool
+        self,
+        options: Options,
+        limit: int,
+        every_block: bool,
+        output_blocks: int,
+        ledger: Ledger,
+        progress: bool,
     ) -> list[BlockReport]:
-        """Tunes all blocks in order."""
+        """Tunes all blocks in order, then the end of the network if it has any."""
         networks = self._pruned, self._original, self._blocks, self._surveys
         share = len(self._judges) / (len(self._judges) + len(self._fit))
         judge = Feed(*networks, self._judges, int(share * limit))
         fit = Feed(*networks, self._fit, limit - int(share * limit))
         reports: list[BlockReport] = []
-        last = self._last_block() if tune_outputs else len(self._blocks) - 1
-        names = [block.name for block in self._blocks[: last + 1]]
-        with _Progress([*names, OUTPUT] if tune_outputs else names, progress) as bar:
-            for i, block in enumerate(self._blocks[: last + 1]):
+        # What follows the last block is tuned with it, on the output.
+        alone = self._blocks[: self._end(1) + 1] if output_blocks else self._blocks
+        alone = alone if every_block else []
+        names = [block.name for block in alone]
+        with _Progress([*names, OUTPUT] if output_blocks else names, progress) as bar:
+            for i, block in enumerate(alone):
                 bar.next()
                 fit.open(i)
                 judge.open(i)
                 reports.append(self._tuned(i, block, (fit, judge), options, ledger))
                 _log.debug("%s", reports[-1])
-            if tune_outputs:
+            if output_blocks:
                 bar.next()
-                reports.append(self._end_tuned(last, (fit, judge), options, limit, ledger))
+                first = self._end(output_blocks)
+                if len(alone) != first + 1:
+                    fit.open(first)
+                    judge.open(first)
+                reports.append(self._end_tuned(first, (fit, judge), options, limit, ledger))
         reports += [BlockReport(path, (path,), left=why) for path, why in self._left.items()]
         return reports
 
-    def _last_block(self) -> int:
-        """Position of the last block that encloses a group; what follows it is tuned with it."""
+    def _end(self, blocks: int) -> int:
+        """Position of the block that an end with so many blocks around groups begins with."""
         enclosing = [i for i, block in enumerate(self._blocks) if block.encloses]
-        return max(enclosing, default=len(self._blocks) - 1)
+        if not enclosing:
+            return len(self._blocks) - 1
+        return max(enclosing[-blocks:][0], min(1, enclosing[-1]))
 
     def _tuned(
         self,
@@ -282,21 +303,21 @@ class _Session:
 
     def _end_tuned(
         self,
-        last: int,
+        first: int,
         feeds: tuple[Feed, Feed],
         options: Options,
         limit: int,
         ledger: Ledger,
     ) -> BlockReport:
-        reason = self._no_end(last, feeds, limit)
+        reason = self._no_end(first, feeds, limit)
         if reason is not None:
             return BlockReport(OUTPUT, (), left=reason)
         try:
-            earlier = self._blocks[:last]
-            outputs = self._surveys[0].outputs[:last]
-            end = End(self._pruned, self._blocks[last], earlier, outputs, self._few)
-            first = self._order[self._blocks[last].modules[0]][0]
-            paths = [path for path, entered in self._order.items() if path and entered[0] >= first]
+            earlier = self._blocks[:first]
+            outputs = self._surveys[0].outputs[:first]
+            end = End(self._pruned, self._blocks[first], earlier, outputs, self._few)
+            start = self._order[self._blocks[first].modules[0]][0]
+            paths = [path for path, entered in self._order.items() if path and entered[0] >= start]
             modules = {
                 path: (self._pruned.get_submodule(path), end.model.get_submodule(path))
                 for path in paths
@@ -315,8 +336,8 @@ class _Session:
             _log.warning("the end of the network could not be tuned", exc_info=True)
             return BlockReport(OUTPUT, (), left=f"{type(error).__name__}: {error}")
 
-    def _no_end(self, last: int, feeds: tuple[Feed, Feed], limit: int) -> str | None:
-        if last < 1:
+    def _no_end(self, first: int, feeds: tuple[Feed, Feed], limit: int) -> str | None:
+        if first < 1:
             return "the network is a single block"
         samples = sum(sample_count(batch) for batch in self._fit)
         judged = sum(sample_count(batch) for batch in self._judges)

@@ -265,6 +265,16 @@ def test_half_precision_networks_are_tuned_in_single_precision() -> None:
     assert output_error(pruned, original, unseen) < 0.8 * before
 
 
+def test_autocast_sees_every_step() -> None:
+    unseen = images(32, seed=9)
+    errors = []
+    for amp in (None, torch.bfloat16):
+        pruned, original = pair("inverted")
+        reconstruct(pruned, original, images(64), amp=amp, **{**QUICK, "epochs": 12})
+        errors.append(output_error(pruned, original, unseen))
+    assert errors[1] < 1.5 * errors[0]
+
+
 def test_autocast_for_the_gradients() -> None:
     pruned, original = pair("inverted")
     before = output_error(pruned, original, images(32, seed=9))
