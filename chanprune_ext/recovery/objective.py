@@ -333,7 +333,8 @@ def _batch_norm_scale(module: nn.Module, tap: Tap) -> Tensor | None:
 
 def _autocast(device: str, precision: str) -> torch.autocast:
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device, dtype, enabled=precision != "fp32")
+    # Inside an autocast of the caller's, a cache of converted weights would outlive the step.
+    return torch.autocast(device, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -79,6 +79,14 @@ def test_half_precision_is_close_to_the_whole(precision: str) -> None:
     assert all(p.dtype == torch.float32 for p in half.parameters())
 
 
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_callers_autocast_makes_no_difference(outer: bool) -> None:
+    alone, _ = trained(precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        inside, _ = trained(precision="bf16")
+    assert same(alone, inside)
+
+
 def test_fp16_scales_small_gradients_up_and_large_ones_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
