@@ -65,7 +65,9 @@ def reproduce(
         found = (
             cifar10_resnet56_set(weights, data, count)
             if small
-            else imagenet_mobilenetv2_set(weights, data, test_data, class_file, count)
+            else imagenet_mobilenetv2_set(
+                weights, data, test_data, class_file, count, precision.value
+            )
         )
         trials = [t for t in found.trials if not only or any(o in t.name for o in only)]
         n, command = len(found.test), command_line()

@@ -92,6 +92,8 @@ def reconstruct(
             a typical weight by 1 % a step. Cosine to zero. A tenth of it for the network's output.
         batch_size: Samples of a step.
         held_back: Share of the samples to judge by, in [0, 1). 0: the samples of the fit judge.
+            Samples that ``pruned`` was compensated on judge in favour of what is there: where they
+            are as few as the columns of a layer (one image a class), hold none of them back.
         augment: Makes another view of a batch of inputs, of the same structure. It is not applied
             to held-back samples.
         views: How many such views of each batch are tuned on besides the batch as it is.

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from chanprune_ext.checkpoint import save
-from chanprune_ext.jobs import published_jobs
+from chanprune_ext.jobs import published, published_jobs
 from chanprune_ext.jobs.published_jobs import cifar10_resnet56_job
 from chanprune_ext.models import resnet56
 from chanprune_ext.recovery import Recipe
@@ -49,3 +50,13 @@ def test_training_depends_on_the_number_of_images(
     assert ("hard" in job.recover_options["losses"]) is not careful
     assert job.recover_options.get("teacher_flip", False) is not careful
     assert ("no labels" in job.stage_notes[-1]) is careful
+
+
+def test_views_of_images_are_parts_of_them_each_its_own() -> None:
+    ramp = torch.linspace(0, 1, 64).expand(3, 64, 64)  # its mean says where a part lies
+    views = published._mild_crops(ramp.repeat(6, 1, 1, 1))
+    assert views.shape == (6, 3, 64, 64)
+    assert 0 <= float(views.min()) < float(views.max()) <= 1
+    assert len({round(float(view.mean()), 6) for view in views}) > 1
+    slopes = views[:, 0, :, 1:-1].diff(dim=-1).mean((1, 2)).abs()
+    assert bool((slopes < 1.01 / 63).all())  # enlarged, never shrunk

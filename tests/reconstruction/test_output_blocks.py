@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from chanprune_ext import reconstruct
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.reconstruction import ReconstructionReport
+
+if TYPE_CHECKING:
+    from chanprune_ext.reconstruction import ReconstructionReport
 
 QUICK: dict[str, Any] = {"epochs": 4, "lr": 5e-2, "batch_size": 8, "progress": False}
 ENDS = {1: {"blocks.1", "fc"}, 2: {"blocks.0", "blocks.1", "fc"}}
