@@ -76,10 +76,13 @@ wheel-test: $(INSTALLED)
 # One process per operator: each measures the machine's bandwidth anew beside its own rows. Threads
 # keep to their cores: on a busy machine two would otherwise take turns on one.
 OPERATORS := channel_norms slice_channels kd_kl_div
+# glibc keeps what is freed: results would else be fresh pages of the system in one round and old
+# ones in the next, and a page fault costs more than copying the page.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=68719476736
 bench: $(INSTALLED)
 	mkdir -p runs
 	set -e; for op in $(OPERATORS); do \
-	  OMP_PROC_BIND=true $(BIN)/python -m pytest benchmarks/ops/bench_$$op.py --benchmark-only \
+	  OMP_PROC_BIND=true $(KEEP_MEMORY) $(BIN)/python -m pytest benchmarks/ops/bench_$$op.py --benchmark-only \
 	    --benchmark-json=runs/benchmarks-$$op.json; \
 	done
 	$(BIN)/python benchmarks/render.py docs '$(NOTE)' $(OPERATORS:%=runs/benchmarks-%.json)

@@ -33,7 +33,8 @@ process, with threads bound to cores. *MB* are those that must move at least, *G
 time, *% of copy* and *% of read* compare it with copying and with summing 256 MB in the same
 process; data that fit the caches can exceed 100 %, and where in memory the system has put the data
 makes a difference too.
-`read` therefore sums every weight to one number: no norms, but the very same memory.
+`read` therefore sums every weight to one number: no norms, but the very same memory. What a variant
+frees stays with the process (glibc), for a fresh page from the system costs more than copying it.
 *Ratio* is the time of a variant over ours: above 1, ours is faster. KD times include the backward;
 `nothing` is an autograd function without any work and `sum` torch's plainest loss, `student.sum()`:
 no loss costs less. `ours_backward` makes the gradient in the backward, from row statistics, instead
