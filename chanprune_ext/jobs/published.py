@@ -192,17 +192,11 @@ def imagenet_mobilenetv2_set(
     found = ImageNetImages(data, test_data, class_file)
     train = found.training()
 
-    def distil(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
-        recover(pruned, original, train=found.training(augment=MILD_CROPS), **DISTILLATION)
+    def distil(**settings: Any) -> Callable[[nn.Module, nn.Module, list[Tensor]], None]:
+        def step(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
+            recover(pruned, original, train=found.training(augment=MILD_CROPS), **settings)
 
-    def distil_gently(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
-        recover(
-            pruned,
-            original,
-            train=found.training(augment=MILD_CROPS),
-            precision=precision,
-            **_GENTLE_DISTILLATION,
-        )
+        return step
 
     def tune_end(pruned: nn.Module, original: nn.Module, batches: list[Tensor]) -> None:
         reconstruct(
@@ -216,11 +210,15 @@ def imagenet_mobilenetv2_set(
             amp=_AUTOCAST[precision],
         )
 
-    distilled = (Further("distilled", distil, published="article: drop 0.5"),)
+    distilled = (Further("distilled", distil(**DISTILLATION), published="article: drop 0.5"),)
     # The classifier's features go first here, and one image a class is little to refit it on.
     end_first = (
         Further("end tuned", tune_end, published="article: drop 3.6"),
-        Further("end tuned, distilled", distil_gently, published="article: drop 0.5"),
+        Further(
+            "end tuned, distilled",
+            distil(**_GENTLE_DISTILLATION, precision=precision),
+            published="article: drop 0.5",
+        ),
     )
     return TrialSet(
         title="MobileNetV2 on ImageNet",
