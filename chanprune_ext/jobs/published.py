@@ -56,8 +56,6 @@ DISTILLATION: dict[str, Any] = {
     "channels_last": True,
 }
 MILD_CROPS = Augmentation(scale=(0.35, 1.0))
-# For one whose end has been tuned on its output already: steps as large as above would undo that.
-_GENTLE_DISTILLATION: dict[str, Any] = {**DISTILLATION, "epochs": 6, "lr": 2e-5, "cutmix": 1.0}
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Views of every image that the end of the network is tuned on.
 _VIEWS = 8
@@ -192,11 +190,8 @@ def imagenet_mobilenetv2_set(
     found = ImageNetImages(data, test_data, class_file)
     train = found.training()
 
-    def distil(**settings: Any) -> Callable[[nn.Module, nn.Module, list[Tensor]], None]:
-        def step(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
-            recover(pruned, original, train=found.training(augment=MILD_CROPS), **settings)
-
-        return step
+    def distil(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
+        recover(pruned, original, train=found.training(augment=MILD_CROPS), **DISTILLATION)
 
     def tune_end(pruned: nn.Module, original: nn.Module, batches: list[Tensor]) -> None:
         reconstruct(
@@ -210,16 +205,9 @@ def imagenet_mobilenetv2_set(
             amp=_AUTOCAST[precision],
         )
 
-    distilled = (Further("distilled", distil(**DISTILLATION), published="article: drop 0.5"),)
+    distilled = (Further("distilled", distil, published="article: drop 0.5"),)
     # The classifier's features go first here, and one image a class is little to refit it on.
-    end_first = (
-        Further("end tuned", tune_end, published="article: drop 3.6"),
-        Further(
-            "end tuned, distilled",
-            distil(**_GENTLE_DISTILLATION, precision=precision),
-            published="article: drop 0.5",
-        ),
-    )
+    end_tuned = (Further("end tuned", tune_end, published="article: drop 3.6"),)
     return TrialSet(
         title="MobileNetV2 on ImageNet",
         model=trained_mobilenet_v2(weights),
@@ -246,7 +234,7 @@ def imagenet_mobilenetv2_set(
                 "params x0.65",
                 lambda batches: inner_channels_within(batches, Budget(params=0.65)),
                 published="article: drop 3.6",
-                further=end_first,
+                further=end_tuned,
             ),
         ),
         calibration=lambda seed: calibration_batches(train, images, seed=seed),
