@@ -166,7 +166,7 @@ def training_transform(
 
     Returns:
         Callable: uint8 ``[C, H, W]`` -> uint8 ``[C, size, size]``; a torchvision transform. It
-        draws from torch's global generator.
+        draws from torch's global generator. Cropped and mirrored only, floats may be normalised.
     """
     from torchvision.transforms import v2
 

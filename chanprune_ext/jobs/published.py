@@ -11,6 +11,7 @@ from chanprune_ext.allocation import Budget
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.criteria import magnitude
 from chanprune_ext.data import Augmentation, calibration_batches, open_dataset
+from chanprune_ext.data.transforms import training_transform
 from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
 from chanprune_ext.reconstruction import reconstruct
@@ -243,13 +244,9 @@ def imagenet_mobilenetv2_set(
 
 
 def _mild_crops(batch: Tensor) -> Tensor:
-    """Another view of every image of a batch, in the shape that it has."""
-    from torchvision.transforms import v2
-
-    height, width = batch.shape[-2:]
-    crop = v2.RandomResizedCrop((height, width), scale=MILD_CROPS.scale)
-    views = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    return torch.stack([views(image) for image in batch])
+    """Another view of every image of a batch, square ones, in the shape that it has."""
+    view = training_transform(batch.shape[-1], MILD_CROPS)
+    return torch.stack([view(image) for image in batch])
 
 
 def hidden_channels(ratio: float, criterion: Criterion) -> dict[str, Any]:

@@ -28,15 +28,13 @@ def check_options(
     Raises:
         InvalidArgumentError: names the option.
     """
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or value < least:
-            raise InvalidArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+    _check_count("epochs", epochs)
+    _check_count("batch_size", batch_size)
     if not 0 < lr < 1:
         raise InvalidArgumentError(f"lr: expected a number in (0, 1), got {lr}")
     if not 0 <= held_back < 1:
         raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
-    if not isinstance(views, int) or views < 0:
-        raise InvalidArgumentError(f"views: expected an integer >= 0, got {views!r}")
+    _check_count("views", views, least=0)
     if (views > 0) != (augment is not None):
         raise InvalidArgumentError(
             "views: expected a number > 0 together with augment=, the function that makes views; "
@@ -56,7 +54,9 @@ def check_parts(tune_blocks: bool, tune_outputs: bool, output_blocks: int) -> No
     """
     if not tune_blocks and not tune_outputs:
         raise InvalidArgumentError("tune_blocks, tune_outputs: expected at least one to be True")
-    if not isinstance(output_blocks, int) or output_blocks < 1:
-        raise InvalidArgumentError(
-            f"output_blocks: expected an integer >= 1, got {output_blocks!r}"
-        )
+    _check_count("output_blocks", output_blocks)
+
+
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or value < least:
+        raise InvalidArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")

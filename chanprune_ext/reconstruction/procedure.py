@@ -235,9 +235,9 @@ class _Session:
         judge = Feed(*networks, self._judges, int(share * limit))
         fit = Feed(*networks, self._fit, limit - int(share * limit))
         reports: list[BlockReport] = []
-        # What follows the last block is tuned with it, on the output.
-        alone = self._blocks[: self._end(1) + 1] if output_blocks else self._blocks
-        alone = alone if every_block else []
+        alone = self._blocks if every_block else []
+        if output_blocks:  # what follows the last block around a group is tuned on the output only
+            alone = alone[: self._end(1) + 1]
         names = [block.name for block in alone]
         with _Progress([*names, OUTPUT] if output_blocks else names, progress) as bar:
             for i, block in enumerate(alone):

@@ -14,7 +14,7 @@ import chanprune_ext
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NETWORKS", "images", "pair"]
+__all__ = ["NETWORKS", "images", "output_error", "pair"]
 
 
 class Residual(nn.Module):
@@ -142,3 +142,10 @@ def pair(name: str, seed: int = 0) -> tuple[nn.Module, nn.Module]:
         list(model.children())[-1].weight.mul_(10)
     plan = chanprune_ext.plan(model, images(2), ratio=0, ratios=ratios)
     return plan.apply(copy.deepcopy(model)), model
+
+
+@torch.no_grad()
+def output_error(pruned: nn.Module, original: nn.Module, inputs: Tensor) -> float:
+    """Mean KL divergence of the class probabilities, written out."""
+    p, q = (model.eval()(inputs).double().softmax(1) for model in (original, pruned))
+    return float((p * (p.log() - q.log())).sum(1).mean())

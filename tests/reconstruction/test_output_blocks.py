@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from block_networks import images, pair
+from block_networks import images, output_error, pair
 from torch import Tensor, nn
 
 from chanprune_ext import reconstruct
@@ -24,19 +24,12 @@ def parameters(model: nn.Module, part: str) -> list[Tensor]:
     return [p.detach().clone() for p in model.get_submodule(part).parameters()]
 
 
-def divergence(pruned: nn.Module, original: nn.Module) -> float:
-    with torch.no_grad():
-        p, q = (
-            model.eval()(images(48, seed=9)).double().softmax(1) for model in (original, pruned)
-        )
-    return float((p * (p.log() - q.log())).sum(1).mean())
-
-
 def tuned_parts(blocks: int) -> tuple[set[str], float, ReconstructionReport]:
     """Parts that changed, the divergence over that before, and the report."""
     pruned, original = pair("residual")
     before = {part: parameters(pruned, part) for part in PARTS}
-    start = divergence(pruned, original)
+    unseen = images(48, seed=9)
+    start = output_error(pruned, original, unseen)
     report = reconstruct(
         pruned, original, images(64), tune_blocks=False, output_blocks=blocks, **QUICK
     )
@@ -48,7 +41,7 @@ def tuned_parts(blocks: int) -> tuple[set[str], float, ReconstructionReport]:
             for a, b in zip(before[part], parameters(pruned, part), strict=True)
         )
     }
-    return changed, divergence(pruned, original) / start, report
+    return changed, output_error(pruned, original, unseen) / start, report
 
 
 @pytest.mark.parametrize("blocks", ENDS)

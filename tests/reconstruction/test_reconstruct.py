@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import toys  # noqa: F401 - registers the toys
-from block_networks import NETWORKS, Classifier, Residual, images, pair
+from block_networks import NETWORKS, Classifier, Residual, images, output_error, pair
 from models import randomised
 from torch import Tensor, nn
 from toy_registry import TOYS
@@ -28,13 +28,6 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-
-
-@torch.no_grad()
-def output_error(pruned: nn.Module, original: nn.Module, inputs: Tensor) -> float:
-    """Mean KL divergence of the class probabilities, written out."""
-    p, q = (model.eval()(inputs).double().softmax(1) for model in (original, pruned))
-    return float((p * (p.log() - q.log())).sum(1).mean())
 
 
 @torch.no_grad()
