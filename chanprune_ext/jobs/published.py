@@ -14,6 +14,7 @@ from chanprune_ext.data import Augmentation, calibration_batches, open_dataset
 from chanprune_ext.data.transforms import training_transform
 from chanprune_ext.elimination import elimination
 from chanprune_ext.models import resnet56
+from chanprune_ext.precision import AUTOCAST_DTYPES
 from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.recovery import recover
 
@@ -57,7 +58,6 @@ DISTILLATION: dict[str, Any] = {
     "channels_last": True,
 }
 MILD_CROPS = Augmentation(scale=(0.35, 1.0))
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Views of every image that the end of the network is tuned on.
 _VIEWS = 8
 # The expansions of MobileNetV2's blocks: the first block has none.
@@ -203,7 +203,7 @@ def imagenet_mobilenetv2_set(
             augment=_mild_crops,
             views=_VIEWS,
             held_back=0,  # compensation has seen them all: they would speak for what is there
-            amp=_AUTOCAST[precision],
+            amp=AUTOCAST_DTYPES[precision],
         )
 
     distilled = (Further("distilled", distil, published="article: drop 0.5"),)

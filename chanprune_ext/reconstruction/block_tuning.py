@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..precision import autocast
 from .matching import Matching, floating
 from .objective import RelativeError, full_precision, squares
 from .passages import run
@@ -47,11 +48,7 @@ class Options:
 
     def autocast(self) -> torch.autocast:
         """Context of the forwards that gradients are taken of."""
-        # torch empties the cache of converted weights at the end of the outermost autocast, and
-        # this is an inner one: every step would see the weights of the first.
-        return torch.autocast(
-            self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=False
-        )
+        return autocast(self.device.type, self.amp)
 
 
 def tune_block(

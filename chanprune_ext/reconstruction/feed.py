@@ -27,7 +27,7 @@ class Sample:
     Attributes:
         student: The block's inputs in the pruned network, as far as it is reconstructed.
         teacher: Those tensors of the original's inputs that the next block needs too, by position.
-        target: What the block returns in the original.
+        target: What the block returns in the original; None if nobody asked for it.
     """
 
     student: Inputs
@@ -72,6 +72,7 @@ class Feed:
         self._batches = batches
         self._limit = limit
         self._block = -1
+        self._with_targets = True
         self._kept: list[Sample | None] = [None] * len(batches)
 
     def __len__(self) -> int:
@@ -92,10 +93,17 @@ class Feed:
         return sum(sample is not None for sample in self._kept) / len(self._kept)
 
     @torch.no_grad()
-    def open(self, block: int) -> None:
-        """Goes on to the block at this position; the ones before it are as they will stay."""
+    def open(self, block: int, *, targets: bool = True) -> None:
+        """Goes on to the block at this position; the ones before it are as they will stay.
+
+        Args:
+            block: Its position.
+            targets: Note what the original returns there, for which it has to run.
+        """
         links = tuple(survey.links[block] for survey in self._surveys)
-        student, teacher = links if block == self._block + 1 else (None, None)
+        follows = block == self._block + 1 and targets and self._with_targets
+        student, teacher = links if follows else (None, None)
+        self._with_targets = targets
         before, self._block = self._kept, block
         self._kept = [None] * len(before)
         used = sum(sample.bytes for sample in before if sample is not None)
@@ -114,11 +122,6 @@ class Feed:
         """Lets go of all samples."""
         self._kept = [None] * len(self._batches)
 
-    @torch.no_grad()
-    def output(self, index: int, modules: Sequence[nn.Module]) -> Any:
-        """What ``modules`` in the place of the present block return for the pruned network."""
-        return run(modules, self.inputs(index))
-
     def inputs(self, index: int) -> Inputs:
         """The present block's inputs in the pruned network, free to be overwritten."""
         return self._free(self[index].student, 0)
@@ -129,6 +132,8 @@ class Feed:
         batch = self._batches[index]
         with torch.no_grad():
             student = inputs_of(pruned, batch, block)
+            if not self._with_targets:
+                return Sample(student, {}, None)
             inputs, target = passed(original, batch, block)
         return Sample(student, self._carried(inputs.tensors), target)
 

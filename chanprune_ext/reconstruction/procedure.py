@@ -250,8 +250,8 @@ class _Session:
                 bar.next()
                 first = self._end(output_blocks)
                 if len(alone) != first + 1:
-                    fit.open(first)
-                    judge.open(first)
+                    fit.open(first, targets=False)
+                    judge.open(first, targets=False)
                 reports.append(self._end_tuned(first, (fit, judge), options, limit, ledger))
         reports += [BlockReport(path, (path,), left=why) for path, why in self._left.items()]
         return reports

@@ -14,6 +14,7 @@ from ..compensation.batches import sample_count
 from ..errors import DataError, InvalidArgumentError
 from ..ops import kd_kl_div
 from ..ops.accumulation import widened
+from ..precision import AUTOCAST_DTYPES, autocast, precision_of
 from .evaluation import device_of
 from .feature_losses import attention_transfer, channel_statistics, feature_mimic
 from .feature_matching import Tap, find_taps
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 __all__ = ["Objective"]
-
-_HALF: dict[torch.dtype | None, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Objective:
@@ -130,10 +129,10 @@ class Objective:
         wanted = None
         if self.teacher is not None:
             precision = self.recipe.teacher_precision or self.recipe.precision
-            precision = _HALF.get(_dtype_of(self.teacher), precision)
-            with torch.no_grad(), _autocast(device, precision):
+            precision = precision_of(_dtype_of(self.teacher)) or precision
+            with torch.no_grad(), autocast(device, AUTOCAST_DTYPES[precision]):
                 wanted = self._teacher_logits(inputs)
-        with _autocast(device, self.recipe.precision):
+        with autocast(device, AUTOCAST_DTYPES[self.recipe.precision]):
             scores = widened(logits(model, inputs))
         if wanted is not None and wanted.shape != scores.shape:
             raise InvalidArgumentError(
@@ -329,12 +328,6 @@ def _batch_norm_scale(module: nn.Module, tap: Tap) -> Tensor | None:
             index = tap.kept.get(tap.channel_dim)
             return scale if index is None else scale[index.to(scale.device)]
     return None
-
-
-def _autocast(device: str, precision: str) -> torch.autocast:
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    # Inside an autocast of the caller's, a cache of converted weights would outlive the step.
-    return torch.autocast(device, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

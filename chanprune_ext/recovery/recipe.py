@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic_files import write_text
 from ..errors import CheckpointError, InvalidArgumentError
+from ..precision import AUTOCAST_DTYPES
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["FEATURE_LOSSES", "LOSSES", "PRECISIONS", "Recipe"]
+__all__ = ["FEATURE_LOSSES", "LOSSES", "Recipe"]
 
 DEFAULT_LR = {"sgd": 0.005, "adamw": 5e-4}
 LABEL_LOSSES = ("hard",)
 LOGIT_LOSSES = ("kd", "dkd", "dist")
 FEATURE_LOSSES = ("features", "attention", "statistics")
-PRECISIONS = ("fp32", "bf16", "fp16")
 LOSSES = (*LABEL_LOSSES, *LOGIT_LOSSES, *FEATURE_LOSSES)
 
 _FORMAT = "chanprune-recipe"
@@ -188,10 +188,10 @@ class Recipe:
         )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         self._require("keep", self.keep in ("last", "best"), "'last' or 'best'")
-        self._require("precision", self.precision in PRECISIONS, "'fp32', 'bf16' or 'fp16'")
+        self._require("precision", self.precision in AUTOCAST_DTYPES, "'fp32', 'bf16' or 'fp16'")
         self._require(
             "teacher_precision",
-            self.teacher_precision in (None, *PRECISIONS),
+            self.teacher_precision in (None, *AUTOCAST_DTYPES),
             "None, 'fp32', 'bf16' or 'fp16'",
         )
         self._require(

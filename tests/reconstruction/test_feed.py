@@ -76,6 +76,26 @@ def test_what_follows_directly_is_not_computed_from_the_beginning() -> None:
     assert feed.share_kept == 1
 
 
+def test_the_original_does_not_run_where_no_targets_are_wanted() -> None:
+    batches = list(images(16).split(8))
+    feed, pruned, original, blocks = feeds("residual", 1 << 30, batches)
+    entries = 0
+
+    def count(*_: object) -> None:
+        nonlocal entries
+        entries += 1
+
+    handle = original.stem.register_forward_pre_hook(count)
+    feed.open(1, targets=False)
+    handle.remove()
+    assert entries == 0
+    given, _ = hooked(pruned, blocks[1].modules[0], batches[1])
+    torch.testing.assert_close(feed.inputs(1).tensors[0], given)
+    feed.open(2)  # follows, but there are no targets to carry on from
+    _, expected = hooked(original, blocks[2].modules[0], batches[1])
+    torch.testing.assert_close(feed[1].target, expected)
+
+
 def test_a_small_limit_changes_the_time_and_not_the_result() -> None:
     results = []
     for limit in (None, 60_000, 1):
