@@ -50,6 +50,10 @@ class Options:
         """Context of the forwards that gradients are taken of."""
         return autocast(self.device.type, self.amp)
 
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps gradients in float16 from vanishing: a block's loss is a mean over millions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+
 
 def tune_block(
     block: Block,
@@ -95,7 +99,15 @@ def tune_block(
     def judged() -> float:
         return error_of(copies, judge, matching, full_precision)
 
-    tuned = tune(weights, len(fit), loss_of, judged, options.schedule, options.generator)
+    tuned = tune(
+        weights,
+        len(fit),
+        loss_of,
+        judged,
+        options.schedule,
+        options.generator,
+        options.scaler(),
+    )
     after = settled(
         [(real, copy) for real, copy, _ in found],
         before,

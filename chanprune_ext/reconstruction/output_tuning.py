@@ -188,7 +188,15 @@ def tune_output(
         return total / weight if weight > 0 else total
 
     gentle = replace(options.schedule, lr=_GENTLER * options.schedule.lr)
-    tuned = tune(weights, len(fit.feed), loss_of, judged, gentle, options.generator)
+    tuned = tune(
+        weights,
+        len(fit.feed),
+        loss_of,
+        judged,
+        gentle,
+        options.generator,
+        options.scaler(),
+    )
     after = tuned.error_after
     if tuned.epoch:
         settled(

@@ -62,6 +62,7 @@ def tune(
     judge: Callable[[], float],
     schedule: Schedule,
     generator: torch.Generator,
+    scaler: torch.amp.GradScaler,
 ) -> Tuned:
     """Minimises a loss over batches and leaves ``weights`` at the best epoch.
 
@@ -72,6 +73,7 @@ def tune(
         judge: Error on held-back samples with the present weights.
         schedule: Epochs and learning rate.
         generator: Draws the order of the batches.
+        scaler: Of gradients in float16; switched off for other types.
 
     Raises:
         DivergedError: A loss or an error is not finite.
@@ -90,9 +92,10 @@ def tune(
                 group["lr"] = schedule.lr * _rate(steps, total)
             with torch.enable_grad():
                 loss = loss_of(index)
-                loss.backward()  # type: ignore[no-untyped-call]
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             weights.take_gradients()
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             weights.apply()
             running += float(loss.detach())
             steps += 1

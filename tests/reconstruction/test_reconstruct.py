@@ -277,6 +277,25 @@ def test_autocast_for_the_gradients() -> None:
     assert {p.dtype for p in pruned.parameters()} == {torch.float32}
 
 
+def test_gradients_in_float16_do_not_vanish() -> None:
+    """Large outputs with many pixels: each element's share of the loss is below float16's least."""
+    pruned, original = pair("bottleneck")
+    report = reconstruct(
+        pruned,
+        original,
+        1000 * images(48, side=64),
+        epochs=3,
+        lr=5e-2,
+        batch_size=16,
+        amp=torch.float16,
+        tune_outputs=False,
+        progress=False,
+    )
+    for block in report.blocks:
+        if block.name.startswith("blocks"):
+            assert block.error_after < 0.75 * block.error_before
+
+
 def test_channels_removed_from_the_residual_stream() -> None:
     """The original's outputs are compared on the channels that are left."""
     torch.manual_seed(0)
