@@ -186,6 +186,12 @@ class Recipe:
         self._require(
             "shard, precision, teacher_precision", not half, "'fp32' or 'bf16' together with shard"
         )
+        losses = self.losses or {"kd": 1.0}
+        self._require(
+            "losses, teacher_flip",
+            not self.teacher_flip or any(losses.get(name) for name in LOGIT_LOSSES),
+            "a loss that teacher_flip=True is for: 'kd', 'dkd' or 'dist'",
+        )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
         self._require("keep", self.keep in ("last", "best"), "'last' or 'best'")
         self._require("precision", self.precision in AUTOCAST_DTYPES, "'fp32', 'bf16' or 'fp16'")

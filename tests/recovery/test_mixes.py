@@ -223,7 +223,6 @@ def test_a_teacher_is_asked_about_mirror_images(trained: nn.Module, pruned: nn.M
     assert flipped == pytest.approx(loss(kd, AskedTwice(trained)), rel=1e-5)
     assert abs(flipped - loss(kd)) > 0.01 * flipped
     # Features stay those of the image itself: the student sees no other.
-    assert loss(features, teacher_flip=True) == pytest.approx(loss(features), rel=1e-5)
     both = loss({**kd, **features}, teacher_flip=True)
     assert both == pytest.approx(flipped + loss(features), rel=1e-5)
 
@@ -231,6 +230,11 @@ def test_a_teacher_is_asked_about_mirror_images(trained: nn.Module, pruned: nn.M
 def test_without_a_teacher_nobody_is_asked(pruned: nn.Module) -> None:
     with pytest.raises(InvalidArgumentError, match="teacher_flip: there is no teacher to ask"):
         recover(pruned, train=open_dataset("digits", "train"), teacher_flip=True, **DIGITS)
+
+
+def test_features_alone_need_no_mirror_images() -> None:
+    with pytest.raises(InvalidArgumentError, match="^losses, teacher_flip: .*'kd', 'dkd' or"):
+        Recipe(losses={"features": 1.0}, teacher_flip=True)
 
 
 def test_mirror_images_keep_their_layout() -> None:
