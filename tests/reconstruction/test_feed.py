@@ -39,6 +39,13 @@ def hooked(model: nn.Module, path: str, inputs: Tensor) -> tuple[Tensor, Tensor]
     return seen[0], seen[1]
 
 
+def entries_of(module: nn.Module) -> list[object]:
+    """Grows by one whenever the module is entered."""
+    entries: list[object] = []
+    module.register_forward_pre_hook(lambda *inputs: entries.append(inputs))
+    return entries
+
+
 @pytest.mark.parametrize("name", ["residual", "bottleneck", "inverted", "transformer"])
 @pytest.mark.parametrize("limit", [0, 40_000, 1 << 30])
 def test_samples_are_what_goes_in_and_comes_out(name: str, limit: int) -> None:
@@ -62,33 +69,21 @@ def test_samples_are_what_goes_in_and_comes_out(name: str, limit: int) -> None:
 def test_what_follows_directly_is_not_computed_from_the_beginning() -> None:
     batches = list(images(16).split(8))
     feed, pruned, _, blocks = feeds("residual", 1 << 30, batches)
-    entries = 0
-
-    def count(*_: object) -> None:
-        nonlocal entries
-        entries += 1
-
-    pruned.stem.register_forward_pre_hook(count)
+    entries = entries_of(pruned.stem)
     for i in range(3):  # stem, then the first block behind a bare ReLU, then the second
         feed.open(i)
     assert [b.name for b in blocks[:3]] == ["stem", "blocks.0", "blocks.1"]
-    assert entries == 2  # for the first block, once a batch; what comes before the stem has no stem
+    # For the first block, once a batch; what comes before the stem has no stem.
+    assert len(entries) == 2
     assert feed.share_kept == 1
 
 
 def test_the_original_does_not_run_where_no_targets_are_wanted() -> None:
     batches = list(images(16).split(8))
     feed, pruned, original, blocks = feeds("residual", 1 << 30, batches)
-    entries = 0
-
-    def count(*_: object) -> None:
-        nonlocal entries
-        entries += 1
-
-    handle = original.stem.register_forward_pre_hook(count)
+    entries = entries_of(original.stem)
     feed.open(1, targets=False)
-    handle.remove()
-    assert entries == 0
+    assert not entries
     given, _ = hooked(pruned, blocks[1].modules[0], batches[1])
     torch.testing.assert_close(feed.inputs(1).tensors[0], given)
     feed.open(2)  # follows, but there are no targets to carry on from

@@ -233,7 +233,7 @@ def test_without_a_teacher_nobody_is_asked(pruned: nn.Module) -> None:
 
 
 def test_features_alone_need_no_mirror_images() -> None:
-    with pytest.raises(InvalidArgumentError, match="^losses, teacher_flip: .*'kd', 'dkd' or"):
+    with pytest.raises(InvalidArgumentError, match=r"^losses, teacher_flip: .*'kd', 'dkd' or"):
         Recipe(losses={"features": 1.0}, teacher_flip=True)
 
 
