@@ -169,6 +169,7 @@ def test_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes on two idle cores
 @pytest.mark.skipif(
     not (WEIGHTS.exists() and IMAGES.exists()), reason="no ResNet-56 or CIFAR-10 in CHANPRUNE_DATA"
 )
