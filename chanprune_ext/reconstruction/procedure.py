@@ -97,8 +97,9 @@ def reconstruct(
         augment: Makes another view of a batch of inputs, of the same structure. It is not applied
             to held-back samples.
         views: How many such views of each batch are tuned on besides the batch as it is.
-        amp: Type of autocast while gradients are taken, such as ``torch.bfloat16``. Weights, errors
-            that decide, and everything else stay in float32, also for half-precision networks.
+        amp: Type of autocast while gradients are taken, such as ``torch.bfloat16``; those in
+            float16 are scaled. Weights, errors that decide, and everything else stay in float32,
+            also for half-precision networks.
         tune_blocks: Tune the blocks. False: the end of the network only, which takes a fraction of
             the time and is most of the gain where a classifier has lost many of its features.
         tune_outputs: Tune the end of the network on its output, by KL divergence where that is a
