@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 __all__ = [
+    "accuracy_error",
     "format_accuracy",
     "format_bytes",
     "format_count",
@@ -33,6 +36,11 @@ def format_accuracy(accuracy: float, error: float | None = None) -> str:
     if error is None:
         return f"{accuracy * 100:.1f} %"
     return f"{accuracy * 100:.1f} ± {error * 100:.1f} %"
+
+
+def accuracy_error(accuracy: float, n: int) -> float:
+    """Standard error of an accuracy that was measured on ``n`` samples; both fractions."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:

@@ -85,8 +85,8 @@ def reproduce(
         )
         Console().print(trial_table(baseline, n, results, found.title))
         Console().print(
-            f"n = {n:,}; original with one standard error, the others with the standard "
-            f"deviation over {draws} draws",
+            f"n = {n:,}; original with one standard error, the others "
+            + (f"with the standard deviation over {draws} draws" if draws > 1 else "from one draw"),
             style="dim",
         )
         if results:

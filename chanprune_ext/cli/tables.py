@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chanprune_ext.quantities import (
+    accuracy_error,
     format_accuracy,
     format_bytes,
     format_count,
@@ -59,7 +60,7 @@ def trial_table(baseline: float, n: int, results: Sequence[TrialResult], title: 
         cells = "100.0 ± 1.6 %" if heading == "top-1" else heading
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(cells))
     table.add_column("published")
-    error = (baseline * (1 - baseline) / n) ** 0.5
+    error = accuracy_error(baseline, n)
     table.add_row("original", format_accuracy(baseline, error), "", "", "x1", "x1", "")
     for result in results:
         spread = result.spread if len(result.draws) > 1 else None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from chanprune_ext.quantities import accuracy_error
 from chanprune_ext.report import RunReport, Stage, environment
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def trial_report(
     original = Stage(
         name="original",
         accuracy=baseline,
-        standard_error=math.sqrt(baseline * (1 - baseline) / n),
+        standard_error=accuracy_error(baseline, n),
         samples=n,
         params=round(first.params / first.params_share),
         macs=round(first.macs / first.macs_share),
@@ -50,12 +50,11 @@ def trial_report(
         Stage(
             name=result.name,
             accuracy=result.top1,
-            standard_error=result.spread,
+            standard_error=accuracy_error(result.top1, n),
             samples=n,
             params=result.params,
             macs=result.macs,
-            note=f"mean of {len(result.draws)} draws of calibration images; agrees with the "
-            f"original on {result.agreement:.1%}",
+            note=f"{_draws(result)}; agrees with the original on {result.agreement:.1%}",
         )
         for result in results
     ]
@@ -70,10 +69,17 @@ def trial_report(
                 "Only unlabelled training images are used, and no gradient step but where the name "
                 "of a row says so."
             ),
-            (
-                "The original's error is the standard error of its accuracy; the others' is the "
-                "standard deviation over the draws."
-            ),
+            "Errors are standard errors of an accuracy on so many images, for all rows alike.",
         ),
         references=references,
+    )
+
+
+def _draws(result: TrialResult) -> str:
+    if len(result.draws) == 1:
+        return "one draw of calibration images"
+    points = 100 * result.spread
+    return (
+        f"mean of {len(result.draws)} draws of calibration images, their standard deviation "
+        f"{points:.1f} points"
     )

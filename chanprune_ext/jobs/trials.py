@@ -23,6 +23,7 @@ from chanprune_ext.compensation import compensate
 from chanprune_ext.data import make_loader
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.pruning import plan
+from chanprune_ext.quantities import accuracy_error
 from chanprune_ext.report import environment
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def save_trials(
         "versions": dict(environment()),
         "test_images": n,
         "baseline": baseline,
-        "baseline_error": math.sqrt(baseline * (1 - baseline) / n),
+        "baseline_error": accuracy_error(baseline, n),
         "trials": [
             {**asdict(r), "top1": r.top1, "spread": r.spread, "agreement": r.agreement}
             for r in results

@@ -15,6 +15,7 @@ import chanprune_ext as cpx
 from chanprune_ext.cli.tables import trial_table
 from chanprune_ext.data import calibration_batches
 from chanprune_ext.data.sets import TensorImages
+from chanprune_ext.jobs.trial_report import trial_report
 from chanprune_ext.jobs.trials import (
     Draw,
     Further,
@@ -184,3 +185,14 @@ def test_figures_are_whole_on_a_narrow_terminal():
         assert figure in text
     words = text.replace("\n", " ").split()
     assert all(word in words for word in f"{long} {result.published}".split())
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, "one draw"), (3, "mean of 3 draws")])
+def test_errors_on_the_page_are_those_of_the_test_images(seeds: int, said: str) -> None:
+    draws = tuple(Draw(seed, 0.66, 0.75, 0.65, 0.016, 600.0) for seed in range(seeds))
+    result = TrialResult("half", "", 1, 1, 0.5, 0.5, draws)
+    report = trial_report("A network", "command", 0.78, 650, [result])
+    original, half = report.stages
+    assert original.standard_error == pytest.approx(0.016248, abs=1e-6)
+    assert half.standard_error == pytest.approx(0.018580, abs=1e-6)  # not 0, as the draws agree
+    assert half.note.startswith(said)
