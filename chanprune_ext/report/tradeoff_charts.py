@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LETTERS", "tradeoff_chart"]
 
-_WORST = -8.0  # points of accuracy; what lost more is drawn on the lower border
+# Points of accuracy. What lost more is drawn on the lower border: more than the first at least, the
+# second at most, between them more than twice what the best of the run lost.
+_WORST = -8.0, -30.0
 _TIMES = "\N{MULTIPLICATION SIGN}"
 LETTERS = ascii_lowercase  # of published results, in the chart and in the table below it
 
@@ -56,9 +58,7 @@ def tradeoff_chart(stages: Sequence[Stage], references: Sequence[Reference]) -> 
     figure, axes = new_figure(3.7, len(panels), sharey=True)
     tips: dict[str, str] = {}
     changes = [point.change for _, points in panels for point in points]
-    floor = min(changes)
-    if floor < _WORST < max(changes):
-        floor = min([change for change in changes if change >= _WORST]) - 1.0
+    floor = _floor(changes, [p.change for p in panels[0][1] if p.ours][1:])
     for panel, (quantity, points) in zip(axes, panels, strict=True):
         _draw(panel, points, floor, quantity, tips)
     span = max(max(changes) - floor, 1.0)
@@ -66,6 +66,13 @@ def tradeoff_chart(stages: Sequence[Stage], references: Sequence[Reference]) -> 
     axes[0].set_ylabel("change of top-1 accuracy (points)")
     label = "Change of accuracy against multiply-accumulates and time"
     return as_svg(figure, "tradeoff", label, tips)
+
+
+def _floor(changes: Sequence[float], pruned: Sequence[float]) -> float:
+    """Where the lower border is: below all that did not lose much more than the best of the run."""
+    worst = min(_WORST[0], max(_WORST[1], 2 * max(pruned, default=0.0)))
+    inside = [change for change in changes if change >= worst]
+    return min(inside) if len(inside) == len(changes) else min(inside) - 1.0
 
 
 def _by_macs(stages: Sequence[Stage], references: Sequence[Reference]) -> list[_Point]:

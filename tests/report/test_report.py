@@ -219,6 +219,17 @@ def test_what_lost_everything_does_not_hide_the_rest() -> None:
     assert min(value for value in scale if value != -53.5) > -8
 
 
+def test_a_run_that_lost_much_at_every_stage_is_drawn_to_scale() -> None:
+    first = replace(example_report().stages[0], accuracy=0.78)
+    half = replace(first, macs=first.macs // 2)
+    stages = [first, *(replace(half, name=f"{a}", accuracy=a) for a in (0.0, 0.66, 0.69, 0.70))]
+    page = render_html(RunReport("T", "c", "now", tuple(stages)))
+    (drawing,) = re.findall(r'<svg[^>]*aria-label="Change of acc.*?</svg>', page, re.DOTALL)
+    labels = re.findall(r">\s*(\N{MINUS SIGN}\d+\.\d)\s*<", drawing)
+    assert "\N{MINUS SIGN}78.0" in labels  # at the border, and alone there
+    assert not {"\N{MINUS SIGN}12.0", "\N{MINUS SIGN}9.0", "\N{MINUS SIGN}8.0"} & set(labels)
+
+
 def test_page_without_optional_parts() -> None:
     stage = replace(example_report().stages[0], latency=None, file_bytes=None)
     page = render_html(RunReport("T", "c", "now", (stage,)))
