@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from chanprune_ext.report import Reference
 
 __all__ = [
-    "DISTILLATION",
     "MILD_CROPS",
     "ImageNetImages",
     "TrialSet",
@@ -42,20 +41,6 @@ __all__ = [
     "trained_mobilenet_v2",
 ]
 
-# Options of :func:`chanprune_ext.recover` for a MobileNetV2 that is close to its teacher already,
-# and a thousand images without labels. Twelve epochs at twice the rate, with small crops, end where
-# they began.
-DISTILLATION: dict[str, Any] = {
-    "epochs": 4,
-    "losses": {"kd": 1.0},
-    "temperature": 1.0,
-    "optimizer": "adamw",
-    "lr": 1e-4,
-    "weight_decay": 0.0,
-    "batch_size": 32,
-    "freeze_batch_norm": True,
-    "channels_last": True,
-}
 MILD_CROPS = Augmentation(scale=(0.35, 1.0))
 # Every pixel of an image is a sample for a block; for the end of the network the image is one.
 _BLOCK_TUNING: dict[str, Any] = {"tune_outputs": False, "views": 3, "epochs": 3}

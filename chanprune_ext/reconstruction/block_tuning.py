@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..precision import autocast
 from .matching import Matching, floating
 from .objective import RelativeError, full_precision, squares
 from .passages import run
 from .report import BlockReport
-from .tuning import DivergedError, Schedule, tune
+from .tuning import DivergedError, tune
 from .weights import TunedWeights, master_copies, tunable
 
 if TYPE_CHECKING:
@@ -24,35 +23,11 @@ if TYPE_CHECKING:
     from ..compensation.ledger import Ledger
     from .blocks import Block
     from .feed import Feed
+    from .tuning import Options
 
-__all__ = ["Options", "settled", "tune_block"]
+__all__ = ["settled", "tune_block"]
 
 _EQUAL = 1e-10  # relative squared error below which there is nothing to gain
-
-
-@dataclass(frozen=True)
-class Options:
-    """How blocks are tuned.
-
-    Attributes:
-        schedule: Epochs and learning rate.
-        amp: Type that convolutions and products are computed in while gradients are taken.
-        device: Where the networks are.
-        generator: Draws the order of batches.
-    """
-
-    schedule: Schedule
-    amp: torch.dtype | None
-    device: torch.device
-    generator: torch.Generator
-
-    def autocast(self) -> torch.autocast:
-        """Context of the forwards that gradients are taken of."""
-        return autocast(self.device.type, self.amp)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Keeps gradients in float16 from vanishing: a block's loss is a mean over millions."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
 
 
 def tune_block(
@@ -99,15 +74,7 @@ def tune_block(
     def judged() -> float:
         return error_of(copies, judge, matching, full_precision)
 
-    tuned = tune(
-        weights,
-        len(fit),
-        loss_of,
-        judged,
-        options.schedule,
-        options.generator,
-        options.scaler(),
-    )
+    tuned = tune(weights, len(fit), loss_of, judged, options)
     after = settled(
         [(real, copy) for real, copy, _ in found],
         before,

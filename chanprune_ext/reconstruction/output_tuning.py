@@ -17,7 +17,7 @@ from ..analysis.calls import run_model
 from ..analysis.stand_ins import substitute
 from ..compensation.batches import sample_count
 from ..copying import copied
-from .block_tuning import Options, settled
+from .block_tuning import settled
 from .matching import floating
 from .objective import RelativeError, are_logits, divergence, full_precision, squares
 from .report import BlockReport
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .feed import Feed
     from .passages import Inputs
+    from .tuning import Options
 
 __all__ = ["OUTPUT", "End", "tune_output"]
 
@@ -188,15 +189,7 @@ def tune_output(
         return total / weight if weight > 0 else total
 
     gentle = replace(options.schedule, lr=_GENTLER * options.schedule.lr)
-    tuned = tune(
-        weights,
-        len(fit.feed),
-        loss_of,
-        judged,
-        gentle,
-        options.generator,
-        options.scaler(),
-    )
+    tuned = tune(weights, len(fit.feed), loss_of, judged, replace(options, schedule=gentle))
     after = tuned.error_after
     if tuned.epoch:
         settled(

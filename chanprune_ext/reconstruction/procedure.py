@@ -20,7 +20,7 @@ from ..compensation.outputs import DeviationMeter, forward, output_tensors
 from ..host_memory import freed_memory_kept
 from ..module_modes import evaluating
 from ..plan import plan_of
-from .block_tuning import Options, tune_block
+from .block_tuning import tune_block
 from .blocks import Block, find_blocks
 from .checks import check_options, check_parts
 from .feed import Feed
@@ -28,7 +28,7 @@ from .matching import Matching, UnmatchedError, match_outputs
 from .output_tuning import OUTPUT, Batches, End, tune_output
 from .passages import entry_order, survey
 from .report import BlockReport, ReconstructionReport
-from .tuning import DivergedError, Schedule
+from .tuning import DivergedError, Options, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..precision import autocast
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from .weights import TunedWeights
 
-__all__ = ["DivergedError", "Schedule", "Tuned", "tune"]
+__all__ = ["DivergedError", "Options", "Schedule", "Tuned", "tune"]
 
 _WARM_UP = 0.05  # share of the steps
 _LEAST_GAIN = 1e-4  # relative; less is round-off
@@ -36,6 +38,31 @@ class Schedule:
 
     epochs: int
     lr: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How blocks are tuned.
+
+    Attributes:
+        schedule: Epochs and learning rate.
+        amp: Type that convolutions and products are computed in while gradients are taken.
+        device: Where the networks are.
+        generator: Draws the order of batches.
+    """
+
+    schedule: Schedule
+    amp: torch.dtype | None
+    device: torch.device
+    generator: torch.Generator
+
+    def autocast(self) -> torch.autocast:
+        """Context of the forwards that gradients are taken of."""
+        return autocast(self.device.type, self.amp)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps gradients in float16 from vanishing: a block's loss is a mean over millions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
 
 
 @dataclass(frozen=True)
@@ -60,9 +87,7 @@ def tune(
     batches: int,
     loss_of: Callable[[int], Tensor],
     judge: Callable[[], float],
-    schedule: Schedule,
-    generator: torch.Generator,
-    scaler: torch.amp.GradScaler,
+    options: Options,
 ) -> Tuned:
     """Minimises a loss over batches and leaves ``weights`` at the best epoch.
 
@@ -71,13 +96,12 @@ def tune(
         batches: How many there are.
         loss_of: Loss of the batch at a position, with its graph.
         judge: Error on held-back samples with the present weights.
-        schedule: Epochs and learning rate.
-        generator: Draws the order of the batches.
-        scaler: Of gradients in float16; switched off for other types.
+        options: How.
 
     Raises:
         DivergedError: A loss or an error is not finite.
     """
+    schedule, scaler = options.schedule, options.scaler()
     before = best = judge()
     if not math.isfinite(before):
         raise DivergedError("its error is not finite before the first step")
@@ -87,7 +111,7 @@ def tune(
     total = schedule.epochs * batches
     for epoch in range(1, schedule.epochs + 1):
         running = 0.0
-        for index in torch.randperm(batches, generator=generator, device="cpu").tolist():
+        for index in torch.randperm(batches, generator=options.generator, device="cpu").tolist():
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * _rate(steps, total)
             with torch.enable_grad():

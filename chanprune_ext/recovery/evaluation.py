@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import ImageDataset, make_loader
 from ..errors import DataError
 from ..module_modes import evaluating
+from ..quantities import accuracy_error
 from .outputs import check_labels, logits, moved, split_batch
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Evaluation:
     @property
     def standard_error(self) -> float:
         """Of ``top1``, as a share: ``sqrt(p (1 - p) / n)``."""
-        return math.sqrt(self.top1 * (1 - self.top1) / self.n)
+        return accuracy_error(self.top1, self.n)
 
     def __str__(self) -> str:
         return (

@@ -186,10 +186,10 @@ class Recipe:
         self._require(
             "shard, precision, teacher_precision", not half, "'fp32' or 'bf16' together with shard"
         )
-        losses = self.losses or {"kd": 1.0}
+        on_logits = self.losses is None or any(map(self.losses.get, LOGIT_LOSSES))
         self._require(
             "losses, teacher_flip",
-            not self.teacher_flip or any(losses.get(name) for name in LOGIT_LOSSES),
+            on_logits or not self.teacher_flip,
             "a loss that teacher_flip=True is for: 'kd', 'dkd' or 'dist'",
         )
         self._require("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'")
