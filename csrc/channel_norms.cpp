@@ -125,8 +125,10 @@ void add_units(const ChannelNormLimits& limits, ChannelNormPlan* plan) {
   const int32_t index = static_cast<int32_t>(plan->tasks.size()) - 1;
   const ChannelNormTask& task = plan->tasks.back();
   const int64_t per_value = task.piece_outer * (task.columns ? 1 : task.piece_inner);
+  const int64_t together = limits.rows_together;
+  const int64_t rows = std::max<int64_t>(1, limits.unit_elements / per_value);
   const int64_t values =
-      task.columns ? limits.unit_columns : std::max<int64_t>(1, limits.unit_elements / per_value);
+      task.columns ? limits.unit_columns : (rows + together - 1) / together * together;
   for (int64_t piece = 0; piece < task.pieces; ++piece) {
     for (int64_t first = 0; first < task.width; first += values) {
       const int64_t count = std::min(values, task.width - first);

@@ -18,6 +18,7 @@ struct ChannelNormLimits {
   int64_t split_elements;  // longest row that stays in one piece
   int64_t unit_columns;    // columns in a unit
   int64_t piece_outer;     // outer steps in a piece of a column task
+  int64_t rows_together;   // a unit of rows holds a multiple of so many
 };
 
 struct ChannelNormPlan {

@@ -19,12 +19,10 @@ namespace {
 // Columns of a unit: wide, because memory is read fastest in long runs; their accumulators still
 // stay in the second-level cache.
 constexpr int64_t kUnitColumns = 8192;
-constexpr int64_t kOuterAtOnce = 4;  // of a column task: their accumulators are loaded once for all
-constexpr int64_t kColumnsAheadBytes = 4096;  // the next rows are fetched at least so far ahead
-constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64};
+constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64, kStreams};
 // A row is summed in lanes over this many elements, then in float64: short float32 chains.
 constexpr int64_t kRowChunk = 4096;
-constexpr int kValues = 256;       // rows reduced in one call
+constexpr int kValues = 1024;      // rows reduced in one call
 constexpr int64_t kGrain = 32768;  // elements worth a thread
 
 CHANPRUNE_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
@@ -43,26 +41,11 @@ CHANPRUNE_INLINE A take(A total, A x) {
   }
 }
 
-// Takes `Rows` rows of n columns, `stride` apart, into totals: [n]. Rows that come `ahead` elements
-// later are fetched meanwhile.
+// Takes `Rows` rows of n columns, `stride` apart, into totals: [n].
 template <NormKind Kind, int64_t Rows, typename T>
-CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t stride, int64_t n, int64_t ahead,
+CHANPRUNE_CLONES void take_columns(const T* __restrict x, int64_t stride, int64_t n,
                                    Accumulator<T>* __restrict totals) {
-  constexpr int64_t kStep = 64 / static_cast<int64_t>(sizeof(T));
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    for (int64_t r = 0; r < Rows; ++r) {
-      __builtin_prefetch(x + r * stride + i + ahead);
-    }
-    for (int64_t j = i; j < i + kStep; ++j) {
-      Accumulator<T> total = totals[j];
-      for (int64_t r = 0; r < Rows; ++r) {
-        total = take<Kind>(total, load(x[r * stride + j]));
-      }
-      totals[j] = total;
-    }
-  }
-  for (; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     Accumulator<T> total = totals[i];
     for (int64_t r = 0; r < Rows; ++r) {
       total = take<Kind>(total, load(x[r * stride + i]));
@@ -102,36 +85,96 @@ const T* block_end(const ChannelNormTask& task) {
          (task.channels - 1) * task.channel_stride + task.inner;
 }
 
+// Rows of n elements, `stride` apart, one value each.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  int64_t count;
+  int64_t n;
+  const T* end;  // elements up to there may be read
+};
+
+template <NormKind Kind, typename T>
+void put_short_rows(const Rows<T>& rows, int64_t first, const Sink<Kind, T>& sink) {
+  Accumulator<T> values[kValues];
+  for (int64_t r = 0; r < rows.count; r += kValues) {
+    const int64_t count = std::min<int64_t>(kValues, rows.count - r);
+    reduce_rows<Kind, T>(rows.data + r * rows.stride, rows.stride, count, rows.n, rows.end, values);
+    for (int64_t i = 0; i < count; ++i) {
+      sink.put(first + r + i, values[i]);
+    }
+  }
+}
+
+// Takes at most kStreams rows into totals: [rows].
+template <NormKind Kind, typename T>
+void reduce_long_rows(const Rows<T>& rows, double* totals) {
+  Accumulator<T> values[kStreams];
+  for (int64_t i = 0; i < rows.n; i += kRowChunk) {
+    const int64_t n = std::min(kRowChunk, rows.n - i);
+    reduce_rows<Kind, T>(rows.data + i, rows.stride, rows.count, n, rows.end, values);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      totals[r] = join<Kind, double>(totals[r], values[r]);
+    }
+  }
+}
+
+// One row, its parts read like rows.
+template <NormKind Kind, typename T>
+double reduce_long_row(const T* row, int64_t n, const T* end) {
+  const int64_t part = n / kStreams;
+  const T* const rest = row + kStreams * part;
+  double totals[kStreams] = {};
+  reduce_long_rows<Kind>(Rows<T>{row, part, kStreams, part, end}, totals);
+  reduce_long_rows<Kind>(Rows<T>{rest, 0, 1, n - kStreams * part, end}, totals);
+  double total = 0;
+  for (const double value : totals) {
+    total = join<Kind, double>(total, value);
+  }
+  return total;
+}
+
+template <NormKind Kind, typename T>
+void put_long_rows(const Rows<T>& rows, int64_t first, const Sink<Kind, T>& sink) {
+  const int64_t part = rows.count / kStreams;
+  for (int64_t r = 0; r < part; ++r) {
+    double totals[kStreams] = {};
+    const T* const row = rows.data + r * rows.stride;
+    reduce_long_rows<Kind>(Rows<T>{row, part * rows.stride, kStreams, rows.n, rows.end}, totals);
+    for (int64_t s = 0; s < kStreams; ++s) {
+      sink.put(first + s * part + r, totals[s]);
+    }
+  }
+  for (int64_t r = kStreams * part; r < rows.count; ++r) {
+    sink.put(first + r, reduce_long_row<Kind>(rows.data + r * rows.stride, rows.n, rows.end));
+  }
+}
+
 template <NormKind Kind, typename T>
 void run_rows(const ChannelNormTask& task, const ChannelNormUnit& unit, double* partials) {
   const Sink<Kind, T> sink(task, unit.piece, partials);
   const T* const end = block_end<T>(task);
   const int64_t inner_pieces = (task.inner + task.piece_inner - 1) / task.piece_inner;
   const int64_t outer_begin = unit.piece / inner_pieces * task.piece_outer;
-  const int64_t outer_end = std::min(task.outer, outer_begin + task.piece_outer);
+  const int64_t outer = std::min(task.outer - outer_begin, task.piece_outer);
   const int64_t inner_begin = unit.piece % inner_pieces * task.piece_inner;
-  const int64_t inner_end = std::min(task.inner, inner_begin + task.piece_inner);
-  const T* const first = static_cast<const T*>(task.data) + unit.first * task.channel_stride;
-  Accumulator<T> values[kValues];
-  if (outer_end - outer_begin == 1 && inner_end - inner_begin <= kRowChunk) {
-    const T* const row = first + outer_begin * task.outer_stride + inner_begin;
-    for (int64_t c = 0; c < unit.count; c += kValues) {
-      const int64_t count = std::min<int64_t>(kValues, unit.count - c);
-      reduce_rows<Kind, T>(row + c * task.channel_stride, task.channel_stride, count,
-                           inner_end - inner_begin, end, values);
-      for (int64_t i = 0; i < count; ++i) {
-        sink.put(unit.first + c + i, values[i]);
-      }
-    }
-    return;
+  const int64_t inner = std::min(task.inner - inner_begin, task.piece_inner);
+  const T* const first = static_cast<const T*>(task.data) + unit.first * task.channel_stride +
+                         outer_begin * task.outer_stride + inner_begin;
+  if (outer == 1) {
+    const Rows<T> rows{first, task.channel_stride, unit.count, inner, end};
+    return inner <= kRowChunk ? put_short_rows<Kind>(rows, unit.first, sink)
+                              : put_long_rows<Kind>(rows, unit.first, sink);
   }
+  Accumulator<T> values[kValues];
   for (int64_t c = 0; c < unit.count; ++c) {
     const T* channel = first + c * task.channel_stride;
     double total = 0;
-    for (int64_t i = inner_begin; i < inner_end; i += kRowChunk) {
-      const int64_t n = std::min(kRowChunk, inner_end - i);
-      for (int64_t o = outer_begin; o < outer_end; o += kValues) {
-        const int64_t count = std::min<int64_t>(kValues, outer_end - o);
+    for (int64_t i = 0; i < inner; i += kRowChunk) {
+      const int64_t n = std::min(kRowChunk, inner - i);
+      for (int64_t o = 0; o < outer; o += kValues) {
+        const int64_t count = std::min<int64_t>(kValues, outer - o);
         reduce_rows<Kind, T>(channel + o * task.outer_stride + i, task.outer_stride, count, n, end,
                              values);
         for (int64_t j = 0; j < count; ++j) {
@@ -151,16 +194,13 @@ void run_columns(const ChannelNormTask& task, const ChannelNormUnit& unit, doubl
   const int64_t begin = unit.piece * task.piece_outer;
   const int64_t end = std::min(task.outer, begin + task.piece_outer);
   const T* first = static_cast<const T*>(task.data) + unit.first;
-  int64_t o = begin;
-  const int64_t group = std::max<int64_t>(1, kOuterAtOnce * task.outer_stride);
-  constexpr int64_t kLeast = kColumnsAheadBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t ahead = (kLeast + group - 1) / group * group;
-  for (; o + kOuterAtOnce <= end; o += kOuterAtOnce) {
-    take_columns<Kind, kOuterAtOnce, T>(first + o * task.outer_stride, task.outer_stride,
-                                        unit.count, ahead, totals);
+  const int64_t part = (end - begin) / kStreams;
+  for (int64_t o = begin; o < begin + part; ++o) {
+    take_columns<Kind, kStreams, T>(first + o * task.outer_stride, part * task.outer_stride,
+                                    unit.count, totals);
   }
-  for (; o < end; ++o) {
-    take_columns<Kind, 1, T>(first + o * task.outer_stride, 0, unit.count, 0, totals);
+  for (int64_t o = begin + kStreams * part; o < end; ++o) {
+    take_columns<Kind, 1, T>(first + o * task.outer_stride, 0, unit.count, totals);
   }
   for (int64_t i = 0; i < unit.count; ++i) {
     sink.put(unit.first + i, totals[i]);

@@ -140,16 +140,6 @@ CHANPRUNE_INLINE Vector<Accumulator<T>> load_some(const T* x, int64_t n, const T
   return load_vector(values);
 }
 
-// How far ahead of the reading memory is fetched into the cache. The processor does so itself, but
-// stops at the end of a page of 4 KB, and to find the next page takes a walk through the page
-// tables.
-constexpr int64_t kAheadBytes = 8192;
-
-template <typename T>
-CHANPRUNE_INLINE void fetch_ahead(const T* x) {
-  __builtin_prefetch(reinterpret_cast<const char*>(x) + kAheadBytes);
-}
-
 // Reduces x: [n] to one vector; n small enough for plain accumulators.
 template <NormKind Kind, typename T>
 CHANPRUNE_INLINE Vector<Accumulator<T>> reduce_to_vector(const T* x, int64_t n, const T* end) {
@@ -161,11 +151,7 @@ CHANPRUNE_INLINE Vector<Accumulator<T>> reduce_to_vector(const T* x, int64_t n, 
   V c = {};
   V d = {};
   int64_t i = 0;
-  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   for (; i + 4 * kSize <= n; i += 4 * kSize) {
-    for (int line = 0; line < 4 * kSize; line += kLine) {
-      fetch_ahead(x + i + line);
-    }
     const VectorPair<A> next = load_pair(x + i);
     const VectorPair<A> over_next = load_pair(x + i + 2 * kSize);
     a = take_vector<Kind, A>(a, next.first);
@@ -192,6 +178,45 @@ CHANPRUNE_INLINE Vector<Accumulator<T>> reduce_to_vector(const T* x, int64_t n, 
   return a;
 }
 
+// Rows that are read at the same time, far from one another. A core fetches one stretch of memory
+// after the other and waits at the end of each page for the next one's address; of four stretches
+// it has four times as much under way.
+constexpr int kStreams = 4;
+
+// Reduces kStreams rows of n elements, `stride` apart, to a vector each.
+template <NormKind Kind, typename T>
+CHANPRUNE_INLINE void reduce_to_vectors(const T* x, int64_t stride, int64_t n, const T* end,
+                                        Vector<Accumulator<T>>* out) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int kSize = kVectorSize<A>;
+  V even[kStreams] = {};
+  V odd[kStreams] = {};
+  int64_t i = 0;
+  for (; i + 2 * kSize <= n; i += 2 * kSize) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const VectorPair<A> next = load_pair(x + s * stride + i);
+      even[s] = take_vector<Kind, A>(even[s], next.first);
+      odd[s] = take_vector<Kind, A>(odd[s], next.second);
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+    const T* const row = x + s * stride;
+    V total = join<Kind>(even[s], odd[s]);
+    int64_t done = i;
+    if (done + kSize <= n) {
+      total = take_vector<Kind, A>(total, load_vector(row + done));
+      done += kSize;
+    }
+    if (done < n) {
+      total = take_vector<Kind, A>(total, load_some(row + done, n - done, end));
+    }
+    out[s] = total;
+  }
+}
+
 constexpr int kParts = 4;        // a row leaves this many values
 constexpr int kRowsAtOnce = 16;  // are folded together
 
@@ -209,23 +234,46 @@ CHANPRUNE_INLINE void put_parts(Vector<A> values, A* parts) {
   }
 }
 
+template <NormKind Kind, typename A>
+CHANPRUNE_INLINE void fold_parts(const A* parts, A* values) {
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    const A* row = parts + r * kParts;
+    values[r] = join<Kind>(join<Kind>(row[0], row[2]), join<Kind>(row[1], row[3]));
+  }
+}
+
 // Reduces x: [rows, n], rows `stride` apart, to out: [rows]; n small enough for plain accumulators.
 template <NormKind Kind, typename T>
 CHANPRUNE_CLONES void reduce_rows(const T* x, int64_t stride, int64_t rows, int64_t n, const T* end,
                                   Accumulator<T>* __restrict out) {
   using A = Accumulator<T>;
-  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
-    A parts[kRowsAtOnce * kParts] = {};
+  constexpr int kSteps = kRowsAtOnce / kStreams;
+  const int64_t part = n < 4 * kVectorSize<A> ? 0 : rows / kStreams;  // rows of a stream
+  A parts[kRowsAtOnce * kParts] = {};
+  A values[kRowsAtOnce];
+  for (int64_t first = 0; first < part; first += kSteps) {
+    const int64_t count = part - first < kSteps ? part - first : kSteps;
+    for (int64_t r = 0; r < count; ++r) {
+      Vector<A> vectors[kStreams];
+      reduce_to_vectors<Kind>(x + (first + r) * stride, part * stride, n, end, vectors);
+      for (int s = 0; s < kStreams; ++s) {
+        put_parts<Kind, A>(vectors[s], parts + (r * kStreams + s) * kParts);
+      }
+    }
+    fold_parts<Kind>(parts, values);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int s = 0; s < kStreams; ++s) {
+        out[s * part + first + r] = values[r * kStreams + s];
+      }
+    }
+  }
+  for (int64_t first = kStreams * part; first < rows; first += kRowsAtOnce) {
     const int64_t count = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;
     for (int64_t r = 0; r < count; ++r) {
       put_parts<Kind, A>(reduce_to_vector<Kind>(x + (first + r) * stride, n, end),
                          parts + r * kParts);
     }
-    A values[kRowsAtOnce];
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      const A* row = parts + r * kParts;
-      values[r] = join<Kind>(join<Kind>(row[0], row[2]), join<Kind>(row[1], row[3]));
-    }
+    fold_parts<Kind>(parts, values);
     for (int64_t r = 0; r < count; ++r) {
       out[first + r] = values[r];
     }

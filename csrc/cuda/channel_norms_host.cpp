@@ -13,7 +13,7 @@
 namespace chanprune {
 namespace {
 
-constexpr ChannelNormLimits kLimits = {16384, 65536, kChannelNormUnitColumns, 128};
+constexpr ChannelNormLimits kLimits = {16384, 65536, kChannelNormUnitColumns, 128, 1};
 
 // Channels of the tasks that were split, a block's worth at a time.
 std::vector<ChannelNormUnit> joining_units(const ChannelNormPlan& plan) {
