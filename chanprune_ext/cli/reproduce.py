@@ -48,6 +48,9 @@ def reproduce(
     precision: Annotated[
         Precision, typer.Option(help="Arithmetic of the training.")
     ] = Precision.FP32,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Train through torch.compile.", show_default=False)
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Prunes a published network in several ways, without and with training, beside the article."""
@@ -63,7 +66,7 @@ def reproduce(
     count = calibration_images or (512 if small else 1000)
     if draws:
         found = (
-            cifar10_resnet56_set(weights, data, count)
+            cifar10_resnet56_set(weights, data, count, precision.value)
             if small
             else imagenet_mobilenetv2_set(
                 weights, data, test_data, class_file, count, precision.value
@@ -98,6 +101,7 @@ def reproduce(
             "recover_epochs": epochs,
             "calibration_images": count,
             "precision": precision.value,
+            "compiled": compile_,
             "seed": seed,
         }
         job = (

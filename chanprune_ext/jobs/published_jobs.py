@@ -60,6 +60,7 @@ def cifar10_resnet56_job(
     recover_epochs: int = 10,
     calibration_images: int = 512,
     precision: str = "fp32",
+    compiled: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Job:
@@ -78,6 +79,7 @@ def cifar10_resnet56_job(
         calibration_images: Unlabelled training images for elimination and compensation; as many
             blends of two of them are added.
         precision: Arithmetic of the training, as in :class:`chanprune_ext.recovery.Recipe`.
+        compiled: Run the networks through ``torch.compile`` in the training.
         seed: Seed of order, augmentation and calibration images.
         progress: Draw progress bars.
     """
@@ -90,6 +92,7 @@ def cifar10_resnet56_job(
         **(_ON_ALL if whole else _ON_FEW),
         "epochs": recover_epochs,
         "precision": precision,
+        "compile": compiled,
         "channels_last": True,  # a fifth less time on CPUs
         "seed": seed,
         "progress": progress,
@@ -125,6 +128,7 @@ def imagenet_mobilenetv2_job(
     recover_epochs: int = 10,
     calibration_images: int = 1000,
     precision: str = "fp32",
+    compiled: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Job:
@@ -141,6 +145,7 @@ def imagenet_mobilenetv2_job(
         recover_epochs: Epochs of fine-tuning and of distillation on all training images there.
         calibration_images: Unlabelled training images for everything before.
         precision: Arithmetic of the training, as in :class:`chanprune_ext.recovery.Recipe`.
+        compiled: Run the networks through ``torch.compile`` in the training.
         seed: Seed of order, augmentation and calibration images.
         progress: Draw progress bars.
     """
@@ -151,6 +156,7 @@ def imagenet_mobilenetv2_job(
         **_MOBILENETV2_DISTILLATION,
         "epochs": recover_epochs,
         "precision": precision,
+        "compile": compiled,
         "seed": seed,
         "progress": progress,
     }

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from ..compensation.outputs import DeviationMeter, forward, output_tensors
 from ..host_memory import freed_memory_kept
 from ..module_modes import evaluating
 from ..plan import plan_of
+from ..precision import in_software
 from .block_tuning import tune_block
 from .blocks import Block, find_blocks
 from .checks import check_options, check_parts
@@ -127,6 +129,9 @@ def reconstruct(
     kept = kept_of(pruned, made_by)
     made_by = cast("PruningPlan", made_by)  # kept_of() has raised otherwise
     device = check_networks(pruned, original, kept)
+    slow = in_software(device.type, amp)
+    if slow is not None:
+        warnings.warn(slow, UserWarning, stacklevel=2)
     items = read_batches(batches, original, device=device)
     ledger = Ledger()
     with _surroundings(pruned, original, device, seed):

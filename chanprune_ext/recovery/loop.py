@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..compensation.batch_norm import measured_batch_norms, reestimate
 from ..compensation.ledger import Ledger
 from ..errors import DataError, InvalidArgumentError, TrainingError
+from ..precision import AUTOCAST_DTYPES, in_software
 from .advice import folded_norms, out_of_memory, wait_hint
 from .checkpoints import read_checkpoint
 from .data_wait import DataWait
@@ -241,9 +242,14 @@ class TrainingLoop:
             raise RecoveryInterrupted(path, self.at.update, self.updates)
 
     def _warn(self) -> None:
-        told = None if self.recipe.freeze_batch_norm else folded_norms(self.student)
-        if told is not None and self.at.update == 0 and self.processes.first:
-            warnings.warn(told, UserWarning, stacklevel=4)
+        if self.at.update or not self.processes.first:
+            return
+        norms = None if self.recipe.freeze_batch_norm else folded_norms(self.student)
+        names = self.recipe.precision, self.recipe.teacher_precision or "fp32"
+        slow = in_software(self.device.type, *(AUTOCAST_DTYPES[name] for name in names))
+        for told in (norms, slow):
+            if told is not None:
+                warnings.warn(told, UserWarning, stacklevel=5)
 
     def _even_out(self) -> None:
         """Gives all processes the same running statistics, and whatever else is in buffers."""

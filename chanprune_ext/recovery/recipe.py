@@ -87,7 +87,8 @@ class Recipe:
             images reported on. Default: ``"last"``.
         precision (str): ``"fp32"``, or ``"bf16"`` for mixed precision: about twice as fast on
             hardware with bfloat16 arithmetic; or ``"fp16"``, with gradients scaled against
-            underflow, for hardware without. Default: ``"fp32"``.
+            underflow, for hardware without. A processor that would compute it in software, many
+            times slower than float32, brings a warning. Default: ``"fp32"``.
         teacher_precision (str, optional): likewise, of the teacher alone; a teacher whose weights
             are bfloat16 or float16 runs in that. Default: as the student.
         compile (bool): run the student through ``torch.compile``, the teacher too. Default: False.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -60,3 +60,39 @@ def test_views_of_images_are_parts_of_them_each_its_own() -> None:
     assert len({round(float(view.mean()), 6) for view in views}) > 1
     slopes = views[:, 0, :, 1:-1].diff(dim=-1).mean((1, 2)).abs()
     assert bool((slopes < 1.01 / 63).all())  # enlarged, never shrunk
+
+
+def test_shifted_images_move_by_an_eighth_at_most_and_some_are_mirrored() -> None:
+    dots = torch.zeros(64, 3, 32, 32)
+    dots[:, :, 10, 20] = 1.0  # column 20; mirrored 11
+    views = published._shifts(dots)
+    assert views.shape == dots.shape
+    at = views[:, 0].flatten(1).argmax(1)
+    rows, columns = at // 32, at % 32
+    assert bool((views.sum((1, 2, 3)) == 3).all())
+    assert int(rows.min()) >= 6
+    assert int(rows.max()) <= 14
+    assert set(rows.tolist()) > {8, 10, 12}
+    mirrored = columns < 16
+    assert 16 < int(mirrored.sum()) < 48
+    assert bool(((columns - torch.where(mirrored, 11, 20)).abs() <= 4).all())
+
+
+def test_blocks_are_tuned_on_all_images_of_a_small_set(
+    weights_and_images: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def tuned(
+        pruned: object, original: object, batches: list[torch.Tensor], **options: Any
+    ) -> None:
+        seen.append((pruned, original, sum(map(len, batches)), options["amp"]))
+
+    monkeypatch.setattr(published, "reconstruct", tuned)
+    weights, images = weights_and_images
+    found = published.cifar10_resnet56_set(weights, str(images), images=8, precision="bf16")
+    (further,) = next(trial for trial in found.trials if trial.name == "MACs x0.50").further
+    assert further.name == "blocks tuned on 40 images"
+    pruned = resnet56()
+    further.step(pruned, found.model, [])
+    assert seen == [(pruned, found.model, 80, torch.bfloat16)]  # as many blends
