@@ -50,11 +50,8 @@ def in_software(device_type: str, *dtypes: torch.dtype | None) -> str | None:
     slow = [dtype for dtype in dtypes if dtype is not None and not _has_instructions(dtype)]
     if not slow:
         return None
-    return (
-        f"this processor computes {str(slow[0]).removeprefix('torch.')} in software, which takes "
-        "many times longer than float32; use precision='fp32' (--precision fp32), amp=None in "
-        "reconstruct()"
-    )
+    name = str(slow[0]).removeprefix("torch.")
+    return f"this processor computes {name} in software, many times slower than float32"
 
 
 def _has_instructions(dtype: torch.dtype) -> bool:

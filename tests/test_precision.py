@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import chanprune_ext as cpx
 from chanprune_ext import precision
+from chanprune_ext.checkpoint import save
+from chanprune_ext.cli import app
 from chanprune_ext.cli.options import Precision
+from chanprune_ext.models import resnet20
 from chanprune_ext.precision import AUTOCAST_DTYPES, in_software
 from chanprune_ext.reconstruction import reconstruct
 from chanprune_ext.recovery import recover
@@ -79,3 +83,25 @@ def test_reconstruction_warns() -> None:
     with pytest.warns(UserWarning, match="float16 in software") as caught:
         reconstruct(pruned, original, images, epochs=1, amp=torch.float16, progress=False)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.usefixtures("nothing_in_hardware")
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_command_line_warns_in_a_line(debug: bool, tmp_path: Path) -> None:
+    save(resnet20(in_channels=1, width=4), tmp_path / "network.safetensors")
+    network = ("--model-arg", "in_channels=1", "--model-arg", "width=4", "--data", "digits")
+    files = ("--weights", tmp_path / "network.safetensors", "--out", tmp_path / "out.safetensors")
+    run = ("--epochs", "1", "--batch-size", "1024", "--precision", "bf16")
+    before = warnings.showwarning
+    command = ("recover", "resnet20", *network, *files, *run)
+    if debug:
+        with pytest.warns(UserWarning, match="in software"):
+            result = CliRunner().invoke(app, ["--debug", *map(str, command)])
+    else:
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        line = next(line for line in result.stderr.splitlines() if "in software" in line)
+        assert line.startswith("warning: this processor computes bfloat16 in software")
+        assert line.endswith("use precision='fp32' (--precision fp32)")
+        assert "recover.py" not in result.stderr
+    assert result.exit_code == 0, result.output
+    assert warnings.showwarning is before

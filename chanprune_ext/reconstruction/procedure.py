@@ -131,7 +131,7 @@ def reconstruct(
     device = check_networks(pruned, original, kept)
     slow = in_software(device.type, amp)
     if slow is not None:
-        warnings.warn(slow, UserWarning, stacklevel=2)
+        warnings.warn(f"{slow}; leave amp out", UserWarning, stacklevel=2)
     items = read_batches(batches, original, device=device)
     ledger = Ledger()
     with _surroundings(pruned, original, device, seed):

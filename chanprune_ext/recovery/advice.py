@@ -8,6 +8,7 @@ import torch
 
 from ..compensation.batch_norm import measured_batch_norms
 from ..compensation.batches import sample_count
+from ..precision import AUTOCAST_DTYPES, in_software
 from .outputs import inputs_and_labels
 from .processes import launched_processes
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .result import EpochRecord
 
-__all__ = ["folded_norms", "out_of_memory", "wait_hint"]
+__all__ = ["folded_norms", "out_of_memory", "slow_precision", "wait_hint"]
 
 WAIT_SHARE = 0.2  # of an epoch spent waiting for data, worth a word ...
 WAIT_SECONDS = 10.0  # ... where the epoch is long enough for that to mean anything
@@ -65,6 +66,18 @@ def folded_norms(student: nn.Module) -> str | None:
         "training with the statistics of batches changes what the network computes. Use "
         "freeze_batch_norm=True (--freeze-batch-norm)"
     )
+
+
+def slow_precision(device: torch.device, recipe: Recipe) -> str | None:
+    """A sentence where the device has no arithmetic for the precision asked for; otherwise None.
+
+    Args:
+        device (torch.device): where student and teacher run.
+        recipe (Recipe): settings of the run.
+    """
+    names = recipe.precision, recipe.teacher_precision or "fp32"
+    slow = in_software(device.type, *(AUTOCAST_DTYPES[name] for name in names))
+    return None if slow is None else f"{slow}; use precision='fp32' (--precision fp32)"
 
 
 def out_of_memory(error: BaseException, batch: Any, update: int, recipe: Recipe) -> str:

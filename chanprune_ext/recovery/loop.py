@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..compensation.batch_norm import measured_batch_norms, reestimate
 from ..compensation.ledger import Ledger
 from ..errors import DataError, InvalidArgumentError, TrainingError
-from ..precision import AUTOCAST_DTYPES, in_software
-from .advice import folded_norms, out_of_memory, wait_hint
+from .advice import folded_norms, out_of_memory, slow_precision, wait_hint
 from .checkpoints import read_checkpoint
 from .data_wait import DataWait
 from .ema import WeightAverage
@@ -245,9 +244,7 @@ class TrainingLoop:
         if self.at.update or not self.processes.first:
             return
         norms = None if self.recipe.freeze_batch_norm else folded_norms(self.student)
-        names = self.recipe.precision, self.recipe.teacher_precision or "fp32"
-        slow = in_software(self.device.type, *(AUTOCAST_DTYPES[name] for name in names))
-        for told in (norms, slow):
+        for told in (norms, slow_precision(self.device, self.recipe)):
             if told is not None:
                 warnings.warn(told, UserWarning, stacklevel=5)
 
