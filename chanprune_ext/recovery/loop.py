@@ -241,11 +241,10 @@ class TrainingLoop:
             raise RecoveryInterrupted(path, self.at.update, self.updates)
 
     def _warn(self) -> None:
-        if self.at.update or not self.processes.first:
-            return
+        # All processes ask, for looking at divided weights takes all of them; the first one tells.
         norms = None if self.recipe.freeze_batch_norm else folded_norms(self.student)
         for told in (norms, slow_precision(self.device, self.recipe)):
-            if told is not None:
+            if told is not None and self.at.update == 0 and self.processes.first:
                 warnings.warn(told, UserWarning, stacklevel=5)
 
     def _even_out(self) -> None:
