@@ -254,8 +254,7 @@ def imagenet_mobilenetv2_set(
 
 def _mild_crops(batch: Tensor) -> Tensor:
     """Another view of every image of a batch, square ones, in the shape that it has."""
-    view = training_transform(batch.shape[-1], MILD_CROPS)
-    return torch.stack([view(image) for image in batch])
+    return _each(training_transform(batch.shape[-1], MILD_CROPS), batch)
 
 
 def _shifts(batch: Tensor) -> Tensor:
@@ -263,7 +262,13 @@ def _shifts(batch: Tensor) -> Tensor:
     from torchvision.transforms import v2
 
     size = batch.shape[-1]
-    view = v2.Compose([v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()])
+    return _each(
+        v2.Compose([v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]), batch
+    )
+
+
+def _each(view: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """A batch of views, every one with random numbers of its own."""
     return torch.stack([view(image) for image in batch])
 
 

@@ -140,6 +140,23 @@ CHANPRUNE_INLINE Vector<Accumulator<T>> load_some(const T* x, int64_t n, const T
   return load_vector(values);
 }
 
+// Takes in what is left of a row: x: [n], fewer than two vectors.
+template <NormKind Kind, typename T>
+CHANPRUNE_INLINE Vector<Accumulator<T>> take_rest(Vector<Accumulator<T>> total, const T* x,
+                                                  int64_t n, const T* end) {
+  using A = Accumulator<T>;
+  constexpr int kSize = kVectorSize<A>;
+  if (n >= kSize) {
+    total = take_vector<Kind, A>(total, load_vector(x));
+    x += kSize;
+    n -= kSize;
+  }
+  if (n > 0) {
+    total = take_vector<Kind, A>(total, load_some(x, n, end));
+  }
+  return total;
+}
+
 // Reduces x: [n] to one vector; n small enough for plain accumulators.
 template <NormKind Kind, typename T>
 CHANPRUNE_INLINE Vector<Accumulator<T>> reduce_to_vector(const T* x, int64_t n, const T* end) {
@@ -168,14 +185,7 @@ CHANPRUNE_INLINE Vector<Accumulator<T>> reduce_to_vector(const T* x, int64_t n, 
     i += 2 * kSize;
   }
   a = join<Kind>(a, b);
-  if (i + kSize <= n) {
-    a = take_vector<Kind, A>(a, load_vector(x + i));
-    i += kSize;
-  }
-  if (i < n) {
-    a = take_vector<Kind, A>(a, load_some(x + i, n - i, end));
-  }
-  return a;
+  return take_rest<Kind>(a, x + i, n - i, end);
 }
 
 // Rows that are read at the same time, far from one another. A core fetches one stretch of memory
@@ -203,17 +213,7 @@ CHANPRUNE_INLINE void reduce_to_vectors(const T* x, int64_t stride, int64_t n, c
   }
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; ++s) {
-    const T* const row = x + s * stride;
-    V total = join<Kind>(even[s], odd[s]);
-    int64_t done = i;
-    if (done + kSize <= n) {
-      total = take_vector<Kind, A>(total, load_vector(row + done));
-      done += kSize;
-    }
-    if (done < n) {
-      total = take_vector<Kind, A>(total, load_some(row + done, n - done, end));
-    }
-    out[s] = total;
+    out[s] = take_rest<Kind>(join<Kind>(even[s], odd[s]), x + s * stride + i, n - i, end);
   }
 }
 
