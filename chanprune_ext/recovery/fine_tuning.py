@@ -150,8 +150,8 @@ def train_in_place(
 ) -> RecoveryResult:
     """:func:`recover` with a complete recipe, and perhaps a penalty on the student's weights.
 
-    ``penalty``, ``checkpoints``, ``log_dir`` and ``task`` are as for :class:`TrainingLoop`, the
-    rest as for :func:`recover`.
+    ``penalty``, ``checkpoints``, ``log_dir`` and ``task`` are as for :class:`.run.Run`, the rest
+    as for :func:`recover`.
     """
     for name, used in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
         if used and val is None:

@@ -1,4 +1,4 @@
-"""Everything a recovery run needs to go on elsewhere, taken out of a training loop and put back."""
+"""All that a recovery run needs to go on elsewhere: taken out of the run, and put back into it."""
 
 from __future__ import annotations
 
@@ -24,95 +24,95 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .checkpoints import Checkpoint
-    from .loop import TrainingLoop
+    from .run import Run
 
 __all__ = ["captured", "put_back"]
 
 _WITHOUT_EFFECT = ("workers", "compile", "format", "shard")  # on what is computed
 
 
-def captured(loop: TrainingLoop) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def captured(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a run under names of their own, and all the rest as plain values.
 
     Random states are those of all processes, all else is the same in each of them.
     """
-    weights = named_tensors(loop.student)
-    if not loop.recipe.shard:
+    weights = named_tensors(run.student)
+    if not run.recipe.shard:
         weights, _ = without_duplicates(weights)
     parts: dict[str, Mapping[str, Tensor]] = {"student": weights}
-    if loop.average is not None:
-        parts["average"] = loop.average.state
-    if loop.best is not None:
-        parts["best"] = loop.best[2]
-    if loop.recipe.shard:
-        divided = dict(loop.student.named_parameters())
+    if run.average is not None:
+        parts["average"] = run.average.state
+    if run.best is not None:
+        parts["best"] = run.best[2]
+    if run.recipe.shard:
+        divided = dict(run.student.named_parameters())
         for part, own_slices in parts.items():
-            parts[part] = gathered_on_first(own_slices, divided, loop.processes)
-    own = {**loop.pass_.moments, "now": loop.pass_.random_now()}
-    for index, moments in enumerate(loop.processes.gathered(own)):
+            parts[part] = gathered_on_first(own_slices, divided, run.processes)
+    own = {**run.pass_.moments, "now": run.pass_.random_now()}
+    for index, moments in enumerate(run.processes.gathered(own)):
         parts |= {f"{_random(index)}{moment}": state for moment, state in moments.items()}
     plain: dict[str, dict[str, Any]] = {}
-    for index, values in loop.optimizer.state_dict()["state"].items():
+    for index, values in run.optimizer.state_dict()["state"].items():
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         parts[f"optimizer.{index}"] = tensors
-        if loop.recipe.shard:
+        if run.recipe.shard:
             like = {k: v for k, v in tensors.items() if hasattr(v, "full_tensor")}
             slices = {k: own_slice(v) for k, v in tensors.items()}
-            parts[f"optimizer.{index}"] = gathered_on_first(slices, like, loop.processes)
+            parts[f"optimizer.{index}"] = gathered_on_first(slices, like, run.processes)
         plain[str(index)] = {k: v for k, v in values.items() if k not in tensors}
     state = {
-        "run": identity(loop),
-        "position": asdict(loop.at),
-        "before": _optional(loop.before),
-        "history": [asdict(record) for record in loop.history],
+        "run": identity(run),
+        "position": asdict(run.at),
+        "before": _optional(run.before),
+        "history": [asdict(record) for record in run.history],
         "optimizer": plain,
-        "average_updates": None if loop.average is None else loop.average.updates,
-        "best": None if loop.best is None else loop.best[:2],
-        "scaler": None if loop.accelerator.scaler is None else loop.accelerator.scaler.state_dict(),
+        "average_updates": None if run.average is None else run.average.updates,
+        "best": None if run.best is None else run.best[:2],
+        "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
     }
     named = {f"{part}/{name}": t for part, some in parts.items() for name, t in some.items()}
     return named, state
 
 
-def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
-    """Brings a new loop to where the one of the checkpoint was.
+def put_back(run: Run, checkpoint: Checkpoint) -> None:
+    """Brings a new run to where the one of the checkpoint was.
 
     Raises:
         CheckpointError: it is of another run; the message names the first difference.
     """
-    state, ours = checkpoint.state, identity(loop)
+    state, ours = checkpoint.state, identity(run)
     regrouped = ours["processes"] != state["run"]["processes"]
     check_same(checkpoint, ours, regrouped)
-    position = regrouped_position(checkpoint, ours, loop) if regrouped else state["position"]
+    position = regrouped_position(checkpoint, ours, run) if regrouped else state["position"]
     parts: dict[str, dict[str, Tensor]] = {}
     for path, tensor in checkpoint.tensors.items():
         part, _, name = path.partition("/")
         parts.setdefault(part, {})[name] = tensor
-    if loop.recipe.shard:
-        _divide(loop, parts)
-    _fill(named_tensors(loop.student), parts["student"])
+    if run.recipe.shard:
+        _divide(run, parts)
+    _fill(named_tensors(run.student), parts["student"])
     entries: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["optimizer"].items()}
     for index, values in entries.items():
         values.update(parts.get(f"optimizer.{index}", {}))
-    whole = loop.optimizer.state_dict()
-    loop.optimizer.load_state_dict({**whole, "state": entries})
+    whole = run.optimizer.state_dict()
+    run.optimizer.load_state_dict({**whole, "state": entries})
     if state["average_updates"] is None:
-        loop.average = None
-    elif loop.average is not None:
-        loop.average.updates = state["average_updates"]
-        _fill(loop.average.state, parts["average"])
+        run.average = None
+    elif run.average is not None:
+        run.average.updates = state["average_updates"]
+        _fill(run.average.state, parts["average"])
     if state["best"] is not None:
-        weights = {k: v.to(loop.device) for k, v in parts.get("best", {}).items()}
-        loop.best = (*state["best"], weights)
-    if loop.accelerator.scaler is not None and state["scaler"] is not None:
-        loop.accelerator.scaler.load_state_dict(state["scaler"])
-    loop.before = _evaluation(state["before"])
-    loop.history = [
+        weights = {k: v.to(run.device) for k, v in parts.get("best", {}).items()}
+        run.best = (*state["best"], weights)
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.before = _evaluation(state["before"])
+    run.history = [
         EpochRecord(**{**record, "val": _evaluation(record["val"])}) for record in state["history"]
     ]
     for name, value in position.items():
-        setattr(loop.at, name, value)
-    mine = _random(loop.processes.index)
+        setattr(run.at, name, value)
+    mine = _random(run.processes.index)
     known = any(part.startswith(mine) for part in parts)
     prefix = mine if known else _random(0)
     moments = {
@@ -122,22 +122,22 @@ def put_back(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     }
     if not known:  # a process more than there were: what it draws shall be its own
         moments["now"] = {**moments["now"], "torch": torch.get_rng_state()}
-    loop.pass_.put_back(moments)
+    run.pass_.put_back(moments)
 
 
-def _divide(loop: TrainingLoop, parts: dict[str, dict[str, Tensor]]) -> None:
+def _divide(run: Run, parts: dict[str, dict[str, Tensor]]) -> None:
     """Takes what is this process's out of whole tensors, in place."""
-    named: dict[str, Any] = dict(loop.student.named_parameters())
+    named: dict[str, Any] = dict(run.student.named_parameters())
     for part in ("student", "average", "best"):
         for name, whole in parts.get(part, {}).items():
             own = own_part(whole, named[name]) if name in named else whole
-            parts[part][name] = own.to(loop.device, copy=True)
-    trained = [p for group in loop.optimizer.param_groups for p in group["params"]]
+            parts[part][name] = own.to(run.device, copy=True)
+    trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     for index, parameter in enumerate(trained):
         values = parts.get(f"optimizer.{index}", {})
         for name, whole in values.items():
             if whole.shape == parameter.shape:  # others are counters
-                own = own_part(whole, parameter).to(loop.device, copy=True)
+                own = own_part(whole, parameter).to(run.device, copy=True)
                 values[name] = divided_like(parameter, own)
             else:
                 values[name] = whole.clone()
@@ -148,31 +148,31 @@ def _random(index: int) -> str:
     return f"random{index or ''}."
 
 
-def identity(loop: TrainingLoop) -> dict[str, dict[str, Any]]:
+def identity(run: Run) -> dict[str, dict[str, Any]]:
     """What two runs must agree on for one to go on with a checkpoint of the other."""
-    student = plain_module(loop.student)
-    recipe = {k: v for k, v in loop.recipe.to_dict().items() if k not in _WITHOUT_EFFECT}
+    student = plain_module(run.student)
+    recipe = {k: v for k, v in run.recipe.to_dict().items() if k not in _WITHOUT_EFFECT}
     kept = composed_kept(plans_of(student))
     return {
         "student": {
             name: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-            for name, tensor in [*loop.student.named_parameters(), *loop.student.named_buffers()]
+            for name, tensor in [*run.student.named_parameters(), *run.student.named_buffers()]
         },
         "plan": {
             f"{entry}, dim {dim}": f"kept {len(index)}, checksum {_checksum(index)}"
             for entry, dims in kept.items()
             for dim, index in dims.items()
         },
-        "teacher": {"class": _class_of(loop.whole[1])},
-        "task": loop.task,
+        "teacher": {"class": _class_of(run.whole[1])},
+        "task": run.task,
         "recipe": recipe,
         "train": {
-            "batches an epoch": len(loop.loader),
-            "images": _length(getattr(loop.source, "dataset", None)),
-            "images a batch": images_a_batch(loop.source),
+            "batches an epoch": len(run.loader),
+            "images": _length(getattr(run.source, "dataset", None)),
+            "images a batch": images_a_batch(run.source),
         },
-        "val": {"length": _length(loop.val)},
-        "processes": {"number": loop.accelerator.num_processes},
+        "val": {"length": _length(run.val)},
+        "processes": {"number": run.accelerator.num_processes},
     }
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .checkpoints import Checkpoint
-    from .loop import TrainingLoop
+    from .run import Run
 
 __all__ = ["check_same", "regrouped_position"]
 
@@ -57,9 +57,7 @@ def check_same(checkpoint: Checkpoint, ours: Mapping[str, Any], regrouped: bool)
                 )
 
 
-def regrouped_position(
-    checkpoint: Checkpoint, ours: Mapping[str, Any], loop: TrainingLoop
-) -> dict[str, Any]:
+def regrouped_position(checkpoint: Checkpoint, ours: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """The place of a checkpoint in a run of other processes: after as many images.
 
     The order of the images is the same for any number of processes, and all together take them one
@@ -75,25 +73,25 @@ def regrouped_position(
     theirs = state["run"]
     before, now = _images_at_once(theirs), _images_at_once(ours)
     processes = theirs["processes"]["number"]
-    steps = loop.recipe.gradient_accumulation_steps
+    steps = run.recipe.gradient_accumulation_steps
     if position["batches"]:
         if before is None or now is None:
             raise CheckpointError(
                 f"{checkpoint.path}: was written in the middle of an epoch by {processes} "
-                f"processes, there are {loop.processes.number} now, and the data do not say how "
+                f"processes, there are {run.processes.number} now, and the data do not say how "
                 f"many images a batch has; go on with {processes} processes, or from a checkpoint "
                 "that was written at the end of an epoch"
             )
         if position["batches"] == theirs["train"]["batches an epoch"]:
-            batches = loop.steps
+            batches = run.steps
         else:
             batches = position["batches"] * before // now
-            batches = min(batches - batches % steps, loop.steps)
+            batches = min(batches - batches % steps, run.steps)
         position["batches"] = batches
-    position["update"] = (position["epoch"] - 1) * loop.updates_an_epoch + math.ceil(
+    position["update"] = (position["epoch"] - 1) * run.updates_an_epoch + math.ceil(
         position["batches"] / steps
     )
-    if loop.processes.first:
+    if run.processes.first:
         accumulated = theirs["recipe"].get("gradient_accumulation_steps", 1)
         sees = "an update sees as many images as before"
         if before is None or now is None or before * accumulated != now * steps:
@@ -104,7 +102,7 @@ def regrouped_position(
             )
         warnings.warn(
             f"{checkpoint.path}: was written by {processes} processes, there are "
-            f"{loop.processes.number} now; going on in epoch {position['epoch']} after as many "
+            f"{run.processes.number} now; going on in epoch {position['epoch']} after as many "
             f"images, {sees}",
             UserWarning,
             2,
