@@ -64,15 +64,16 @@ def plan(
         scope: ``"local"`` removes the ratio from each group; ``"global"`` ranks all channels
             together, scores divided by their group's mean.
         ratios: Glob on the names of the modules that make a group's channels -> ratio; a later
-            glob overrides an earlier one.
+            glob overrides an earlier one. Beside a budget these groups lose just that, and the
+            others what the budget still asks for.
         threshold: Remove every channel whose score is below this, instead of a ratio.
         budget: Meet a budget on MACs, parameters, measured latency and/or file size with one
             common ratio (or, with ``scope="global"``, one common threshold), instead of a ratio.
             What was reached is in the plan's ``options["reached"]``; for latency see
             :func:`chanprune_ext.measured_budget.plan_within`.
 
-            Only one of ``ratio`` and ``ratios``, ``threshold``, and ``budget`` may be given;
-            ``ignore`` and ``max_ratio`` go with each of them.
+            Only one of ``ratio``, ``threshold`` and ``budget`` may be given; ``ignore`` and
+            ``max_ratio`` go with each of them, ``ratios`` with ``ratio`` and ``budget``.
         round_to: Make kept widths multiples of this where a group is wide enough.
         ignore: Globs on the names of modules whose channels must all stay.
         kinds: Prune only groups of these kinds: ``"heads"`` (whole attention heads), ``"head_dim"``
@@ -175,7 +176,8 @@ def _check_alternatives(
 ) -> None:
     """A threshold or a budget decides how much goes: a ratio beside it would be void."""
     decides = "threshold" if threshold is not None else "budget" if budget is not None else ""
-    given = "ratios" if ratios else "ratio" if ratio is not None else ""
+    named = "ratios" if ratios and threshold is not None else ""
+    given = "ratio" if ratio is not None else named
     if decides and given:
         raise InvalidArgumentError(
             f"give either {given} or {decides}, not both: {decides} alone decides how many "

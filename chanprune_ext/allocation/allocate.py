@@ -20,6 +20,7 @@ from .selection import (
     Goal,
     active_groups,
     group_ratios,
+    is_named,
     why_nothing,
 )
 
@@ -65,7 +66,8 @@ def allocate(
     if not active:
         raise NothingToPruneError(why_nothing(analysis, selection, held))
     if selection.budget is not None:
-        return _meet_budget(analysis, scores, selection, active, parameter_names)
+        fixed = {g.index: g.units * (1 - ratios[g.index]) for g in active if is_named(g, selection)}
+        return _meet_budget(analysis, scores, selection, active, parameter_names, fixed)
     if selection.threshold is not None:
         wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
         wanted = {i: max(w, _floor(analysis.groups[i], selection)) for i, w in wanted.items()}
@@ -157,20 +159,27 @@ def _meet_budget(
     selection: Selection,
     active: Sequence[CouplingGroup],
     parameter_names: Sequence[str],
+    fixed: Mapping[int, float],
 ) -> dict[int, np.ndarray]:
     """The smallest common ratio whose plan fits the budget, found by bisection.
 
-    Where whole channels make that coarse, some groups take the next smaller ratio.
+    Where whole channels make that coarse, some groups take the next smaller ratio. Groups in
+    ``fixed`` keep as many units as stands there.
     """
     goals = _goals(analysis, selection, parameter_names)
+    free = [g for g in active if g.index not in fixed]
 
     savings: dict[int, float] | None = None
 
     def counts(ratio: float) -> dict[int, float]:
         if selection.scope == "global":
             trial = replace(selection, ratio=ratio, ratios={}, threshold=None, budget=None)
-            return _global_counts(active, scores, trial, {g.index: ratio for g in active}, savings)
-        return {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in active}
+            ratios = {g.index: ratio for g in free}
+            return {**_global_counts(free, scores, trial, ratios, savings), **fixed}
+        return {
+            **{g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in free},
+            **fixed,
+        }
 
     def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
         removed = _select(analysis, scores, active, wanted, selection.round_to)
@@ -188,7 +197,8 @@ def _meet_budget(
         )
         raise BudgetError(
             f"budget cannot be met: with at most {selection.max_ratio:.0%} of each group removed "
-            f"the model keeps {kept}; raise max_ratio or ask for less"
+            f"{'that ratios does not name ' if fixed else ''}the model keeps {kept}; raise "
+            f"{'ratios or ' if fixed else ''}max_ratio or ask for less"
         )
     # Losses count per saving, and what a unit saves depends on how many others have gone.
     per_saving = selection.scope == "global" and selection.normalise == "none"

@@ -28,6 +28,7 @@ __all__ = [
     "Selection",
     "active_groups",
     "group_ratios",
+    "is_named",
     "why_nothing",
 ]
 
@@ -198,6 +199,11 @@ def group_ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
     return ratios
 
 
+def is_named(group: CouplingGroup, selection: Selection) -> bool:
+    """Whether ``ratios`` says how much of the group goes, whatever else is asked for."""
+    return any(_matches(group.producers, glob) for glob in selection.ratios)
+
+
 def _module(entry: str) -> str:
     return entry.rpartition(".")[0] or entry
 
@@ -221,11 +227,7 @@ def active_groups(
         if (g.units > 1 or _is_part_everywhere(analysis, g))
         and g.index not in held
         and not any(_matches(g.producers, glob) for glob in selection.ignore)
-        and (
-            selection.kinds is None
-            or g.kind in selection.kinds
-            or any(_matches(g.producers, glob) for glob in selection.ratios)
-        )
+        and (selection.kinds is None or g.kind in selection.kinds or is_named(g, selection))
         and (selection.budget is not None or selection.threshold is not None or ratios[g.index] > 0)
     ]
     chosen: dict[int, CouplingGroup] = {}

@@ -66,7 +66,7 @@ def prune(
         typer.Option(
             metavar="GLOB=RATIO",
             help="Ratio of the groups that a module name matching GLOB produces; may be repeated. "
-            "Other groups get --ratio, here 0 by default.",
+            "Other groups get --ratio, here 0 by default, or what a budget still asks for.",
             show_default=False,
         ),
     ] = None,
@@ -145,7 +145,7 @@ def prune(
     made = plan(
         network,
         torch.zeros(shape, device=place),
-        0.0 if ratios and ratio is None else ratio,
+        0.0 if ratios and ratio is None and budget is None else ratio,
         ratios=parse_ratios(ratios or ()),
         criterion=criterion.value,
         scope=scope.value,

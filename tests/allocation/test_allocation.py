@@ -16,7 +16,7 @@ import chanprune_ext as cpx
 from chanprune_ext.allocation.links import solve_linked_counts
 from chanprune_ext.analysis import analyse
 from chanprune_ext.criteria import magnitude
-from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
+from chanprune_ext.errors import BudgetError, InvalidArgumentError, NothingToPruneError
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -369,9 +369,14 @@ def test_any_scores_give_a_network_that_works(name: str, seed: int) -> None:
     assert all(len(i) for dims in plan.kept.values() for i in dims.values())
 
 
-@pytest.mark.parametrize("given", [{"ratio": 0.3}, {"ratio": 0.0}, {"ratios": {"convs.1": 0.0}}])
 @pytest.mark.parametrize(
-    "decides", [{"budget": cpx.Budget(macs=0.5)}, {"threshold": 0.1}], ids=["budget", "threshold"]
+    ("given", "decides"),
+    [
+        ({"ratio": 0.3}, {"budget": cpx.Budget(macs=0.5)}),
+        ({"ratio": 0.0}, {"budget": cpx.Budget(macs=0.5)}),
+        ({"ratio": 0.3}, {"threshold": 0.1}),
+        ({"ratios": {"convs.1": 0.0}}, {"threshold": 0.1}),
+    ],
 )
 def test_a_ratio_beside_a_budget_or_threshold_is_refused(
     given: dict[str, object], decides: dict[str, object]
@@ -380,6 +385,36 @@ def test_a_ratio_beside_a_budget_or_threshold_is_refused(
     message = f"give either {next(iter(given))} or {next(iter(decides))}, not both"
     with pytest.raises(InvalidArgumentError, match=message):
         cpx.plan(chain(8, 8), IMAGES, **given, **decides)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.95])
+def test_groups_with_a_ratio_keep_it_and_the_others_meet_the_budget(
+    scope: str, ratio: float
+) -> None:
+    """Also a ratio above ``max_ratio``: it was asked for by name."""
+    budget, ratios = cpx.Budget(params=0.3), {"convs.1": ratio}
+    plan = cpx.plan(chain(*[40] * 5), IMAGES, budget=budget, ratios=ratios, scope=scope)
+    widths = {g.name: g.width_after for g in plan.groups}
+    assert widths["convs.1"] == round(40 * (1 - ratio))
+    assert 0.28 * plan.params_before < plan.params_after <= 0.3 * plan.params_before
+
+
+def test_a_budget_that_the_ratios_rule_out_says_so() -> None:
+    with pytest.raises(BudgetError, match=r"that ratios does not name .*; raise ratios or max_rat"):
+        cpx.plan(chain(8, 8), IMAGES, budget=cpx.Budget(params=0.1), ratios={"convs.*": 0.25})
+
+
+def test_ratios_go_with_a_budget_for_a_kind_that_is_not_theirs() -> None:
+    """As without a budget: a group named by a glob is pruned whatever its kind."""
+    plan = cpx.plan(
+        chain(8, 8),
+        IMAGES,
+        budget=cpx.Budget(params=0.9),
+        kinds="residual",
+        ratios={"convs.1": 0.5},
+    )
+    assert {g.name: g.width_after for g in plan.groups} == {"convs.0": 8, "convs.1": 4}
 
 
 def test_an_empty_mapping_of_ratios_goes_with_a_budget() -> None:
