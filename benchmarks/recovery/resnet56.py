@@ -10,7 +10,8 @@ on the others and measures on those held back: top-1, agreement with the unprune
 divergence from it. It measures also on images that the unpruned network was not trained on either,
 every third JPEG test image that is none of the test images of ``final``. ``final`` trains chosen
 recipes on all training images and reports the last epoch on the test images. The recipe ``none``
-leaves the compensated network as it is. One JSON line a run goes to ``<out>/<command>.jsonl``; runs
+leaves the compensated network as it is, ``blocks`` and ``blocks-blends`` tune one block after the
+other in place of training. One JSON line a run goes to ``<out>/<command>.jsonl``; runs
 already there are not repeated.
 
 ``--transfer`` adds the 50,000 JPEG training images, whose labels are not used.
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 import chanprune_ext as cpx
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.data import TensorImages, calibration_batches, make_loader, open_dataset
-from chanprune_ext.jobs.published import inner_channels_within
+from chanprune_ext.jobs.published import inner_channels_within, tune_blocks_on_small_images
 from chanprune_ext.models import resnet56
 from chanprune_ext.recovery import evaluate, recover
 
@@ -40,8 +41,11 @@ KD: dict[str, float] = {"kd": 1.0}
 FROZEN: dict[str, Any] = {"losses": KD, "freeze_batch_norm": True}
 MIXED: dict[str, Any] = {"mixup": 1.0, "cutmix": 1.0}
 NOTHING = "none"  # the recipe that leaves the compensated network as it is
+# Recipes that tune one block after the other, on the images alone or on their blends too.
+BLOCKS = {"blocks": {"mixed": False}, "blocks-blends": {"mixed": True}}
 RECIPES: dict[str, dict[str, Any]] = {
     NOTHING: {},
+    **BLOCKS,
     "kd-mix-ema": {"losses": KD, **MIXED, "ema_decay": 0.98},
     "frozen": {**FROZEN, "lr": 0.001},
     "frozen-t1": {**FROZEN, "lr": 0.001, "temperature": 1.0},
@@ -170,7 +174,8 @@ def main() -> None:
         start_top1 = evaluate(start, judged).top1
         for name in args.recipes:
             usual = {"epochs": args.epochs, "channels_last": True, "seed": seed}
-            settings = {} if name == NOTHING else {**usual, **RECIPES[name], **args.settings}
+            trained = name != NOTHING and name not in BLOCKS
+            settings = {**usual, **RECIPES[name], **args.settings} if trained else RECIPES[name]
             key = {
                 "recipe": name,
                 "settings": settings,
@@ -181,7 +186,10 @@ def main() -> None:
             if any({k: d.get(k) for k in key} == key for d in done):
                 continue
             student, training, begun = copy.deepcopy(start), {}, time.process_time()
-            if name != NOTHING:
+            if name in BLOCKS:
+                tune_blocks_on_small_images(student, teacher, train, len(train), **settings)
+                training = {"cpu_seconds": round(time.process_time() - begun, 1)}
+            elif trained:
                 data = copy.copy(train)
                 if isinstance(transfer, TensorImages):
                     data = with_transfer(data, transfer)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.criteria import Criterion
     from chanprune_ext.data import ImageDataset
+    from chanprune_ext.reconstruction import ReconstructionReport
     from chanprune_ext.report import Reference
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "imagenet_mobilenetv2_set",
     "inner_channels_within",
     "trained_mobilenet_v2",
+    "tune_blocks_on_small_images",
 ]
 
 MILD_CROPS = Augmentation(scale=(0.35, 1.0))
@@ -97,9 +99,7 @@ def cifar10_resnet56_set(
     tuned_on = min(len(train), _MOST_TUNED_ON)
 
     def tune_blocks(pruned: nn.Module, original: nn.Module, _: list[Tensor]) -> None:
-        batches = calibration_batches(train, tuned_on, mixed=True)
-        amp = AUTOCAST_DTYPES[precision]
-        reconstruct(pruned, original, batches, augment=_shifts, amp=amp, **_SMALL_BLOCK_TUNING)
+        tune_blocks_on_small_images(pruned, original, train, tuned_on, precision=precision)
 
     return TrialSet(
         title="ResNet-56 on CIFAR-10",
@@ -138,6 +138,30 @@ def cifar10_resnet56_set(
         calibration=lambda seed: calibration_batches(train, images, seed=seed, mixed=True),
         references=RESNET56_CIFAR10,
     )
+
+
+def tune_blocks_on_small_images(
+    pruned: nn.Module,
+    original: nn.Module,
+    train: ImageDataset,
+    images: int,
+    *,
+    mixed: bool = True,
+    precision: str = "fp32",
+) -> ReconstructionReport:
+    """Goes on from a compensated ResNet-56: its blocks by gradient, then its end.
+
+    Args:
+        pruned: The compensated network; changed in place.
+        original: The network it was made from.
+        train: Where to draw unlabelled images from.
+        images: How many.
+        mixed: Tune on as many blends of two of them besides.
+        precision: Arithmetic of gradient steps, as in :class:`chanprune_ext.recovery.Recipe`.
+    """
+    batches = calibration_batches(train, images, mixed=mixed)
+    amp = AUTOCAST_DTYPES[precision]
+    return reconstruct(pruned, original, batches, augment=_shifts, amp=amp, **_SMALL_BLOCK_TUNING)
 
 
 class ImageNetImages:
