@@ -7,7 +7,6 @@ solved together as a small integer program.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,16 +64,18 @@ def allocate(
     active = active_groups(analysis, selection, held, ratios)
     if not active:
         raise NothingToPruneError(why_nothing(analysis, selection, held))
+    by_ratio = {g.index: g.units * (1 - ratios[g.index]) for g in active}
     if selection.budget is not None:
-        fixed = {g.index: g.units * (1 - ratios[g.index]) for g in active if is_named(g, selection)}
+        fixed = {g.index: by_ratio[g.index] for g in active if is_named(g, selection)}
         return _meet_budget(analysis, scores, selection, active, parameter_names, fixed)
     if selection.threshold is not None:
         wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
         wanted = {i: max(w, _floor(analysis.groups[i], selection)) for i, w in wanted.items()}
     elif selection.scope == "global":
-        wanted = _global_counts(active, scores, selection, ratios)
+        pool = [g for g in active if ratios[g.index] == selection.ratio]
+        wanted = {**by_ratio, **_global_counts(pool, scores, selection, selection.ratio)}
     else:
-        wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active}
+        wanted = by_ratio
     return _select(analysis, scores, active, wanted, selection.round_to)
 
 
@@ -105,47 +106,44 @@ def _floor(group: CouplingGroup, selection: Selection) -> float:
 
 
 def _global_counts(
-    active: Sequence[CouplingGroup],
+    pool: Sequence[CouplingGroup],
     scores: Sequence[np.ndarray],
     selection: Selection,
-    ratios: Mapping[int, float],
+    ratio: float,
     savings: Mapping[int, float] | None = None,
 ) -> dict[int, float]:
     """One threshold over all groups, on scores made comparable by ``selection.normalise``.
 
     Args:
-        active: Groups that take part.
+        pool: Groups that are ranked together.
         scores: One score per unit of each group.
         selection: What the user asked for.
-        ratios: Group index -> ratio; groups with another ratio than the default keep theirs.
+        ratio: Share of all their units that goes.
         savings: Group index -> what the removal of one unit saves: scores count per saving.
     """
-    named = {g.index for g in active if ratios[g.index] != selection.ratio}
-    pool = [g for g in active if g.index not in named]
-    wanted = {g.index: g.units * (1 - ratios[g.index]) for g in active if g.index in named}
-    if pool:
-        ranked = np.concatenate(
-            [
-                _normalised(scores[g.index], selection.normalise)
-                / (1.0 if savings is None else max(savings[g.index], 1e-12))
-                for g in pool
-            ]
-        )
-        owner = np.concatenate([np.full(g.units, k) for k, g in enumerate(pool)])
-        order = np.argsort(ranked, kind="stable")
-        goal = int(np.floor(selection.ratio * len(ranked) + 0.5))
-        spare = np.array([g.units - _floor(g, selection) for g in pool])
-        taken = np.zeros(len(pool), dtype=int)
-        count = 0
-        for position in order:
-            if count >= goal:
-                break
-            k = owner[position]
-            if taken[k] < spare[k]:
-                taken[k] += 1
-                count += 1
-        wanted.update({g.index: float(g.units - taken[k]) for k, g in enumerate(pool)})
-    return wanted
+    if not pool:
+        return {}
+    ranked = np.concatenate(
+        [
+            _normalised(scores[g.index], selection.normalise)
+            / (1.0 if savings is None else max(savings[g.index], 1e-12))
+            for g in pool
+        ]
+    )
+    owner = np.concatenate([np.full(g.units, k) for k, g in enumerate(pool)])
+    order = np.argsort(ranked, kind="stable")
+    goal = int(np.floor(ratio * len(ranked) + 0.5))
+    spare = np.array([g.units - _floor(g, selection) for g in pool])
+    taken = np.zeros(len(pool), dtype=int)
+    count = 0
+    for position in order:
+        if count >= goal:
+            break
+        k = owner[position]
+        if taken[k] < spare[k]:
+            taken[k] += 1
+            count += 1
+    return {g.index: float(g.units - taken[k]) for k, g in enumerate(pool)}
 
 
 def _normalised(score: np.ndarray, how: str) -> np.ndarray:
@@ -173,13 +171,9 @@ def _meet_budget(
 
     def counts(ratio: float) -> dict[int, float]:
         if selection.scope == "global":
-            trial = replace(selection, ratio=ratio, ratios={}, threshold=None, budget=None)
-            ratios = {g.index: ratio for g in free}
-            return {**_global_counts(free, scores, trial, ratios, savings), **fixed}
-        return {
-            **{g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in free},
-            **fixed,
-        }
+            return {**fixed, **_global_counts(free, scores, selection, ratio, savings)}
+        common = {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in free}
+        return {**fixed, **common}
 
     def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
         removed = _select(analysis, scores, active, wanted, selection.round_to)
