@@ -33,7 +33,7 @@ from chanprune_ext.cli.options import (
     Precision,
     Seed,
 )
-from chanprune_ext.cli.run_printing import command_line
+from chanprune_ext.cli.run_printing import INTERRUPTED, command_line, print_interruption
 from chanprune_ext.data import Augmentation
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.jobs.recovery_report import recovery_report
@@ -49,8 +49,6 @@ from chanprune_ext.recovery.recipe import LOSSES
 from chanprune_ext.report import write_report
 
 __all__ = ["recover"]
-
-_INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
 class Optimizer(str, Enum):
@@ -314,14 +312,10 @@ def recover(
             log_dir=log_dir,
         )
     except RecoveryInterrupted as interruption:
-        message = (
-            f"interrupted after update {interruption.update} of {interruption.updates}; go on with "
-            "the same command and --resume auto"
-        )
         if is_first_process():
-            Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+            print_interruption(interruption, "--resume auto")
         leave_processes()
-        raise typer.Exit(_INTERRUPTED) from interruption
+        raise typer.Exit(INTERRUPTED) from interruption
     first = is_first_process()
     leave_processes()
     if first:

@@ -52,18 +52,30 @@ def reproduce(
         bool, typer.Option("--compile", help="Train through torch.compile.", show_default=False)
     ] = False,
     seed: Seed = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on in the folder where an earlier start was stopped, or begin there.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Prunes a published network in several ways, without and with training, beside the article."""
     from chanprune_ext.atomic_files import make_folder
+    from chanprune_ext.checksum import checksum
+    from chanprune_ext.jobs.job_folder import refuse_unfinished
     from chanprune_ext.jobs.published import cifar10_resnet56_set, imagenet_mobilenetv2_set
     from chanprune_ext.jobs.published_jobs import cifar10_resnet56_job, imagenet_mobilenetv2_job
     from chanprune_ext.jobs.trial_report import trial_report
-    from chanprune_ext.jobs.trials import run_trials, save_trials
+    from chanprune_ext.jobs.trials import load_trials, run_trials, save_trials
     from chanprune_ext.report import write_report
 
     folder = out or Path("runs") / result.value
     small = result is Result.CIFAR10_RESNET56
     count = calibration_images or (512 if small else 1000)
+    if epochs and not resume:
+        refuse_unfinished(folder)  # before the hours that the ways of pruning may take
     if draws:
         found = (
             cifar10_resnet56_set(weights, data, count, precision.value)
@@ -75,6 +87,12 @@ def reproduce(
         trials = [t for t in found.trials if not only or any(o in t.name for o in only)]
         n, command = len(found.test), command_line()
         make_folder(folder)  # a place that cannot be written shows now and not after hours
+        inputs = {
+            "checksum of the weights": checksum(*found.model.state_dict().values()),
+            "checksum of the calibration images": checksum(*found.calibration(seed)),
+            "number of test images": n,
+            "precision": precision.value,
+        }
         baseline, results = run_trials(
             found.model,
             found.test,
@@ -83,8 +101,9 @@ def reproduce(
             seeds=range(seed, seed + draws),
             say=say,
             keep=lambda baseline, results: save_trials(
-                folder / "trials.json", found.title, command, baseline, n, results
+                folder / "trials.json", found.title, command, baseline, n, results, inputs
             ),
+            earlier=load_trials(folder / "trials.json", inputs) if resume else (),
         )
         Console().print(trial_table(baseline, n, results, found.title))
         Console().print(
@@ -109,4 +128,4 @@ def reproduce(
             if small
             else imagenet_mobilenetv2_job(weights, data, test_data, class_file, **options)
         )
-        run_and_print(job, folder)
+        run_and_print(job, folder, resume=resume)

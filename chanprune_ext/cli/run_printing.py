@@ -6,21 +6,32 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
 from chanprune_ext.cli.tables import stage_table
 from chanprune_ext.jobs.pipeline import Job, run_job
+from chanprune_ext.recovery import RecoveryInterrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["command_line", "run_and_print"]
+__all__ = ["INTERRUPTED", "command_line", "print_interruption", "run_and_print"]
+
+INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
-def run_and_print(job: Job, out: Path) -> None:
-    """Runs a job, tells each step, prints the table and where the report is."""
+def run_and_print(job: Job, out: Path, *, resume: bool | None = None) -> None:
+    """Runs a job, tells each step, prints the table and where the report is.
+
+    ``resume`` is as for :func:`chanprune_ext.jobs.pipeline.run_job`.
+    """
     console = Console()
-    report = run_job(job, out, command=command_line(), say=say)
+    try:
+        report = run_job(job, out, command=command_line(), say=say, resume=resume)
+    except RecoveryInterrupted as interruption:
+        print_interruption(interruption, "--resume")
+        raise typer.Exit(INTERRUPTED) from interruption
     console.print()
     console.print(stage_table(report.stages, report.title))
     samples = report.stages[0].samples
@@ -30,6 +41,15 @@ def run_and_print(job: Job, out: Path) -> None:
     for note in report.notes:
         console.print(note, style="dim", highlight=False, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+
+
+def print_interruption(interruption: RecoveryInterrupted, option: str) -> None:
+    """Says how far a training came, and with which option the same command goes on."""
+    message = (
+        f"interrupted after update {interruption.update} of {interruption.updates}; go on with "
+        f"the same command and {option}"
+    )
+    Console(stderr=True).print(message, soft_wrap=True, highlight=False)
 
 
 def say(line: str) -> None:

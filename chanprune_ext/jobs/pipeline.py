@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chanprune_ext.atomic_files import make_folder
-from chanprune_ext.checkpoint import save
+from chanprune_ext.checkpoint import load, save
+from chanprune_ext.checksum import checksum
 from chanprune_ext.compensation import compensate
 from chanprune_ext.latency import measure_latency
+from chanprune_ext.plan import PruningPlan
 from chanprune_ext.pruning import plan
 from chanprune_ext.recovery import evaluate, recover
 from chanprune_ext.report import (
@@ -27,8 +28,11 @@ from chanprune_ext.report import (
     StageLatency,
     TrainingEpoch,
     environment,
+    load_report,
     write_report,
 )
+
+from .job_folder import JobFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +45,9 @@ if TYPE_CHECKING:
     from chanprune_ext.recovery import RecoveryResult
 
 __all__ = ["Job", "layer_widths", "run_job", "stage_latency", "training_epochs"]
+
+_COMPENSATED = "compensated"  # the step of a job whose result is not trained any more
+_WITHOUT_EFFECT = ("progress", "compile", "workers")  # options of training, on what it ends with
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,14 @@ class Job:
     latency_rounds: int = 30
 
 
-def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) -> RunReport:
+def run_job(
+    job: Job,
+    out: Path,
+    *,
+    command: str,
+    say: Callable[[str], None],
+    resume: bool | None = None,
+) -> RunReport:
     """Runs a job and writes models, plan, ``report.json`` and ``report.html`` into ``out``.
 
     Args:
@@ -88,15 +102,23 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
         out: Folder for the results, made where missing.
         command: The command line to put into the report.
         say: Receives one line as each step begins.
+        resume: Go on with the job that was begun in ``out``, or begin where there is none; False
+            begins anew, in a folder without an unfinished job. Both keep checkpoints of the
+            training there until all is done. Default: None, keep none, for what takes minutes.
 
     Returns:
         The report, with its stages: original, pruned by the criterion alone, compensated,
         fine-tuned if asked for, and distilled.
 
     Raises:
-        ChanpruneError: A step failed, or a result cannot be written.
+        ChanpruneError: A step failed, a result cannot be written, or the folder holds another job.
+        RecoveryInterrupted: Ctrl-C during training; ``resume`` goes on.
     """
-    make_folder(out)  # a place that cannot be written shows now and not after the training
+    # A place that cannot be written shows now and not after the training.
+    folder = JobFolder(out, _inputs(job) if resume is not None else {}, resume)
+    if folder.finished:
+        say("finished earlier")
+        return load_report(out / "report.json")
     models: dict[str, nn.Module] = {}
     file_bytes: dict[str, int] = {}
     runs: dict[str, RecoveryResult] = {}
@@ -107,29 +129,32 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
         save(model, path)
         models[name], file_bytes[name] = model, path.stat().st_size
 
-    say("analysing the model and choosing channels")
-    made = plan(job.model, torch.zeros(1, *job.test.shape), **job.plan_options)
-    made.save(out / "plan.json")
+    made, compensated, compensation_note = _compensated(job, folder, say)
     keep("original", job.model)
-    plain = made.apply(job.model)
-    keep(f"plain {made.criterion.upper()}", plain)
-
-    say("compensating: no labels, no gradients")
-    compensated = copy.deepcopy(plain)
-    compensation = compensate(compensated, job.model, job.calibration)
+    keep(f"plain {made.criterion.upper()}", made.apply(job.model))
     keep("compensated", compensated)
+    folder.did(_COMPENSATED, compensation_note)
 
     if job.fine_tune_options is not None:
         say("recovering: fine-tuning on the labels, without a teacher")
         student = copy.deepcopy(compensated)
         runs["fine-tuned"] = recover(
-            student, train=job.train, val=job.test, **job.fine_tune_options
+            student,
+            train=job.train,
+            val=job.test,
+            **folder.recovery_options("fine-tuned"),
+            **job.fine_tune_options,
         )
         keep("fine-tuned", student)
     say("recovering: distillation from the original")
     recovered = copy.deepcopy(compensated)
     recovery = runs["distilled"] = recover(
-        recovered, teacher=job.model, train=job.train, val=job.test, **job.recover_options
+        recovered,
+        teacher=job.model,
+        train=job.train,
+        val=job.test,
+        **folder.recovery_options("distilled"),
+        **job.recover_options,
     )
     keep("distilled", recovered)
 
@@ -165,10 +190,7 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
         history=training_epochs(recovery),
         notes=(
             *job.notes,
-            (
-                f"Compensation took {compensation.seconds:.1f} s and kept {compensation.kept}: "
-                f"{compensation.reason}."
-            ),
+            compensation_note,
             (
                 f"Recovery took {recovery.seconds:.0f} s of training; the weights measured are "
                 "those of the last epoch."
@@ -178,7 +200,44 @@ def run_job(job: Job, out: Path, *, command: str, say: Callable[[str], None]) ->
         references=job.references,
     )
     write_report(report, out)
+    folder.finish()
     return report
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    """What the results of a job depend on, for one that goes on to be known as the same."""
+    return {
+        "title": job.title,
+        "checksum of the weights": checksum(*job.model.state_dict().values()),
+        "checksum of the calibration images": checksum(*job.calibration),
+        "number of test images": len(job.test),
+        "training": {
+            step: {k: str(v) for k, v in (options or {}).items() if k not in _WITHOUT_EFFECT}
+            for step, options in (
+                ("fine-tuned", job.fine_tune_options),
+                ("distilled", job.recover_options),
+            )
+        },
+    }
+
+
+def _compensated(
+    job: Job, folder: JobFolder, say: Callable[[str], None]
+) -> tuple[PruningPlan, nn.Module, str]:
+    """The plan, the compensated model, and a note on it: made, or as an earlier start left them."""
+    if _COMPENSATED in folder.done:
+        say("going on from the compensated model of before")
+        made = PruningPlan.load(folder.path / "plan.json")
+        found = load(folder.path / "compensated.safetensors", job.model)
+        return made, found, folder.done[_COMPENSATED]
+    say("analysing the model and choosing channels")
+    made = plan(job.model, torch.zeros(1, *job.test.shape), **job.plan_options)
+    made.save(folder.path / "plan.json")
+    say("compensating: no labels, no gradients")
+    compensated = made.apply(job.model)
+    result = compensate(compensated, job.model, job.calibration)
+    note = f"Compensation took {result.seconds:.1f} s and kept {result.kept}: {result.reason}."
+    return made, compensated, note
 
 
 def layer_widths(original: nn.Module, pruned: nn.Module) -> tuple[LayerWidth, ...]:

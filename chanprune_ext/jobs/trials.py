@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from chanprune_ext.atomic_files import write_text
 from chanprune_ext.compensation import compensate
 from chanprune_ext.data import make_loader
+from chanprune_ext.errors import CheckpointError
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import accuracy_error
 from chanprune_ext.report import environment
+
+from .job_folder import require_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.data import ImageDataset
 
-__all__ = ["Draw", "Further", "Trial", "TrialResult", "run_trials", "save_trials"]
+__all__ = ["Draw", "Further", "Trial", "TrialResult", "load_trials", "run_trials", "save_trials"]
 
 Calibration = list[Tensor]
 
@@ -141,6 +144,7 @@ def run_trials(
     seeds: Sequence[int],
     say: Callable[[str], None],
     keep: Callable[[float, Sequence[TrialResult]], None] = lambda *_: None,
+    earlier: Sequence[TrialResult] = (),
 ) -> tuple[float, list[TrialResult]]:
     """Runs every trial with every draw of calibration images.
 
@@ -153,6 +157,8 @@ def run_trials(
         say: Receives one line as each trial begins.
         keep: Receives the original's accuracy and all results so far after every trial, so that
             hours of work need not be lost with the last one.
+        earlier: What :func:`load_trials` read of a run that was stopped. Trials that have all their
+            draws there are not run again.
 
     Returns:
         The original's accuracy, and one result a trial.
@@ -161,15 +167,21 @@ def run_trials(
     right = expected.argmax(1) == labels
     baseline = float(right.float().mean())
     results: list[TrialResult] = []
+    known = {r.name: r for r in earlier if [draw.seed for draw in r.draws] == list(seeds)}
     for trial in trials:
-        rows: dict[str, TrialResult] = {}
+        rows = {name: known[name] for name in _row_names(trial) if name in known}
+        if len(rows) == len(_row_names(trial)):
+            say(f"{trial.name}: measured before")
+            results += rows.values()
+            continue
+        rows.clear()
         for seed in seeds:
             for row, pruned, seconds in _rows(trial, model, test, calibration(seed)):
                 say(f"{row.name}, seed {seed}, {seconds:.0f} s")
                 draw = _draw(seed, *_predictions(pruned, test), expected, right, seconds)
                 say(f"  top-1 {draw.top1:.2%}, agreement {draw.agreement:.2%}")
-                earlier = rows[row.name].draws if row.name in rows else ()
-                rows[row.name] = replace(row, draws=(*earlier, draw))
+                before = rows[row.name].draws if row.name in rows else ()
+                rows[row.name] = replace(row, draws=(*before, draw))
         results += rows.values()
         keep(baseline, results)
     return baseline, results
@@ -194,12 +206,16 @@ def _rows(
         made.macs_after / made.macs_before,
     )
     yield row, pruned, seconds
-    for further in trial.further:
+    for further, name in zip(trial.further, _row_names(trial)[1:], strict=True):
         start = time.process_time()
         further.step(pruned, model, batches)
         seconds += time.process_time() - start
-        name = f"{trial.name}, {further.name}"
         yield replace(row, name=name, published=further.published), pruned, seconds
+
+
+def _row_names(trial: Trial) -> list[str]:
+    """The trial's name, and those of its further steps."""
+    return [trial.name, *(f"{trial.name}, {further.name}" for further in trial.further)]
 
 
 def _draw(
@@ -227,9 +243,24 @@ def _predictions(model: nn.Module, data: ImageDataset) -> tuple[Tensor, Tensor]:
 
 
 def save_trials(
-    path: Path, title: str, command: str, baseline: float, n: int, results: Sequence[TrialResult]
+    path: Path,
+    title: str,
+    command: str,
+    baseline: float,
+    n: int,
+    results: Sequence[TrialResult],
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes all figures as JSON, whole or not at all.
+
+    Args:
+        path: The file.
+        title: What was pruned.
+        command: What measured it.
+        baseline: Accuracy of the original, a fraction.
+        n: Number of test images.
+        results: One a trial.
+        inputs: What the figures depend on besides, for :func:`load_trials` to compare.
 
     Raises:
         OutputError: The file cannot be written.
@@ -238,6 +269,7 @@ def save_trials(
         "title": title,
         "command": command,
         "versions": dict(environment()),
+        "inputs": dict(inputs or {}),
         "test_images": n,
         "baseline": baseline,
         "baseline_error": accuracy_error(baseline, n),
@@ -247,3 +279,29 @@ def save_trials(
         ],
     }
     write_text(path, json.dumps(document, indent=1))
+
+
+def load_trials(path: Path, inputs: Mapping[str, Any]) -> list[TrialResult]:
+    """Reads results that :func:`save_trials` wrote; none where there is no file.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        InvalidArgumentError: The results depend on other inputs.
+    """
+    if not path.exists():
+        return []
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        earlier = dict(document["inputs"])
+        results = [_result_from(values) for values in document["trials"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error!r}; delete it to begin anew"
+        ) from error
+    require_same(path, earlier, inputs)
+    return results
+
+
+def _result_from(values: Mapping[str, Any]) -> TrialResult:
+    own = {item.name: values[item.name] for item in fields(TrialResult)}
+    return TrialResult(**{**own, "draws": tuple(Draw(**draw) for draw in own["draws"])})

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import re
 import warnings
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
 
 from ..atomic_files import make_folder, write_atomically
 from ..checkpoint import read_safetensors
+from ..checksum import checksum
 from ..errors import CheckpointError, InvalidArgumentError, OutputError
 from ..quantities import format_bytes
 
@@ -152,7 +151,7 @@ class CheckpointFolder:
             "format": FORMAT,
             "version": str(VERSION),
             "state": json.dumps(state),
-            "checksums": json.dumps({name: _checksum(value) for name, value in placed.items()}),
+            "checksums": json.dumps({name: checksum(value) for name, value in placed.items()}),
         }
         older = _numbered(self._folder)
         path = self._folder / f"checkpoint-{update:09d}.safetensors"
@@ -177,10 +176,6 @@ class CheckpointFolder:
 def _numbered(folder: Path) -> dict[int, Path]:
     found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return {int(match[1]): path for match, path in found if match}
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_checkpoint(path: Path, copies: bool = True) -> Checkpoint:
@@ -208,7 +203,7 @@ def read_checkpoint(path: Path, copies: bool = True) -> Checkpoint:
     if checksums.keys() != tensors.keys():
         raise CheckpointError(f"{path}: its tensors are not those it was written with")
     for name, tensor in tensors.items():
-        if _checksum(tensor) != checksums[name]:
+        if checksum(tensor) != checksums[name]:
             raise CheckpointError(f"{path}: {name!r} is damaged, its checksum is another")
     # Copies: what was read is a view of the file, which may be deleted or replaced.
     if copies:
