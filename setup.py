@@ -3,6 +3,7 @@
 Environment:
     FORCE_CUDA            "1" builds the CUDA module or fails, "0" never builds it. Default: built
                           when torch is a CUDA build and an nvcc of the same major version is found.
+                          Anything else is refused.
     TORCH_CUDA_ARCH_LIST  CUDA architectures; default: those of the visible GPUs, else
                           "8.0;9.0+PTX".
     CHANPRUNE_CXX_FLAGS   extra compiler and linker flags of the C++ modules, for example
@@ -53,6 +54,10 @@ COUPLING_SOURCES = [
     "csrc/coupling/bindings.cpp",
 ]
 
+FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
+if FORCE_CUDA not in ("", "0", "1"):
+    raise SystemExit(f"FORCE_CUDA should be 0, 1 or not set, got {FORCE_CUDA!r}")
+
 EXTRA_FLAGS = os.environ.get("CHANPRUNE_CXX_FLAGS", "").split()
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 CXX_FLAGS.append("-Wno-psabi")  # vectors are passed between inlined functions only
@@ -86,12 +91,14 @@ def toolkit_version(home: Path) -> str:
 
 def reason_against_cuda(home: Path | None) -> str | None:
     """Why the CUDA module is not built, or None when it can be."""
-    if os.environ.get("FORCE_CUDA") == "0":
+    if FORCE_CUDA == "0":
         return "FORCE_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU build"
     if home is None:
         return "no CUDA toolkit found (set CUDA_HOME or put nvcc on PATH)"
+    if not (home / "bin" / "nvcc").is_file():
+        return f"no nvcc in {home}/bin (check CUDA_HOME)"
     release = toolkit_version(home)
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is {release} but torch was built with CUDA {torch.version.cuda}"
@@ -126,7 +133,7 @@ def native_extensions() -> list[Extension]:
     ]
     against = reason_against_cuda(home)
     if against is not None:
-        if os.environ.get("FORCE_CUDA") == "1":
+        if FORCE_CUDA == "1":
             raise RuntimeError(f"FORCE_CUDA=1, but the CUDA module cannot be built: {against}")
         print(f"chanprune_ext: CUDA module not built: {against}", file=sys.stderr)
         return extensions

@@ -12,7 +12,8 @@
 namespace chanprune {
 namespace {
 
-constexpr int64_t kShortRun = 32;  // inner runs below this are reduced by columns
+constexpr int64_t kShortRun = 32;   // inner runs below this are reduced by columns
+constexpr int64_t kCacheLine = 64;  // bytes
 
 NormKind norm_kind(double p) {
   CHANPRUNE_CHECK(p == 1.0 || p == 2.0 || (std::isinf(p) && p > 0),
@@ -38,26 +39,16 @@ struct Axis {
   int64_t stride;
 };
 
-// Dims that are reduced together, as one axis: grows from the innermost outwards.
-struct MergedAxis {
-  int64_t size = 1;
-  int64_t stride = 1;
-  bool even = true;  // whether one stride steps through all of it
-
-  void put_outside(const Axis& axis) {
-    if (size == 1) {
-      *this = {axis.size, axis.stride, true};
-    } else {
-      even = even && axis.stride == size * stride;
-      size *= axis.size;
-    }
-  }
-};
-
 // Dims of at most this many are sorted in place.
 constexpr int64_t kMaxDims = 64;
 
-// Fills the block view of a weight; false if its strides allow none.
+// Whether all columns are read, those between the channels too: they are read along with the others
+// where they are no more than these or share their cache lines.
+bool are_columns_close(const ChannelNormTask& task, int64_t element_bytes) {
+  return task.channel_stride <= std::max(2 * task.inner, kCacheLine / element_bytes);
+}
+
+// Fills the block view of a weight; false if its strides allow none that is worth walking.
 bool view_as_block(const Tensor& weight, int64_t dim, ChannelNormTask* task) {
   const auto sizes = weight.sizes();
   const auto strides = weight.strides();
@@ -80,35 +71,42 @@ bool view_as_block(const Tensor& weight, int64_t dim, ChannelNormTask* task) {
     }
     others[place] = axis;
   }
-  MergedAxis outer;
-  MergedAxis inner;
+  int64_t inner = 1;
+  Axis outer = {1, 1};
   for (int64_t i = 0; i < count; ++i) {
-    (channel.size > 1 && others[i].stride > channel.stride ? outer : inner).put_outside(others[i]);
-  }
-  if (!outer.even || !inner.even || inner.stride != 1) {
-    return false;
+    if (others[i].stride == inner) {
+      inner *= others[i].size;
+    } else if (outer.size == 1) {
+      outer = others[i];
+    } else if (others[i].stride == outer.size * outer.stride) {
+      outer.size *= others[i].size;
+    } else {
+      return false;
+    }
   }
   task->data = weight.data_ptr();
   task->outer = outer.size;
   task->channels = channel.size;
-  task->inner = inner.size;
+  task->inner = inner;
   task->outer_stride = outer.stride;
-  task->channel_stride = channel.size > 1 ? channel.stride : task->inner;
-  return true;
+  task->channel_stride = channel.size > 1 ? channel.stride : inner;
+  const bool short_runs = inner < kShortRun && (outer.size > 1 || inner == 1);
+  task->columns = short_runs && are_columns_close(*task, weight.element_size());
+  return task->columns || !short_runs;
 }
 
 void choose_split(const ChannelNormLimits& limits, ChannelNormTask* task) {
-  const bool dense = task->channel_stride == task->inner;
-  task->columns = dense && task->inner < kShortRun && (task->outer > 1 || task->inner == 1);
   task->piece_outer = task->outer;
   task->piece_inner = task->inner;
   if (task->columns) {
-    task->width = task->channels * task->inner;
+    task->width = (task->channels - 1) * task->channel_stride + task->inner;
     task->group = task->inner;
+    task->group_stride = task->channel_stride;
     task->piece_outer = std::min(task->outer, limits.piece_outer);
   } else {
     task->width = task->channels;
     task->group = 1;
+    task->group_stride = 1;
     if (task->outer * task->inner > limits.split_elements) {
       if (task->outer > 1) {
         task->piece_outer = std::max<int64_t>(1, limits.split_elements / task->inner);
@@ -184,14 +182,15 @@ ChannelNormPlan plan_channel_norms(const std::vector<Tensor>& weights,
     plan.tasks.emplace_back();
     ChannelNormTask& task = plan.tasks.back();
     if (!view_as_block(weight, dim, &task)) {
-      plan.kept_alive.push_back(torch::stable::contiguous(weight));
+      // The copy keeps the order of the strides: a norm minds none, and others cost more to make.
+      plan.kept_alive.push_back(torch::stable::clone(weight));
       view_as_block(plan.kept_alive.back(), dim, &task);
     }
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(result, &task.result));
     task.dtype = static_cast<int32_t>(element_kind(dtype));
     choose_split(limits, &task);
     task.partial_start = -1;
-    if (task.pieces > 1 || task.group > 1) {
+    if (task.pieces > 1 || task.group > 1 || task.group_stride != 1) {
       task.partial_start = plan.partial_count;
       plan.partial_count += task.pieces * task.width;
     }

@@ -9,12 +9,14 @@ enum class NormKind : int32_t { kL1, kL2, kInf };
 
 // The reduction of one weight, seen in storage order.
 //
-// A weight whose dims other than the channel dim merge into one group on either side of it is a
-// block [outer, channels, inner] with stride 1 inside. Norms do not mind the order of summation, so
-// channels_last and sliced weights are walked as they lie. Two ways to reduce the block:
+// A weight whose dims other than the channel dim merge into two, one of them with stride 1, is a
+// block [outer, channels, inner]. Norms do not mind the order of summation, so channels_last and
+// sliced weights are walked as they lie. Two ways to reduce the block:
 //   rows:    inner runs are long; one value per channel, `width` = channels.
-//   columns: inner runs are short and adjacent; outer steps are added element by element,
-//            `width` = channels * inner, and each `group` = inner of them is added up at the end.
+//   columns: inner runs are short and close to one another; outer steps are added element by
+//            element, from the first channel's first to the last channel's last: `width` values. At
+//            the end the `group` = inner of each channel, `group_stride` from the last channel's,
+//            are added up.
 // Long reductions are cut into `pieces`, each giving `width` partial values.
 struct ChannelNormTask {
   const void* data;
@@ -26,6 +28,7 @@ struct ChannelNormTask {
   int64_t channel_stride;  // elements
   int64_t width;
   int64_t group;
+  int64_t group_stride;
   int64_t pieces;
   int64_t piece_outer;    // outer steps in a piece
   int64_t piece_inner;    // inner elements in a piece (rows only)

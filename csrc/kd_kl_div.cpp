@@ -41,8 +41,13 @@ KdInputs check_kd_kl_div(const Tensor& student, const Tensor& teacher,
                   "kd_kl_div: reduction should be 0 (none), 1 (sum) or 2 (batchmean), got ",
                   reduction);
   // Asking first saves a pass through the dispatcher, which small batches would feel.
-  KdInputs inputs{student.is_contiguous() ? student : torch::stable::contiguous(student),
-                  teacher.is_contiguous() ? teacher : torch::stable::contiguous(teacher),
+  const auto packed = [](const Tensor& logits) {
+    return logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
+  };
+  const Tensor read_student = packed(student);
+  // Without a soft term nothing of the teacher may show: 0 times its NaN or infinity would.
+  KdInputs inputs{read_student,
+                  soft_weight == 0 ? read_student : packed(teacher),
                   std::nullopt,
                   std::nullopt,
                   student.size(0),

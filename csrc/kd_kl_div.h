@@ -20,8 +20,8 @@ namespace chanprune {
 
 // Checked, contiguous arguments.
 struct KdInputs {
-  torch::stable::Tensor student;                     // [B, C]
-  torch::stable::Tensor teacher;                     // [B, C], dtype of student
+  torch::stable::Tensor student;  // [B, C]
+  torch::stable::Tensor teacher;  // [B, C], dtype of student; without a soft term, student
   std::optional<torch::stable::Tensor> labels;       // int64 [B]
   std::optional<torch::stable::Tensor> row_weights;  // accumulation dtype [B]
   int64_t rows;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/simd.h"
 #include "new_tensor.h"
 
 namespace chanprune {
@@ -47,29 +48,55 @@ void pack_strides(const std::vector<int64_t>& sizes, bool channels_last,
   }
 }
 
-// Checked host index list of one dim, null where all are kept in order; keeps a contiguous copy
-// alive if one had to be made.
-const int64_t* index_list(const std::optional<Tensor>& index, const char* name, size_t i,
-                          int64_t size, int64_t* count, std::vector<Tensor>* kept_alive) {
+// What one look at all values of an index list tells.
+struct IndexScan {
+  bool in_range;
+  bool in_order;  // 0, 1, 2, ...
+  int64_t runs;   // of adjacent indices
+};
+
+// Without a branch on any value, so that several are looked at together. count > 0
+CHANPRUNE_CLONES IndexScan scan_indices(const int64_t* values, int64_t count, int64_t size) {
+  const uint64_t last = static_cast<uint64_t>(size) - 1;
+  uint64_t moved = static_cast<uint64_t>(values[0]);
+  uint64_t outside = moved | (last - moved);  // top bit: an index below 0 or beyond the last
+  uint64_t runs = 1;
+  for (int64_t j = 1; j < count; ++j) {
+    const auto value = static_cast<uint64_t>(values[j]);
+    outside |= value | (last - value);
+    moved |= value ^ static_cast<uint64_t>(j);
+    runs += value != static_cast<uint64_t>(values[j - 1]) + 1;
+  }
+  return {outside >> 63 == 0, moved == 0, static_cast<int64_t>(runs)};
+}
+
+// A checked index list of one dim.
+struct IndexList {
+  const int64_t* values;  // on the host; null where all are kept in order
+  int64_t count;
+  int64_t runs;  // of adjacent indices
+};
+
+// Keeps a contiguous copy alive if one has to be made.
+IndexList index_list(const std::optional<Tensor>& index, const char* name, size_t i, int64_t size,
+                     std::vector<Tensor>* kept_alive) {
   if (!index.has_value()) {
-    *count = size;
-    return nullptr;
+    return {nullptr, size, 1};
   }
   CHANPRUNE_CHECK(index->scalar_type() == ScalarType::Long && index->dim() == 1 && index->is_cpu(),
                   "slice_channels: ", name, "[", i,
                   "] should be a one-dimensional int64 tensor on the CPU, got ", index->dim(),
                   " dims of ", dtype_name(index->scalar_type()));
   kept_alive->push_back(index->is_contiguous() ? *index : torch::stable::contiguous(*index));
-  *count = index->numel();
+  const int64_t count = index->numel();
   const auto* values = static_cast<const int64_t*>(kept_alive->back().data_ptr());
-  bool all_in_order = *count == size;
-  for (int64_t j = 0; j < *count; ++j) {
+  const IndexScan scan = count > 0 ? scan_indices(values, count, size) : IndexScan{true, true, 0};
+  for (int64_t j = 0; j < count && !scan.in_range; ++j) {
     CHANPRUNE_CHECK(values[j] >= 0 && values[j] < size, "slice_channels: ", name, "[", i,
                     "] should hold indices in [0, ", size, "), got ", values[j], " at position ",
                     j);
-    all_in_order = all_in_order && values[j] == j;
   }
-  return all_in_order ? nullptr : values;
+  return {scan.in_order && count == size ? nullptr : values, count, scan.runs};
 }
 
 // The dims after the first two as one run or step of the source; false if they do not lie evenly.
@@ -114,10 +141,11 @@ bool describe_source(const Tensor& t, bool channels_last, SliceTask* task) {
 }
 
 // Widens runs over columns, and columns over rows, that are kept in full and lie without gaps.
-void simplify(bool is_vector, SliceTask* task) {
+void simplify(bool is_vector, const IndexList& rows, SliceTask* task) {
   if (is_vector) {  // a list of single elements: columns of one row
-    task->cols = task->rows;
-    task->col_index = task->row_index;
+    task->cols = rows.count;
+    task->col_index = rows.values;
+    task->col_runs = rows.runs;
     task->col_stride = task->row_stride;
     task->rows = 1;
     task->row_index = nullptr;
@@ -162,10 +190,15 @@ SlicePlan plan_slice_channels(const std::vector<Tensor>& tensors, const Optional
     CHANPRUNE_CHECK(!cols[i].has_value() || ndim >= 2, "slice_channels: cols[", i,
                     "] needs a tensor of at least two dims, got ", ndim);
     SliceTask task{};
-    task.row_index = index_list(rows[i], "rows", i, ndim > 0 ? source_sizes[0] : 1, &task.rows,
-                                &plan.kept_alive);
-    task.col_index = index_list(cols[i], "cols", i, ndim > 1 ? source_sizes[1] : 1, &task.cols,
-                                &plan.kept_alive);
+    const IndexList row_list =
+        index_list(rows[i], "rows", i, ndim > 0 ? source_sizes[0] : 1, &plan.kept_alive);
+    const IndexList col_list =
+        index_list(cols[i], "cols", i, ndim > 1 ? source_sizes[1] : 1, &plan.kept_alive);
+    task.rows = row_list.count;
+    task.cols = col_list.count;
+    task.row_index = row_list.values;
+    task.col_index = col_list.values;
+    task.col_runs = col_list.runs;
     sizes.assign(source_sizes.begin(), source_sizes.end());
     if (ndim > 0) {
       sizes[0] = task.rows;
@@ -187,7 +220,7 @@ SlicePlan plan_slice_channels(const std::vector<Tensor>& tensors, const Optional
       describe_source(plan.kept_alive.back(), channels_last, &task);
     }
     task.destination = static_cast<char*>(plan.results.back().data_ptr());
-    simplify(ndim == 1, &task);
+    simplify(ndim == 1, row_list, &task);
     plan.tasks.push_back(task);
   }
   return plan;

@@ -26,6 +26,7 @@ struct SliceTask {
   int64_t col_stride;        // bytes, in the source
   const int64_t* row_index;  // [rows] on the host, or null: all rows in order
   const int64_t* col_index;  // [cols] on the host, or null: all columns in order
+  int64_t col_runs;          // runs of adjacent columns in it
   int64_t element;           // bytes of one element
 };
 

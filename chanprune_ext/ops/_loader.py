@@ -6,9 +6,14 @@ import importlib
 import os
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _functorch
+from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CPU_MODULE",
@@ -17,9 +22,11 @@ __all__ = [
     "inside_transform",
     "native_available",
     "native_disabled",
+    "works_in_place",
 ]
 
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
+_BUILD_NEEDS = "setuptools>=77, pybind11 and ninja"  # as in pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def _load_all() -> tuple[LoadedModule, LoadedModule]:
     if not cpu.loaded or broken or (torch.cuda.is_available() and not cuda.loaded):
         warnings.warn(
             f"{module.name} is not in use: {module.problem} (torch {torch.__version__}); slower "
-            f"pure-torch code runs instead until you build it with `{_BUILD_COMMAND}`.",
+            f"pure-torch code runs instead until you build it with `{_BUILD_COMMAND}` (which needs "
+            f"{_BUILD_NEEDS}).",
             stacklevel=2,
         )
     return cpu, cuda
@@ -92,5 +100,13 @@ def native_available(device: torch.device) -> bool:
 
 
 def inside_transform() -> bool:
-    """Whether a torch.func transform is running, which custom operators know nothing of."""
-    return _are_functorch_transforms_active()
+    """Whether torch.func or forward-mode differentiation runs: custom operators know neither."""
+    level: int = forward_ad._current_level  # noqa: SLF001
+    return _are_functorch_transforms_active() or level >= 0
+
+
+def works_in_place(tensor: Tensor) -> bool:
+    """Whether it holds plain values, which may be read: it is neither traced, faked nor batched."""
+    return type(tensor) is torch.Tensor and not (
+        _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    )

@@ -12,6 +12,7 @@ from torch._C import _AutoDispatchBelowAutograd
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
 from chanprune_ext.ops.accumulation import accumulation_dtype, widened
+from chanprune_ext.ops.tensor_checks import check_dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ __all__ = ["channel_norms", "channel_norms_reference"]
 
 _OPS = torch.ops.chanprune
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_MAX_DIMS = 64  # of torch's own reductions too; see csrc/channel_norms.cpp
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,9 +35,15 @@ def _check(weights: Sequence[Tensor], dims: Sequence[int], p: float) -> None:
     if p not in (1, 2, math.inf):
         raise InvalidArgumentError(f"p should be 1, 2 or math.inf, got {p}")
     for i, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
+        check_dense(f"weights[{i}]", weight)
         if weight.dtype not in _FLOATS:
             raise InvalidArgumentError(
                 f"weights[{i}] should be float16, bfloat16, float32 or float64, got {weight.dtype}"
+            )
+        if weight.dim() > _MAX_DIMS:
+            raise InvalidArgumentError(
+                f"weights[{i}] should have at most {_MAX_DIMS} dims, got {weight.dim()}; "
+                f"flatten some of them"
             )
         if not -weight.dim() <= dim < weight.dim():
             raise InvalidArgumentError(

@@ -8,7 +8,7 @@ import torch
 from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available, works_in_place
 from chanprune_ext.ops.accumulation import accumulation_dtype
 from chanprune_ext.ops.kd_kl_div_arguments import (
     REDUCTIONS,
@@ -62,7 +62,7 @@ def kd_kl_div(
         student (Tensor[..., C]): raw logits, float16, bfloat16, float32 or float64.
         teacher (Tensor[..., C]): raw logits without gradient; another float dtype is converted to
             the wider of the two.
-        temperature: T > 0.
+        temperature: T > 0, a number: a tensor that is to be learnt gets no gradient.
         labels (Tensor[...] | None): int64 classes for the hard term.
         soft_weight: factor of the soft term.
         hard_weight: factor of the hard term; not 0 only with `labels`.
@@ -93,8 +93,12 @@ def kd_kl_div(
     """
     factors = (float(soft_weight), float(hard_weight))
     options = (float(temperature), *factors, float(label_smoothing), ignore_index)
+    choices = (label_smoothing, ignore_index, reduction)
     plain = (
-        student.is_cpu
+        isinstance(student, torch.Tensor)
+        and isinstance(teacher, torch.Tensor)
+        and (labels is None or isinstance(labels, torch.Tensor))
+        and student.is_cpu
         and _HAS_CPU
         and student.dim() == 2
         and teacher.dtype is student.dtype
@@ -106,7 +110,7 @@ def kd_kl_div(
     )
     row_weights = None
     if not plain:  # else the kernel checks, faster than Python, and the culprit is named if it must
-        check_arguments(student, teacher, temperature, labels, factors, label_smoothing, reduction)
+        check_arguments(student, teacher, temperature, labels, factors, *choices)
         row_weights = row_factors(student, weights, mask, reduction)
         if teacher.dtype != student.dtype:
             dtype = torch.promote_types(student.dtype, teacher.dtype)
@@ -156,7 +160,7 @@ def kd_kl_div(
             with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
                 loss = _OPS.kd_kl_div.default(flat_rows(student), *call)[0]
     except RuntimeError:
-        check_arguments(student, teacher, temperature, labels, factors, label_smoothing, reduction)
+        check_arguments(student, teacher, temperature, labels, factors, *choices)
         if student.is_cpu:
             check_label_values(labels, student.shape[-1], ignore_index)
         raise
@@ -219,6 +223,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher, labels, row_weights, *_ = call
         statistics = None if with_gradient else kept
         ctx.gradient = [kept] if with_gradient else []
+        ctx.left_out = row_weights == 0 if with_gradient and row_weights is not None else None
         ctx.save_for_backward(student, teacher, statistics, labels, row_weights)
         ctx.options = call[3:]
         ctx.shape = None if student.dim() == 2 else student.shape
@@ -231,13 +236,13 @@ class _EagerLoss(torch.autograd.Function):
             return _differentiable_gradient(ctx, grad), None, None
         if ctx.gradient:
             # Handed out once, so that it may be scaled in place: the next backward makes another.
-            gradient = _scaled(ctx.gradient.pop(), grad)
+            gradient = _scaled(ctx.gradient.pop(), grad, ctx.left_out)
             return gradient if ctx.shape is None else gradient.view(ctx.shape), None, None
         student, teacher, statistics, *others = ctx.saved_tensors
         inputs = (flat_rows(student), teacher)
         if statistics is None:
             _, gradient = _OPS.kd_kl_div_with_gradient.default(*inputs, *others, *ctx.options)
-            gradient = _scaled(gradient, grad)
+            gradient = _scaled(gradient, grad, ctx.left_out)
         else:
             gradient = _OPS.kd_kl_div_backward.default(
                 grad, *inputs, statistics, *others, *ctx.options
@@ -245,13 +250,16 @@ class _EagerLoss(torch.autograd.Function):
         return gradient.view_as(student), None, None
 
 
-def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
-    """The gradient for ones as upstream gradients, scaled in place by the true ones."""
+def _scaled(gradient: Tensor, grad: Tensor, left_out: Tensor | None) -> Tensor:
+    """The gradient for ones as upstream gradients, scaled by the true ones, in place if it can."""
+    in_place = works_in_place(grad)
+    if in_place and grad.is_cpu and not grad.dim() and grad.item() == 1:
+        return gradient  # on CUDA the question would cost more than the answer
+    if left_out is not None:  # those rows keep 0 even where the upstream gradient is infinite
+        grad = torch.where(left_out, 0, grad)
     if grad.dim():
-        return gradient.mul_(grad.unsqueeze(1))
-    if grad.is_cpu and grad.item() == 1:  # on CUDA the question would cost more than the answer
-        return gradient
-    return gradient.mul_(grad)
+        grad = grad.unsqueeze(-1)
+    return gradient.mul_(grad) if in_place else (gradient * grad).to(gradient.dtype)
 
 
 def _differentiable_gradient(ctx: Any, grad: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops.accumulation import accumulation_dtype
+from chanprune_ext.ops.tensor_checks import check_is_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,10 @@ def flat_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) or hasattr(value, "__index__")
+
+
 def check_arguments(
     student: Tensor,
     teacher: Tensor,
@@ -40,10 +45,12 @@ def check_arguments(
     labels: Tensor | None,
     factors: tuple[float, float],
     label_smoothing: float,
+    ignore_index: int,
     reduction: str,
 ) -> None:
     """Raises `InvalidArgumentError`, naming the argument; reads no values of tensors."""
     for name, logits in (("student", student), ("teacher", teacher)):
+        check_is_tensor(name, logits)
         if logits.dtype not in _FLOATS:
             raise InvalidArgumentError(
                 f"{name} should hold float16, bfloat16, float32 or float64 logits, "
@@ -59,16 +66,19 @@ def check_arguments(
             f"teacher should have the shape and device of student, {tuple(student.shape)} on "
             f"{student.device}, got {tuple(teacher.shape)} on {teacher.device}"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
+    # Comparisons, which torch.compile can also trace for a number that it does not know.
+    if not 0 < temperature < math.inf:
         raise InvalidArgumentError(
             f"temperature should be a finite number above 0, got {temperature}"
         )
-    if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
+    if not all(0 <= factor < math.inf for factor in factors):
         raise InvalidArgumentError(
             f"soft_weight and hard_weight should be finite and not negative, got {factors}"
         )
     if not 0 <= label_smoothing <= 1:
         raise InvalidArgumentError(f"label_smoothing should be in [0, 1], got {label_smoothing}")
+    if not _is_integer(ignore_index):
+        raise InvalidArgumentError(f"ignore_index should be an integer, got {ignore_index!r}")
     if reduction not in REDUCTIONS:
         raise InvalidArgumentError(
             f"reduction should be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
@@ -82,6 +92,7 @@ def check_arguments(
 def _check_per_row(
     name: str, values: Tensor, student: Tensor, dtypes: tuple[torch.dtype, ...], expected: str
 ) -> None:
+    check_is_tensor(name, values)
     if (
         values.shape != student.shape[:-1]
         or values.dtype not in dtypes

@@ -9,6 +9,7 @@ from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops.tensor_checks import check_dense, check_is_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ _OPS = torch.ops.chanprune
 
 def _check_index(name: str, i: int, index: Tensor, tensor: Tensor, dim: int) -> None:
     """Checks what is known without reading values."""
+    check_is_tensor(f"{name}[{i}]", index)
     if tensor.dim() <= dim:
         raise InvalidArgumentError(
             f"{name}[{i}] selects along dim {dim}, but tensors[{i}] has shape "
@@ -56,6 +58,10 @@ def _check_values(
             )
 
 
+def _is_host_list(index: Tensor) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype is torch.int64 and index.is_cpu
+
+
 def _normalise(
     name: str, indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dim: int
 ) -> list[Tensor | None]:
@@ -64,7 +70,7 @@ def _normalise(
             f"{name} should hold one entry per tensor, got {len(indices)} for "
             f"{len(tensors)} tensors"
         )
-    if all(index is None or (index.dtype is torch.int64 and index.is_cpu) for index in indices):
+    if all(index is None or _is_host_list(index) for index in indices):
         return list(indices)  # the usual case, whose other properties the kernel checks
     lists: list[Tensor | None] = []
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
@@ -111,7 +117,7 @@ def slice_channels(
     compiling = torch.compiler.is_compiling()
     native = native_available(tensors[0].device) and (compiling or not inside_transform())
     if not native or compiling or tensors[0].is_meta:
-        _check_devices(tensors)
+        _check_tensors(tensors)
         _check_indices("rows", row_lists, tensors)
         _check_indices("cols", col_lists, tensors)
         if native:
@@ -126,13 +132,14 @@ def slice_channels(
             return list(_OPS.slice_channels.default(tensors, row_lists, col_lists))
     except RuntimeError:
         # The kernel checks every index before it copies; the culprit is named only on failure.
-        _check_devices(tensors)
+        _check_tensors(tensors)
         _check_all(row_lists, col_lists, tensors)
         raise
 
 
-def _check_devices(tensors: Sequence[Tensor]) -> None:
+def _check_tensors(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
+        check_dense(f"tensors[{i}]", tensor)
         if tensor.device != tensors[0].device:
             raise InvalidArgumentError(
                 f"all tensors should be on one device, got {tensors[0].device} for tensors[0] and "
@@ -162,13 +169,9 @@ def slice_channels_reference(
             result = result.index_select(0, row.to(tensor.device))
         if col is not None:
             result = result.index_select(1, col.to(tensor.device))
-        packed = torch.empty_strided(
-            result.shape,
-            _packed_strides(list(result.shape), _is_channels_last(tensor)),
-            dtype=tensor.dtype,
-            device=tensor.device,
-        )
-        results.append(packed.copy_(result))
+        strides = _packed_strides(list(result.shape), _is_channels_last(tensor))
+        # Made from the result, so that under vmap it has the dim that vmap hides.
+        results.append(result.new_empty_strided(result.shape, strides).copy_(result))
     return results
 
 
@@ -191,10 +194,10 @@ def _packed_strides(sizes: list[int], channels_last: bool) -> list[int]:
         order.remove(1)
         order.insert(0, 1)
     strides = [0] * len(sizes)
-    step = 1
+    step: Any = 1  # a torch.SymInt where the fake kernel knows no number of a size
     for dim in order:
         strides[dim] = step
-        step *= max(sizes[dim], 1)
+        step *= torch.sym_max(sizes[dim], 1)
     return strides
 
 

@@ -12,6 +12,7 @@
 #include "cpu/half_types.h"
 #include "cpu/norm_rows.h"
 #include "cpu/simd.h"
+#include "cpu/subnormals.h"
 
 namespace chanprune {
 namespace {
@@ -223,7 +224,8 @@ void finish_task(const ChannelNormTask& task, const double* partials) {
   for (int64_t c = 0; c < task.channels; ++c) {
     double total = 0;
     for (int64_t piece = 0; piece < task.pieces; ++piece) {
-      const double* values = partials + task.partial_start + piece * task.width + c * task.group;
+      const double* values =
+          partials + task.partial_start + piece * task.width + c * task.group_stride;
       for (int64_t j = 0; j < task.group; ++j) {
         total = join<Kind>(total, values[j]);
       }
@@ -255,9 +257,11 @@ void run(const ChannelNormPlan& plan) {
         case ElementKind::kDouble:
           run_unit<Kind, double>(task, plan.units[u], partials.get());
           break;
-        case ElementKind::kHalf:
+        case ElementKind::kHalf: {
+          const SubnormalScope scope;  // to read subnormal halves
           run_unit<Kind, Float16>(task, plan.units[u], partials.get());
           break;
+        }
         case ElementKind::kBFloat16:
           run_unit<Kind, BFloat16>(task, plan.units[u], partials.get());
           break;

@@ -43,7 +43,8 @@ CHANPRUNE_INLINE float load(BFloat16 value) {
 CHANPRUNE_INLINE float load(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  // Exponent bias 15 becomes 127 by an exact multiplication, which also normalises subnormals.
+  // Exponent bias 15 becomes 127 by an exact multiplication, which also normalises subnormals
+  // (where they are not flushed: see subnormals.h).
   const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // Inf and NaN
   return float_of(finite | special | sign);

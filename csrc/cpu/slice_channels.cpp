@@ -19,6 +19,8 @@ constexpr int64_t kShortCopy = 256;      // up to here vector copies in line bea
 constexpr int64_t kPrefetch = 1024;      // bytes read ahead of short columns
 constexpr int64_t kLongSegment = 256;    // from this mean on, adjacent columns are worth joining
 constexpr int64_t kGatherBytes = 24;     // below this mean segment, elements are gathered singly
+constexpr int64_t kGathered = 4;         // elements, stored together
+constexpr int64_t kWindowRows = 8;       // from here on windows are worth planning
 
 // Adjacent kept columns, copied as one.
 struct Segment {
@@ -101,7 +103,16 @@ void gather(const RowRange& range) {
     const char* row = source_row(task, r);
     for (int64_t m = 0; m < task.mids; ++m) {
       const char* source = row + m * task.mid_stride;
-      for (int64_t c = 0; c < task.cols; ++c) {
+      int64_t c = 0;
+      for (; c + kGathered <= task.cols; c += kGathered) {
+        Word words[kGathered];
+        for (int64_t k = 0; k < kGathered; ++k) {
+          std::memcpy(&words[k], source + task.col_index[c + k] * task.col_stride, sizeof(Word));
+        }
+        std::memcpy(destination, words, sizeof(words));
+        destination += sizeof(words);
+      }
+      for (; c < task.cols; ++c) {
         copy_word<Word>(destination, source + task.col_index[c] * task.col_stride);
         destination += sizeof(Word);
       }
@@ -195,27 +206,12 @@ std::vector<Segment> column_segments(const SliceTask& task) {
   return segments;
 }
 
-// Runs of adjacent kept columns.
-int64_t count_segments(const SliceTask& task) {
-  if (task.col_index == nullptr) {
-    return task.col_stride == task.run ? 1 : task.cols;
-  }
-  if (task.col_stride != task.run) {
-    return task.cols;
-  }
-  int64_t count = 1;
-  for (int64_t j = 1; j < task.cols; ++j) {
-    count += task.col_index[j] != task.col_index[j - 1] + 1;
-  }
-  return count;
-}
-
 RowCopier prepare(const SliceTask& task) {
   RowCopier copier{task, nullptr, {}, {}, task.mids * task.cols * task.run, 1};
   copier.rows_per_unit = std::max<int64_t>(1, kUnitBytes / copier.row_bytes);
   const int64_t bytes = task.cols * task.run;
   if (task.col_index != nullptr) {
-    const int64_t segments = count_segments(task);
+    const int64_t segments = task.col_stride == task.run ? task.col_runs : task.cols;
     const bool long_segments = bytes >= segments * kLongSegment;
     if (task.run != task.element) {
       copier.columns = long_segments ? nullptr : column_copy(task.run);
@@ -223,7 +219,8 @@ RowCopier prepare(const SliceTask& task) {
         return copier;
       }
     } else {
-      if (task.run == 4 && task.col_stride == 4 && !long_segments) {
+      const bool pays = task.rows * task.mids >= kWindowRows && !long_segments;
+      if (pays && task.run == 4 && task.col_stride == 4) {
         copier.windows = plan_windows(task.col_index, task.cols);
       }
       if (!copier.windows.empty() || bytes < segments * kGatherBytes) {

@@ -84,8 +84,10 @@ inline std::vector<GatherWindow> plan_windows(const int64_t* columns, int64_t co
     windows.push_back(window);
     j += n;
   }
-  const auto planned = static_cast<int64_t>(windows.size());
-  return planned * 2 <= count ? windows : std::vector<GatherWindow>();
+  if (static_cast<int64_t>(windows.size()) * 2 > count) {
+    windows.clear();
+  }
+  return windows;
 }
 
 #if CHANPRUNE_VECTOR_GATHER

@@ -241,7 +241,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = unit.first + threadIdx.x;
   double total = 0;
   for (int64_t piece = 0; piece < task.pieces; ++piece) {
-    const double* values = partials + task.partial_start + piece * task.width + c * task.group;
+    const double* values =
+        partials + task.partial_start + piece * task.width + c * task.group_stride;
     for (int64_t j = 0; j < task.group; ++j) {
       total = join<Kind>(total, values[j]);
     }

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/subnormals.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -225,6 +227,7 @@ void Scheduler::enter() {
 }  // namespace
 
 void run_grid(const Extent& grid, const Extent& block, const std::function<void()>& thread) {
+  const chanprune::SubnormalScope scope;  // a GPU minds no mode of the host's threads
   scheduler().run(grid, block, thread);
 }
 

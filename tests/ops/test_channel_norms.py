@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strided import FLOATS, LAYOUTS, shapes, strided, values
+from torch.autograd import forward_ad
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import channel_norms, channel_norms_reference
@@ -104,6 +105,53 @@ def test_rows_of_every_length(native_device, dtype, p):
         for weight, norm in zip(weights, channel_norms(weights, [0] * longest, p), strict=True):
             expected = torch.linalg.vector_norm(weight.double(), p, dim=1)
             torch.testing.assert_close(norm.double(), expected, rtol=TOLERANCE[dtype], atol=0)
+
+
+def views():
+    """Weights whose channels lie apart, repeat or come in runs, and the channel dim."""
+    matrix = torch.randn(130, 300)
+    conv = torch.randn(70, 40, 3, 3)
+    last = conv.to(memory_format=torch.channels_last)
+    yield matrix[:, ::2], 1  # gaps within a cache line
+    yield matrix[:, ::2], 0
+    yield matrix[:, ::100], 1  # and gaps of several
+    yield matrix.t()[::3], 0
+    yield matrix[:1].expand(130, 300), 0
+    yield matrix[:, :1].expand(130, 300), 1
+    yield matrix[:, :1].expand(130, 300), 0
+    yield conv[:, :, 1, 1], 1
+    yield conv[:, :, 1], 1
+    yield conv[:, :1].expand(70, 40, 3, 3), 1
+    yield last[:, ::2], 1
+    yield last[:, :33], 0
+    yield last[:, :33], 1
+    yield last[:, :33], 2
+    yield conv[0, 0, 0].repeat(50).unfold(0, 5, 1), 0  # windows that overlap
+    yield matrix[0].unfold(0, 40, 2), 1
+    yield matrix[0, ::2], 0
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_views_of_every_kind(native_device, dtype, p):
+    for view, dim in views():
+        whole = torch.full((view.untyped_storage().nbytes() // 4,), math.nan)
+        # All that lies between the elements is NaN, which must not be counted.
+        weight = whole.as_strided(view.shape, view.stride(), view.storage_offset())
+        weight.copy_(view) if 0 not in view.stride() else weight.fill_(1.5)
+        strides, offset = weight.stride(), weight.storage_offset()
+        moved = whole.to(native_device, dtype).as_strided(weight.shape, strides, offset)
+        (norm,) = channel_norms([moved], [dim], p)
+        expected = exact(moved, dim, p)
+        torch.testing.assert_close(norm.double(), expected, rtol=TOLERANCE[dtype], atol=0)
+
+
+def test_sliced_channels_last_weights_are_not_copied():
+    weight = torch.randn(256, 256, 3, 3).to(memory_format=torch.channels_last)[:, :200]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        channel_norms([weight], [0])
+    allocated = sum(event.self_cpu_memory_usage for event in profile.events())
+    assert allocated < weight.numel() * weight.element_size() / 10
 
 
 def test_results_outlive_each_other():
@@ -226,6 +274,12 @@ def test_compiles_in_one_graph(native_device, backend):
         (([torch.ones(())], [0], 1.0), r"dims\[0\] should be a dim"),
         (([torch.ones(2, 2)], [0], 3.0), "p should be 1, 2 or math.inf, got 3"),
         (([torch.ones(2, dtype=torch.int64)], [0], 1.0), r"weights\[0\] should be float16.*int64"),
+        (([torch.ones(2, 2).to_sparse()], [0], 1.0), r"weights\[0\] should be a dense.*sparse_coo"),
+        (
+            ([torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)], [0], 1.0),
+            r"weights\[0\] should be a dense tensor, got a nested one",
+        ),
+        (([torch.ones([1] * 65)], [0], 1.0), r"weights\[0\] should have at most 64 dims, got 65"),
     ],
 )
 def test_refuses_bad_arguments(arguments, message):
@@ -261,6 +315,28 @@ def test_every_half_value_is_read_exactly(native_device, dtype):
     (rows,) = channel_norms([weight.view(512, 128)], [0], math.inf)
     expected = weight.view(512, 128).float().abs().amax(1)
     torch.testing.assert_close(rows, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_half_subnormals_count_where_those_of_float32_are_flushed():
+    # As rows of 128 (lanes) and as columns.
+    weight = torch.arange(1, 2**10, dtype=torch.int16).view(torch.float16).repeat(128, 1).t()
+    expected = weight[:, 0].float() * 128
+    torch.set_flush_denormal(True)
+    try:
+        (rows,) = channel_norms([weight.contiguous()], [0])
+        (columns,) = channel_norms([weight], [0])
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(rows, expected)
+    assert torch.equal(columns, expected)
+
+
+def test_forward_mode_keeps_the_tangent(native_device):
+    weight, direction = torch.randn(2, 4, 5, device=native_device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, direction)
+        tangent = forward_ad.unpack_dual(channel_norms([dual], [0])[0]).tangent
+    torch.testing.assert_close(tangent, (weight.sign() * direction).sum(1))
 
 
 def test_meta_tensors():

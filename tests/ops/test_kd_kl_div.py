@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strided import FLOATS, LAYOUTS, strided, values
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import kd_kl_div, kd_kl_div_reference
@@ -233,6 +236,23 @@ def test_a_row_without_any_class_is_nan(native_device):
     assert loss.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("classes", [8, 300, 3000])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_teacher_that_does_not_count_shows_nowhere(native_device, early, classes, bad):
+    student, teacher = torch.randn(2, 3, classes, device=native_device)
+    student.requires_grad_()
+    teacher[0] = bad
+    teacher[1, 0] = bad
+    labels = torch.tensor([1, 5, -100], device=native_device)
+    options = {"labels": labels, "soft_weight": 0.0, "hard_weight": 1.0, "reduction": "sum"}
+    loss = kd_kl_div(student, teacher, gradient_in_forward=early, **options)
+    expected = F.cross_entropy(student, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
 def test_far_logits_do_not_overflow():
     student = torch.tensor([[300.0, -300.0, 0.0]])
     teacher = torch.tensor([[-300.0, 300.0, 0.0]])
@@ -394,6 +414,18 @@ def test_weights_and_mask_equal_the_rows_chosen_by_hand(native_device, classes, 
     assert torch.equal(gradient[~mask], torch.zeros(7, classes, device=native_device))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("early", [True, False])
+def test_rows_left_out_keep_zero_gradients_under_infinite_ones(native_device, early, reduction):
+    student, teacher = torch.randn(2, 4, 6, device=native_device)
+    student.requires_grad_()
+    mask = torch.tensor([True, False, True, False], device=native_device)
+    options = {"mask": mask, "reduction": reduction, "gradient_in_forward": early}
+    loss = kd_kl_div(student, teacher, **options)
+    (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, math.inf))
+    assert torch.equal(gradient[~mask], torch.zeros(2, 6, device=native_device))
+
+
 @pytest.mark.parametrize("reduction", ["sum", "batchmean"])
 def test_everything_masked_is_zero(native_device, reduction):
     student, teacher = torch.randn(2, 4, 6, device=native_device)
@@ -485,6 +517,57 @@ def test_torch_func_transforms(native_device):
     torch.func.hessian(loss)(student[0], teacher[0])
 
 
+def test_forward_mode_keeps_the_tangent(native_device):
+    student, teacher, direction = torch.randn(3, 4, 5, dtype=torch.float64, device=native_device)
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(kd_kl_div(leaf, teacher), leaf)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(student, direction)
+        tangent = forward_ad.unpack_dual(kd_kl_div(dual, teacher)).tangent
+    torch.testing.assert_close(tangent, (gradient * direction).sum())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_batched_gradients(native_device, early):
+    student, teacher = torch.randn(2, 4, 5, device=native_device)
+    mask = torch.tensor([True, True, False, True], device=native_device)
+
+    def losses(s):
+        options = {"mask": mask, "reduction": "none", "gradient_in_forward": early}
+        return kd_kl_div(s, teacher, **options)
+
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(losses, student, vectorize=True), jacobian(losses, student))
+    student.requires_grad_()
+    upstream = torch.tensor([1.0, 3.0], device=native_device)
+    total = losses(student).sum()
+    (batch,) = torch.autograd.grad(total, student, upstream, True, is_grads_batched=True)
+    torch.testing.assert_close(batch[1], batch[0] * 3)
+
+
+def test_the_gradient_can_be_faked_and_traced():
+    def gradient(student, teacher):
+        student = student.detach().requires_grad_()
+        return torch.autograd.grad(kd_kl_div(student, teacher), student)[0]
+
+    logits = torch.randn(2, 4, 5)
+    with FakeTensorMode():
+        assert gradient(torch.empty(4, 5), torch.empty(4, 5)).shape == (4, 5)
+    traced = make_fx(gradient, tracing_mode="fake")(*logits)
+    torch.testing.assert_close(traced(*logits), gradient(*logits))
+
+
+def test_compiles_with_options_that_change(native_device):
+    student, teacher = torch.randn(2, 4, 5, device=native_device)
+
+    def loss(temperature, soft_weight):
+        return kd_kl_div(student, teacher, temperature, soft_weight=soft_weight)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    for options in ((4.0, 1.0), (3.0, 0.5), (2.0, 0.25)):
+        torch.testing.assert_close(compiled(*options), loss(*options))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", [(8, 10), (2, 4, 10)])
 def test_compiles_in_one_graph(native_device, backend, shape):
@@ -565,6 +648,14 @@ LABELS = torch.tensor([0, 1])
         ),
         ((LOGITS, LOGITS), {"mask": LABELS}, r"mask should be booleans .*int64"),
         ((LOGITS, LOGITS), {"reduction": "mean"}, "none, sum, batchmean, got 'mean'"),
+        ((LOGITS, LOGITS.tolist()), {}, "teacher should be a tensor, got list"),
+        ((LOGITS, LOGITS), {"labels": [0, 1]}, "labels should be a tensor, got list"),
+        ((LOGITS, LOGITS), {"mask": [True, False]}, "mask should be a tensor, got list"),
+        (
+            (LOGITS, LOGITS),
+            {"labels": LABELS, "hard_weight": 1.0, "ignore_index": None},
+            "ignore_index should be an integer, got None",
+        ),
     ],
 )
 def test_refuses_bad_arguments(arguments, options, message):

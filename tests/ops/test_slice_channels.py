@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strided import LAYOUTS, shapes, strided, values
+from torch.autograd import forward_ad
 
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import slice_channels, slice_channels_reference
@@ -179,6 +180,44 @@ def test_compiles_in_one_graph(native_device, backend):
     assert torch.equal(gradient, expected)
 
 
+def test_compiles_where_the_length_depends_on_data(monkeypatch, native_device):
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    mask = torch.tensor([True, False, True, True])
+
+    def narrow(w):
+        kept = mask.nonzero().squeeze(1)
+        return slice_channels([w], [kept], [kept])[0] * 2
+
+    conv = torch.randn(4, 5, 3, 3, device=native_device).to(memory_format=torch.channels_last)
+    for weight in (torch.randn(4, 5, device=native_device), conv):
+        compiled = torch.compile(narrow, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(weight), narrow(weight))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 3)])
+def test_torch_func_transforms(native_device, shape):
+    weights = torch.randn(2, *shape, device=native_device)
+    rows, cols = torch.tensor([4, 1]), torch.tensor([0, 3])
+
+    def narrow(w):
+        return slice_channels([w], [rows], [cols])[0]
+
+    batched = torch.func.vmap(narrow)(weights)
+    assert torch.equal(batched, torch.stack([narrow(w) for w in weights]))
+    _, tangent = torch.func.jvp(narrow, (weights[0],), (weights[1],))
+    assert torch.equal(tangent, narrow(weights[1]))
+    torch.func.vmap(torch.func.grad(lambda w: narrow(w).square().sum()))(weights)
+
+
+def test_forward_mode_keeps_the_tangent(native_device):
+    weight, direction = torch.randn(2, 4, 5, device=native_device)
+    rows = torch.tensor([2, 0])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, direction)
+        tangent = forward_ad.unpack_dual(slice_channels([dual], [rows], [None])[0]).tangent
+    assert torch.equal(tangent, direction[[2, 0]])
+
+
 INDEX = torch.tensor([0, 1])
 
 
@@ -202,6 +241,29 @@ def test_gathered_columns_of_every_order(columns, order, channels_last):
     rows = torch.tensor([6, 0, 3])
     (result,) = slice_channels([weight], [rows], [cols])
     assert torch.equal(result, weight.index_select(0, rows).index_select(1, cols))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 64, 1000])
+@pytest.mark.parametrize("rows", [1, 3, 7, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_few_rows(native_device, dtype, rows, columns):
+    # Few rows gather element by element what more of them take by windows.
+    cols = torch.randperm(2 * columns, generator=torch.Generator().manual_seed(rows))[:columns]
+    weight = values([rows, 2 * columns], dtype, columns).to(native_device)
+    results = slice_channels([weight, weight[0]], [None, cols], [cols, None])
+    expected = weight.index_select(1, cols.to(native_device))
+    assert torch.equal(bits(results[0]), bits(expected))
+    assert torch.equal(bits(results[1]), bits(expected[0]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 40, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("position", [0, 1, 20, 38])
+def test_one_wrong_index_is_found_wherever_it_is(native_device, position, wrong):
+    index = torch.arange(39)
+    index[position] = wrong
+    message = rf"in \[0, 40\), got {wrong} at position {position}"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.chanprune.slice_channels([torch.ones(40, device=native_device)], [index], [None])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
@@ -231,6 +293,11 @@ def test_runs_of_every_length(dtype, run):
         (
             ([torch.ones(3, 2)], [None], [torch.tensor([1, -1])]),
             r"cols\[0\] should hold indices in \[0, 2\).*got -1",
+        ),
+        (([torch.ones(3)], [[0, 1]], [None]), r"rows\[0\] should be a tensor, got list"),
+        (
+            ([torch.ones(3, 3).to_sparse()], [INDEX], [None]),
+            r"tensors\[0\] should be a dense tensor, got a torch.sparse_coo",
         ),
     ],
 )
