@@ -1007,14 +1007,7 @@ class ChannelStatistics(nn.Module):
         return self.head(self.b(a * self.gate(stats).sigmoid()))
 
 
-TOYS["ChannelStatistics"] = Toy(
-    "ChannelStatistics",
-    ChannelStatistics,
-    expects="frozen",
-    kept_whole=("a.0.weight",),
-    reason="index",
-    min_removed=0.1,
-)
+TOYS["ChannelStatistics"] = Toy("ChannelStatistics", ChannelStatistics, expects="normalised")
 
 
 class SumOfGates(nn.Module):

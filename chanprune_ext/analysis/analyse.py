@@ -36,7 +36,8 @@ def analyse(
 
     Raises:
         InvalidArgumentError: The model is scripted, compiled or quantised or has lazy parameters,
-            the inputs hold no tensor, or model and inputs are on different devices.
+            the inputs hold no tensor, model and inputs are on different devices, or ``outputs`` is
+            no function or raised.
         AnalysisError: The model's forward raised while tracing.
     """
     if not isinstance(model, nn.Module):
@@ -51,7 +52,14 @@ def analyse(
             "model is compiled, or parts of it are; prune the plain model (torch.compile keeps it "
             "as '_orig_mod') and compile the result"
         )
+    _refuse_wrapped(model)
+    _refuse_scripted(model)
     _refuse_packed(model)
+    if outputs is not None and not callable(outputs):
+        raise InvalidArgumentError(
+            f"outputs must be a function that picks, from what the model returns, what must keep "
+            f"its shape, got {outputs!r}"
+        )
     inputs = tensors_in(example_inputs)
     if not inputs:
         raise InvalidArgumentError(
@@ -74,11 +82,42 @@ def analyse(
     return build_analysis(trace_model(model, example_inputs, outputs))
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Wrappers that note down what the parameters are cannot follow them."""
+    for _, module in modules_of(model):
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise InvalidArgumentError(
+                f"model is wrapped in {kind}, or parts of it are, which holds on to its "
+                f"parameters and their shapes; prune the plain model ('.module') without "
+                f"inplace and wrap the copy"
+            )
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    """Of scripted modules only those can be followed that are all code: no weights, not frozen."""
+    for name, module in modules_of(model):
+        if isinstance(module, torch.jit.ScriptModule) and (
+            "_parameters" not in vars(module)  # traced
+            or not module._c.hasattr("training")  # noqa: SLF001 - frozen: weights are constants now
+            or module.state_dict()
+        ):
+            raise InvalidArgumentError(
+                f"'{name}' is a scripted or traced module, which can be followed only where it is "
+                f"scripted, not frozen and has no weights; put the eager module in its place, "
+                f"prune, and script the result"
+            )
+
+
+# These only stand for an addition or the like in a model that may be quantised later.
+_NOT_QUANTISED = frozenset({"FloatFunctional", "FXFloatFunctional"})
+
+
 def _refuse_packed(model: nn.Module) -> None:
     """Weights that are not plain tensors cannot be sliced."""
     for name, module in modules_of(model):
         kind = type(module)
-        if "quantized" in kind.__module__.split("."):
+        if "quantized" in kind.__module__.split(".") and kind.__name__ not in _NOT_QUANTISED:
             raise InvalidArgumentError(
                 f"model holds a quantised layer: '{name}' is a {kind.__module__}.{kind.__name__}, "
                 f"whose weights are packed; prune the float model and quantise the result"

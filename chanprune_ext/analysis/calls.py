@@ -12,15 +12,19 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _is_torch_function_all_disabled
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from chanprune_ext.checksum import checksum
 from chanprune_ext.module_modes import evaluating
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallMode",
+    "OperationMode",
     "call_name",
     "is_query",
     "results_of",
@@ -41,6 +46,7 @@ __all__ = [
 
 _TORCH_DIRECTORY = f"{Path(torch.__file__).parent}{os.sep}"
 _PACKAGE_DIRECTORY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 # Python-level calls that hand the values of a tensor to code outside torch.
 VALUE_READS = frozenset(
     {
@@ -228,6 +234,7 @@ class CallMode(TorchFunctionMode):
         super().__init__()
         self.next_index = 0
         self.device = device
+        self.running = False
 
     def query(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a question about a tensor."""
@@ -244,6 +251,27 @@ class CallMode(TorchFunctionMode):
         self.before(index, name, args, kwargs)
         output = self.run(name, func, args, kwargs)
         return self.after(index, name, args, kwargs, output)
+
+    def operation(self, func: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Number an operation that belongs to no call, as a call with the name of its schema.
+
+        There is nothing to be seen of where its arguments come from: none of them may change, but
+        for sizes, which show in its result.
+
+        Args:
+            func: The operation.
+            run: Runs an operation, given with its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        name = schema_name(func)
+        named = {**dict(zip(_argument_names(func), args, strict=False)), **kwargs}
+        given = {key: value for key, value in named.items() if key not in _SIZES}
+        given["implied"] = _implied_numbers(name, named)
+        given["num_groups"] = named.get("group")  # as torch's function calls it, and its rule
+        if name == _CONSTANT and self.device is not None:
+            args = (args[0].to(self.device),)
+        return self.call(name, lambda **_: run(func, args, kwargs), (), given)
 
     def before(self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called with the arguments of call ``index`` before it runs."""
@@ -270,7 +298,77 @@ class CallMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if makes and self.device is not None and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": self.device}
-        return (self.query if asks else self.call)(name, func, args, kwargs)
+        if not asks and _are_functorch_transforms_active():
+            # Its tensors hide dims (vmap) or are wrapped: what it comes down to is numbered.
+            return self.query(name, func, args, kwargs)
+        outer, self.running = self.running, True
+        try:
+            return (self.query if asks else self.call)(name, func, args, kwargs)
+        finally:
+            self.running = outer
+
+
+class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Numbers the operations that belong to no call, beside those that do.
+
+    Constructors such as ``torch.FloatTensor``, TorchScript and the transforms of ``torch.func`` run
+    operations that no function mode hears of. The Python code that torch itself runs for an
+    operation on stand-ins is no part of the forward, and is kept from the function modes.
+
+    Only for stand-ins: on a GPU, TorchScript fuses operations after a few runs.
+
+    Args:
+        calls: What numbers the calls of the same forward.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, calls: CallMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = calls
+        self.error: Exception | None = None  # what TorchScript may raise another one in place of
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation."""
+        return func(*args, **kwargs)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.calls.running:
+            return self.run(func, args, kwargs)
+        hidden = isinstance(func, HigherOrderOperator) or _is_torch_function_all_disabled()
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            if hidden or schema_name(func).startswith("prim::"):
+                return self.run(func, args, kwargs)
+            try:
+                return self.calls.operation(func, self.run, args, kwargs)
+            except Exception as error:
+                self.error = error
+                raise
+
+
+@functools.lru_cache(maxsize=4096)
+def _argument_names(op: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
+
+
+# What makes a constant of numbers from Python.
+_CONSTANT = "aten::lift_fresh"
+# Arguments of operations that only say which shape is made.
+_SIZES = frozenset({"size", "split_size", "split_sizes", "normalized_shape", "N", "C", "HxW"})
+
+
+def _implied_numbers(name: str, named: Mapping[str, Any]) -> Any:
+    """Numbers that an operation computes with, though they are not among its arguments."""
+    if name == _CONSTANT:
+        values = named["self"]
+        with _disable_current_modes():  # it is real, whatever the model runs on
+            return values.tolist() if values.numel() <= 8 else checksum(values)
+    if "scaled_dot_product" in name and named.get("scale") is None:
+        return float(max(named["query"].shape[-1], 1) ** -0.5)
+    return None
 
 
 def _never(*_: Any) -> bool:

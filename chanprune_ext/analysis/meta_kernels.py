@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from chanprune_ext.analysis.calls import CallMode, schema_name
+from chanprune_ext.analysis.calls import CallMode, OperationMode, schema_name
 
 __all__ = ["Lowered", "MetaCalls", "lowered", "run_call", "run_operation"]
 
@@ -341,7 +342,22 @@ def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 class MetaCalls(CallMode):
-    """Runs a model on meta tensors with the kernels of this module."""
+    """Runs a model on stand-ins, with the kernels of this module; numbers lone operations too."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__(device)
+        self._operations = OperationMode(self)
+
+    def __enter__(self) -> Self:
+        self._operations.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._operations.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        if self._operations.error is not None and "TorchScript interpreter" in str(error):
+            raise self._operations.error from error
 
     def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function of a call, or what stands in for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from chanprune_ext.analysis.calls import results_of, source_place, steady_calls
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
-from chanprune_ext.analysis.sizes import numbers_in
+from chanprune_ext.analysis.sizes import literals_in, numbers_in
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
@@ -114,6 +115,12 @@ class _ReplayMode(MetaCalls):
                     f"{numbers}: {where}"
                 )
             self.factors[index] = factor
+        for before, now in zip_longest(expected.literals, literals_in(name, args, kwargs)):
+            if before is not None and now != before:
+                raise self.diverged(
+                    f"an argument that depends on a size has changed from {before!r} to {now!r}: "
+                    f"{where}"
+                )
         results = results_of(name, args, output)
         shapes = [tuple(t.shape) for t in results]
         predicted = [tuple([self.sizes.of(s) for s in dims]) for dims in expected.outputs]

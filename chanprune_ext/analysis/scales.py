@@ -23,8 +23,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
-from chanprune_ext.analysis.meta_kernels import run_call
+from chanprune_ext.analysis.calls import steady_calls, tensors_in
+from chanprune_ext.analysis.meta_kernels import MetaCalls, run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
@@ -58,7 +58,9 @@ class Rescaling:
     factor: float
 
 
-def scale_factor(name: str, before: Sequence[float], after: Sequence[float]) -> float | None:
+def scale_factor(
+    name: str, before: Sequence[float | complex], after: Sequence[float | complex]
+) -> float | None:
     """What the first tensor of a call must be multiplied by for a changed number not to matter.
 
     None where no factor can make up for it.
@@ -67,6 +69,8 @@ def scale_factor(name: str, before: Sequence[float], after: Sequence[float]) -> 
     if len(before) != len(after) or len(changed) != 1 or 0.0 in changed[0]:
         return None
     old, new = changed[0]
+    if isinstance(old, complex) or isinstance(new, complex):
+        return None
     kind = name.strip("_")
     if kind in ("mul", "multiply", "rmul") or name == ATTENTION:
         return old / new
@@ -153,7 +157,7 @@ def _distinct(ids: Tensor) -> np.ndarray:
     return np.unique(narrow.numpy())
 
 
-class _RowMode(CallMode):
+class _RowMode(MetaCalls):
     """Carries, beside every value that is linear in some rows of a parameter, those rows' numbers.
 
     A value's tensor of row numbers has the value's shape; -1 stands for elements that no row

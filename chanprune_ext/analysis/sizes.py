@@ -7,9 +7,11 @@ an attribute becomes an equation, a bare number freezes what a plan would change
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
@@ -18,7 +20,7 @@ from chanprune_ext.analysis.provenance import Dim, TracedInt
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
 
-__all__ = ["numbers_in", "record_equations"]
+__all__ = ["literals_in", "numbers_in", "record_equations"]
 
 Handler = Callable[["Tracer", tuple[Any, ...], dict[str, Any], Any], None]
 _HANDLERS: dict[str, Handler] = {}
@@ -30,9 +32,22 @@ ARITHMETIC = frozenset(
         *("remainder", "fmod", "pow", "float_power", "lerp", "addcmul", "addcdiv"),
         *("clamp", "clamp_min", "clamp_max", "eq", "ne", "lt", "le", "gt", "ge"),
         *("full", "full_like", "new_full", "fill", "masked_fill"),
-        *("tensor", "new_tensor", "as_tensor", "scalar_tensor"),
+        *("tensor", "new_tensor", "as_tensor", "asarray", "scalar_tensor"),
     )
 )
+# Calls whose numbers the rules of their operations turn into equations themselves.
+_READ_BY_RULES = frozenset(
+    (
+        *(f"conv{d}d" for d in (1, 2, 3)),
+        *(f"conv_transpose{d}d" for d in (1, 2, 3)),
+        *("convolution", "group_norm", "channel_shuffle", "native_channel_shuffle", "repeat"),
+        *("repeat_interleave", "tile", "pad", "constant_pad_nd"),
+    )
+)
+_MAKES_CONSTANTS = frozenset(("tensor", "new_tensor", "as_tensor", "asarray", "scalar_tensor"))
+_WORDS = frozenset((bool, str))
+_LITERALS = _WORDS | {int}
+_NO_NUMBERS = frozenset((Tensor, bool, str, slice, type(None)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,29 +63,75 @@ def record_equations(
     handler = _HANDLERS.get(name)
     if handler is not None:
         handler(tracer, args, kwargs, output)
+    elif name not in _READ_BY_RULES:
+        _keep_values(tracer, [*args, *kwargs.values()])
     if computes(name):
         values = args[{"full": 1, "new_full": 2}.get(name, 0) :]
         _keep_values(tracer, [*values, *(v for k, v in kwargs.items() if k != "size")])
 
 
-def numbers_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
+def numbers_in(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[float | complex, ...]:
     """Numbers that a call computes with, as opposed to sizes."""
     if name == "scaled_dot_product_attention":
         return (_attention_scale(args, kwargs),)
-    with_ints = computes(name)
-    given = (*args, *kwargs.values()) if kwargs else args
-    return tuple(
-        [
-            float(a)
-            for a in given
-            if type(a) is float
-            or (
-                type(a) is not Tensor
-                and isinstance(a, (float, int) if with_ints else float)
-                and not isinstance(a, bool)
-            )
-        ]
-    )
+    found: list[float | complex] = []
+    _collect_numbers((*args, *kwargs.values()) if kwargs else args, name, found, computes(name))
+    return tuple(found)
+
+
+def _collect_numbers(
+    values: Iterable[Any], name: str, found: list[float | complex], with_ints: bool
+) -> None:
+    for value in values:
+        kind = type(value)
+        if kind is float:
+            found.append(value)
+        elif kind in _NO_NUMBERS:
+            continue
+        elif isinstance(value, int):
+            if with_ints:
+                found.append(float(value))
+        elif isinstance(value, (tuple, list)):
+            # In a list, whole numbers are sizes, but for those that a tensor is made of.
+            _collect_numbers(value, name, found, name in _MAKES_CONSTANTS)
+        elif isinstance(value, dict):
+            _collect_numbers(value.values(), name, found, with_ints)
+        elif isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number):
+            found += value.ravel().tolist()
+        elif isinstance(value, numbers.Complex):
+            found.append(float(value) if isinstance(value, numbers.Real) else complex(value))
+
+
+def literals_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Whole numbers, flags and words among a call's arguments, None for traced numbers.
+
+    Code may choose them by a width (``min(8, c // 4)``, or an ``if``), which no equation shows.
+    Those that :func:`numbers_in` has are left out.
+    """
+    if name.startswith("_assert"):  # with a message that tells sizes
+        return ()
+    found: list[Any] = []
+    kinds = _WORDS if computes(name) else _LITERALS
+    _collect_literals((*args, *kwargs.values()) if kwargs else args, kinds, found)
+    return tuple(found)
+
+
+def _collect_literals(values: Iterable[Any], kinds: frozenset[type], found: list[Any]) -> None:
+    for value in values:
+        kind = type(value)
+        if kind is Tensor:
+            continue
+        if kind in kinds:
+            found.append(value)
+        elif kind is TracedInt:
+            if int in kinds:
+                found.append(None)
+        elif isinstance(value, (tuple, list)):
+            _collect_literals(value, kinds, found)
+        elif kind is slice:
+            _collect_literals((value.start, value.stop, value.step), kinds, found)
 
 
 def _attention_scale(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -29,7 +29,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         # As named_parameters() and named_buffers() do, which go through all modules once each.
         dot = "." if prefix else ""
         for entries, kind in ((parameters, "_parameters"), (buffers, "_buffers")):
-            for name, tensor in module.__dict__[kind].items():
+            # Scripted modules keep them elsewhere than in their __dict__.
+            for name, tensor in getattr(module, kind).items():
                 if tensor is not None and id(tensor) not in seen and isinstance(tensor, Tensor):
                     seen.add(id(tensor))
                     entries[f"{prefix}{dot}{name}"] = tensor
@@ -56,16 +57,18 @@ def substitute(value: Any, change: Any) -> Any:
 @contextlib.contextmanager
 def substrate_mode(substrate: str) -> Iterator[Any]:
     """A function tensor -> stand-in for ``"meta"``, ``"fake"`` or ``"real"``."""
-    if substrate == "meta":
-        yield _on_meta
-    elif substrate == "fake":
-        from torch._subclasses import FakeTensorMode
+    # TorchScript's optimiser computes with constants, at the first or a later run.
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+        if substrate == "meta":
+            yield _on_meta
+        elif substrate == "fake":
+            from torch._subclasses import FakeTensorMode
 
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
-    else:
-        # A copy: a training-mode forward moves the running statistics.
-        yield lambda t: t.detach().clone()
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
+        else:
+            # A copy: a training-mode forward moves the running statistics.
+            yield lambda t: t.detach().clone()
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chanprune_ext.analysis.calls import (
     VALUE_READS,
     CallMode,
+    OperationMode,
+    Run,
     raising_line,
     results_of,
+    schema_name,
     steady_calls,
     tensors_in,
 )
@@ -37,7 +39,7 @@ from chanprune_ext.analysis.provenance import (
     traced_attributes,
 )
 from chanprune_ext.analysis.rules import apply_rule, give_up
-from chanprune_ext.analysis.sizes import numbers_in, record_equations
+from chanprune_ext.analysis.sizes import literals_in, numbers_in, record_equations
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
@@ -46,7 +48,7 @@ from chanprune_ext.analysis.stand_ins import (
     tensors_of,
 )
 from chanprune_ext.analysis.tracer import Cost, Event, Join, Slots, Tracer
-from chanprune_ext.errors import AnalysisError
+from chanprune_ext.errors import AnalysisError, ChanpruneError, InvalidArgumentError
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class TracedCall:
         module: Dotted path of the innermost module being run.
         source: ``file.py:line`` of the calling line.
         numbers: Numbers it computes with.
+        literals: Its other plain arguments, None for those that an equation may speak of.
         inputs: Slots of every dim of every tensor among its arguments, before it ran.
         outputs: Slots of every dim of every tensor it made.
     """
@@ -75,7 +78,8 @@ class TracedCall:
     name: str
     module: str
     source: str
-    numbers: tuple[float, ...]
+    numbers: tuple[float | complex, ...]
+    literals: tuple[Any, ...]
     inputs: tuple[tuple[Slots, ...], ...]
     outputs: tuple[tuple[Slots, ...], ...]
 
@@ -106,19 +110,14 @@ class _ForwardError(Exception):
     """The user's forward raised; the argument says where, the cause is what it raised."""
 
 
-class _RuleMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RuleMode(OperationMode):  # type: ignore[no-untyped-call]
     """Applies the rule of each ATen operation after it has run."""
 
-    supports_higher_order_operators = True
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, calls: CallMode, tracer: Tracer) -> None:
+        super().__init__(calls)
         self.tracer = tracer
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(func, HigherOrderOperator):
             output = func(*args, **kwargs)
             give_up(self.tracer, f"operator {func}", tensors_in((args, kwargs)), output)
@@ -158,6 +157,12 @@ class _ProvenanceMode(CallMode):
             product = product * _traced_size(n, slots)
         return product
 
+    def operation(self, func: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super().operation(func, run, args, kwargs)
+        if schema_name(func) == "aten::slice":
+            _freeze_before(self.tracer, *args)
+        return output
+
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.next_index += 1
         tracer = self.tracer
@@ -184,6 +189,7 @@ class _ProvenanceMode(CallMode):
                 name,
                 *tracer.place(),
                 numbers_in(name, args, kwargs),
+                literals_in(name, args, kwargs),
                 inputs,
                 tuple([tracer.dims(t) for t in results]),
             )
@@ -198,6 +204,13 @@ class _ProvenanceMode(CallMode):
             return func(*args, **kwargs)
         apply_rule(self.tracer, found.op, found.args, {}, found.output)
         return found.result
+
+
+def _freeze_before(
+    tracer: Tracer, x: Tensor, dim: int = 0, start: int | None = None, *_: Any
+) -> None:
+    """A slice from a fixed place: what is in front of it stays, or it would start elsewhere."""
+    tracer.freeze(tracer.dims(x)[dim][:, : start or 0], f"slice at {start}")
 
 
 def _traced_size(n: int, slots: Slots) -> int:
@@ -260,18 +273,34 @@ def _watch(
     """One forward under all three layers; its outputs must keep their shape."""
     mode = _ProvenanceMode(tracer, flow, tracer.device)
     try:
-        with traced_attributes(model, tracer.compared), _RuleMode(tracer), mode:
+        with traced_attributes(model, tracer.compared), _RuleMode(mode, tracer), mode:
             output = call_substituted(model, stand_ins, inputs, tracer.caches)
-        if outputs is not None:
-            output = outputs(output)
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error
+    if outputs is not None:
+        output = _picked(outputs, output)
     tracer.at_output()
     returned = tensors_in(output)
     tracer.use(returned)
     for tensor in returned:
         tracer.freeze_tensor(tensor, "the model's output")
     return mode.calls
+
+
+def _picked(outputs: Callable[[Any], Any], returned: Any) -> Any:
+    try:
+        picked = outputs(returned)
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"outputs raised {type(error).__name__} when called with what the model returns, a "
+            f"{type(returned).__name__}: {error}; it must pick what is to keep its shape"
+        ) from error
+    if not tensors_in(picked):
+        raise InvalidArgumentError(
+            f"outputs picked no tensor of what the model returns, a {type(returned).__name__}, but "
+            f"{picked!r}; without any, the model's own outputs would change their shape"
+        )
+    return picked
 
 
 def _trains_alike(
@@ -350,6 +379,7 @@ def trace_model(model: nn.Module, example_inputs: Any, outputs: Outputs = None) 
 
     Raises:
         AnalysisError: The model's own forward raised, on real tensors too.
+        InvalidArgumentError: ``outputs`` raised.
     """
     on_meta = any(t.is_meta for t in tensors_of(model).values())
     substrates = ("meta", "fake") if on_meta else ("meta", "fake", "real")
@@ -358,7 +388,7 @@ def trace_model(model: nn.Module, example_inputs: Any, outputs: Outputs = None) 
             return _run(model, example_inputs, substrate, outputs)
         except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
             failure = error
-    if isinstance(failure, AnalysisError):
+    if isinstance(failure, ChanpruneError):
         raise failure
     advice = "Check that example_inputs are what the model takes."
     if on_meta:

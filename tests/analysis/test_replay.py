@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import randomised
 from torch import Tensor, nn
 from toys import TOYS
@@ -100,12 +101,56 @@ class AnotherWholeNumber(TakesAnotherPath):
         return self.b(a.sigmoid() / int(str(a.shape[1])))
 
 
+class AnotherNumberInAList(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(a.sigmoid() * torch.tensor([a.shape[1] ** -0.5], device=a.device))
+
+
+class AnotherNumberOfNumPy(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(a.sigmoid() * np.float32(a.shape[1]))
+
+
+class AnotherComplexNumber(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b((a * complex(1, a.shape[1])).real)
+
+
+class AnotherGroupCount(TakesAnotherPath):
+    """At 16 channels it is 4 groups, at 8 it is 2: no equation says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(F.group_norm(a, 4 if a.shape[1] >= 16 else 2))
+
+
+class AnotherMode(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(F.gelu(a, approximate="none" if a.shape[1] > 12 else "tanh"))
+
+
+class RolledByAWidth(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.b(a.roll(a.shape[1] // 8, 3))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (TakesAnotherPath, "takes another path"),
         (AnotherNumber, "a number computed from a size"),
         (AnotherWholeNumber, "a number computed from a size"),
+        (AnotherNumberInAList, "a number computed from a size"),
+        (AnotherNumberOfNumPy, "a number computed from a size"),
+        (AnotherComplexNumber, "a number computed from a size"),
+        (AnotherGroupCount, "an argument that depends on a size has changed from 4 to 2"),
+        (AnotherMode, "an argument that depends on a size has changed from 'none' to 'tanh'"),
+        (RolledByAWidth, "their number is used in a computation"),
     ],
 )
 def test_what_diverges_is_held_back_and_told(make: Any, message: str) -> None:
@@ -118,6 +163,18 @@ def test_what_diverges_is_held_back_and_told(make: Any, message: str) -> None:
     assert told.module == "1"
     assert told.source.startswith("test_replay.py:")
     assert plan.kept["1.b.weight"][0].shape == (3,)
+
+
+class TellsASize(TakesAnotherPath):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        torch._assert(a.dim() == 4, f"expected images, got {a.shape}")
+        return self.b(a)
+
+
+def test_messages_may_tell_another_size() -> None:
+    plan = cpx.plan(nn.Sequential(TellsASize()), torch.randn(2, 3, 4, 4), 0.5)
+    assert plan.kept["0.a.weight"][0].shape == (8,)
 
 
 @pytest.mark.parametrize("make", [OneCallMore, OneCallLess])

@@ -106,6 +106,7 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "every second position": lambda m, x: x[:, :, ::2, ::2],
     "one position": lambda m, x: x[:, :, 0, :, None],
     "stack": lambda m, x: torch.stack([x, -x], 0).sum(0),
+    "sum of stacked channels": lambda m, x: x * torch.stack([x, -2 * x]).sum(2)[1][:, None],
     "unbind positions": lambda m, x: torch.stack(x.unbind(2), 2),
     "cat positions": lambda m, x: torch.cat([x, x], 3),
     "split positions": lambda m, x: x.split(3, 3)[0],
@@ -157,6 +158,7 @@ def positions_filled(x: Tensor) -> Tensor:
 NORMALISED: dict[str, Callable[..., Tensor]] = {
     "mean": lambda m, x: x - x.mean(1, keepdim=True),
     "amax": lambda m, x: x - x.amax(1, keepdim=True),
+    "max with positions that nobody reads": lambda m, x: x - x.max(1, keepdim=True)[0],
     "var": lambda m, x: x / (x.var(1, keepdim=True, unbiased=False) + 1),
     "logsumexp": lambda m, x: x - x.logsumexp(1, keepdim=True),
     "norm": lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1),
@@ -178,6 +180,13 @@ NORMALISED: dict[str, Callable[..., Tensor]] = {
     "sum of filled positions": lambda m, x: x * positions_filled(x).sum(1, keepdim=True),
     "sum of what is masked": lambda m, x: x * x.masked_fill(x <= 0, 0.5).sum(1, keepdim=True),
     "sum of truth values": lambda m, x: x * (x == 0).to(x.dtype).sum(1, keepdim=True),
+    "sum of positions beside sigmoids": lambda m, x: (
+        x * torch.cat([x, x.sigmoid()], 2).sum(1, keepdim=True)[:, :, 4:]
+    ),
+    "sum of channels stacked with sigmoids": lambda m, x: (
+        x * torch.stack([x, x.sigmoid()], 2).sum(1, keepdim=True).sum(2)
+    ),
+    "sum of quotients of zeros": lambda m, x: x * (x / x).nan_to_num(0.5).sum(1, keepdim=True),
     "sum after a shift in place": lambda m, x: x * x.add_(1).sum(1, keepdim=True),
     "sum after a shift of a view": lambda m, x: (x[:, :, :2].add_(1), x.sum(1, keepdim=True) + x)[
         1
@@ -190,7 +199,10 @@ STAYS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "log_softmax": (lambda m, x: x.log_softmax(1), "depends on all others"),
     "cumsum": (lambda m, x: x.cumsum(1), "depends on all others"),
     "sort": (lambda m, x: x.sort(1).values, "depends on all others"),
-    "max with indices": (lambda m, x: x - x.max(1, keepdim=True)[0], "index into these channels"),
+    "position of the max": (
+        lambda m, x: x - x.max(1, keepdim=True)[1],
+        "index into these channels",
+    ),
     "argmax": (lambda m, x: x + x.argmax(1, keepdim=True), "index into these channels"),
     "topk": (lambda m, x: x.topk(3, 1).values, "sorted by value"),
     "roll": (lambda m, x: x.roll(1, 1), "fixed distance"),

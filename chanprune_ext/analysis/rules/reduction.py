@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Slots, Tracer
 
 
+_POSITION = "an index into these channels is computed"
+# With a dim, these return positions beside values.
+_WITH_POSITION = frozenset({"aten::max", "aten::min", "aten::median", "aten::nanmedian"})
+
+
 def _reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> set[int]:
     """The dims a reduction runs over, from its ``dim`` argument (all of them when it has none)."""
     for position, argument in enumerate(func._schema.arguments):
@@ -67,15 +72,14 @@ def statistic(
     if len(args) > 1 and isinstance(args[1], Tensor):
         raise ValueError("an element-wise overload")
     over = _reduced_dims(func, args, kwargs, x.dim())
+    outputs = tensors_in(output)
+    indexed = schema_name(func) in _WITH_POSITION and len(outputs) > 1
+    _reduce(tracer, x, over, outputs)
     for d in over:
         slots = tracer.dims(x)[d]
-        if (
-            schema_name(func) in ("aten::max", "aten::min", "aten::median")
-            and len(tensors_in(output)) > 1
-        ):
-            tracer.freeze(slots, "an index into these channels is computed")
+        if indexed:
+            tracer.freeze_if_used(outputs[1], slots, _POSITION)
         tracer.flag_normalised(slots)
-    _reduce(tracer, x, over, tensors_in(output))
 
 
 @rule("aten::argmax", "aten::argmin")
@@ -85,7 +89,7 @@ def position(
     x = args[0]
     over = _reduced_dims(func, args, kwargs, x.dim())
     for d in over:
-        tracer.freeze(tracer.dims(x)[d], "an index into these channels is computed")
+        tracer.freeze(tracer.dims(x)[d], _POSITION)
     _reduce(tracer, x, over, tensors_in(output))
 
 

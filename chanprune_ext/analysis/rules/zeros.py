@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -95,8 +96,8 @@ def _on(*names: str) -> Callable[[Follow], Follow]:
     *("alias", "detach", "lift", "lift_fresh", "lift_fresh_copy", "_to_copy", "contiguous"),
     *("clone", "permute", "permute_copy", "transpose", "t", "swapaxes", "as_strided", "unsqueeze"),
     "squeeze",
-    *("cat", "concat", "concatenate", "stack", "slice", "narrow", "select", "unbind", "split"),
-    *("split_with_sizes", "chunk", "tensor_split", "unsafe_split", "flip", "roll"),
+    *("slice", "narrow", "select", "unbind", "split", "split_with_sizes", "chunk"),
+    *("tensor_split", "unsafe_split", "flip", "roll"),
     *("index", "index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     "native_channel_shuffle",
     # Functions with f(0) = 0.
@@ -104,7 +105,7 @@ def _on(*names: str) -> Callable[[Follow], Follow]:
     *("atanh", "sqrt", "square", "sgn", "sign", "floor", "ceil", "round", "trunc", "frac", "erf"),
     *("expm1", "log1p", "gelu", "silu", "hardswish", "hardshrink", "softshrink", "leaky_relu"),
     *("elu", "selu", "celu", "mish", "rrelu", "rrelu_with_noise", "native_dropout", "glu"),
-    *("nan_to_num", "_weight_norm_interface"),
+    "_weight_norm_interface",
     # Statistics and windows over other dimensions.
     *("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "norm", "prod", "amax"),
     *("amin", "max", "min", "median", "linalg_vector_norm", "cumsum", "cumprod", "sort"),
@@ -134,6 +135,22 @@ def _kept(
     return result
 
 
+@_on("cat", "concat", "concatenate", "stack")
+def _joined(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where every part is."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    result = [True] * out.dim()
+    for part in inputs:
+        zeros = list(tracer.zeros(part))
+        if part.dim() < out.dim():
+            # Stacked, along a dimension that it does not have; or empty, and adding nothing.
+            zeros = [*zeros[:dim], True, *zeros[dim:]] if part.dim() else []
+        result = [a and b for a, b in zip_longest(result, zeros, fillvalue=True)]
+    return result
+
+
 @_on("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
 def _reshaped(
     tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
@@ -148,6 +165,15 @@ def _reshaped(
     for before, after in blocks(source.shape, out.shape):
         result += [all(zeros[before])] * len(out.shape[after])
     return result
+
+
+@_on("nan_to_num")
+def _without_nan(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Zero where the input is, unless that is a quotient of zeros and becomes another number."""
+    replacement = args[1] if len(args) > 1 else kwargs.get("nan")
+    return [not replacement and zero for zero in tracer.zeros(args[0])]
 
 
 @_on("prelu", "_prelu_kernel", "masked_fill", "clamp", "clamp_min", "clamp_max", "hardtanh", "pow")
