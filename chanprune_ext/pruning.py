@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.allocation.measured_budget import plan_within
 from chanprune_ext.allocation.removal import verified_removal
-from chanprune_ext.allocation.selection import Budget, Goal, Selection
+from chanprune_ext.allocation.selection import Budget, Goal, Selection, is_whole
 from chanprune_ext.analysis import Analysis, analyse
 from chanprune_ext.analysis.couplings import aliases_of, couplings_of
 from chanprune_ext.analysis.stand_ins import substitute
@@ -45,7 +46,7 @@ def plan(
     threshold: float | None = None,
     budget: Budget | None = None,
     round_to: int = 1,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[str] | None = (),
     kinds: Sequence[str] | None = None,
     outputs: Callable[[Any], Any] | None = None,
     max_ratio: float = 0.9,
@@ -57,10 +58,11 @@ def plan(
     Args:
         model: Any eager module with convolutions or linear layers.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        ratio: Fraction of the channels to remove from every group, in [0, 1). Default 0.5. With
-            ``ratios`` it is the default for groups that no glob names; 0 leaves those alone.
-        criterion: ``"l1"``, ``"l2"``, ``"linf"``, ``"bn_scale"``, ``"random"``, or a function
-            ``(model, groups, seed)`` returning one array of scores per group.
+        ratio: Fraction of the channels to remove from every group, in [0, 1). Default 0.5, beside
+            ``ratios`` too: groups that no glob names lose this much. ``ratio=0`` leaves those
+            alone.
+        criterion: ``"l1"``, ``"l2"``, ``"linf"``, ``"bn_scale"``, ``"fpgm"``, ``"random"``, or a
+            function ``(model, groups, seed)`` returning one array of scores per group.
         scope: ``"local"`` removes the ratio from each group; ``"global"`` ranks all channels
             together, scores divided by their group's mean.
         ratios: Glob on the names of the modules that make a group's channels -> ratio; a later
@@ -70,7 +72,7 @@ def plan(
         budget: Meet a budget on MACs, parameters, measured latency and/or file size with one
             common ratio (or, with ``scope="global"``, one common threshold), instead of a ratio.
             What was reached is in the plan's ``options["reached"]``; for latency see
-            :func:`chanprune_ext.measured_budget.plan_within`.
+            :func:`chanprune_ext.allocation.measured_budget.plan_within`.
 
             Only one of ``ratio``, ``threshold`` and ``budget`` may be given; ``ignore`` and
             ``max_ratio`` go with each of them, ``ratios`` with ``ratio`` and ``budget``.
@@ -101,6 +103,13 @@ def plan(
         VerificationError: The pruned network would not run as predicted.
     """
     _check_alternatives(ratio, ratios, threshold, budget)
+    if not isinstance(criterion, str) and not callable(criterion):
+        raise InvalidArgumentError(
+            f"criterion must be the name of a criterion, such as 'l1', or a function (model, "
+            f"groups, seed), got {criterion!r}"
+        )
+    if not is_whole(seed):
+        raise InvalidArgumentError(f"seed must be an int, got {seed!r}")
     selection = Selection(
         ratio=0.5 if ratio is None else ratio,
         ratios={} if ratios is None else ratios,
@@ -108,64 +117,102 @@ def plan(
         threshold=threshold,
         budget=budget,
         round_to=round_to,
-        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
-        kinds=(kinds,) if isinstance(kinds, str) else None if kinds is None else tuple(kinds),
+        ignore=() if ignore is None else _several("ignore", ignore),
+        kinds=None if kinds is None else _several("kinds", kinds),
         max_ratio=max_ratio,
         normalise=normalise or ("none" if getattr(criterion, "comparable", False) else "mean"),
     )
     with _at_work(model):
         analysis = analyse(model, example_inputs, outputs)
     _warn_of_branches(analysis)
-    scores = score_groups(model, analysis.groups, criterion, seed)
-    names = [name for name, _ in model.named_parameters()]
-    whole = analysis.sizes(analysis.removed_labels({}))
-    options = {
-        "ratio": selection.ratio,
-        "ratios": dict(selection.ratios),
-        "scope": scope,
-        "threshold": threshold,
-        "budget": None if budget is None else budget.fractions(),
-        "round_to": round_to,
-        "ignore": list(selection.ignore),
-        "kinds": None if selection.kinds is None else list(selection.kinds),
-        "max_ratio": max_ratio,
-        "normalise": selection.normalise,
-        "seed": seed,
-        "substrate": analysis.trace.substrate,
-    }
-
-    aliases = aliases_of(model)
+    scores = score_groups(model, analysis.groups, criterion, int(seed))
+    name = criterion if isinstance(criterion, str) else _name_of(criterion)
 
     def plan_for(goals: tuple[Goal, ...]) -> PruningPlan:
         wanted = replace(selection, goals=goals)
-        with _at_work(model):
-            removal = verified_removal(analysis, model, example_inputs, scores, wanted, names)
-        return PruningPlan(
-            kept={
-                entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
-                for entry, dims in removal.masks.items()
-            },
-            attributes=removal.attributes,
-            rescalings=removal.rescalings,
-            caches=tuple(sorted(analysis.trace.caches)),
-            groups=group_summaries(analysis, removal.units),
-            frozen=(*analysis.frozen, *removal.held),
-            params_before=whole.params(names),
-            params_after=removal.sizes.params(names),
-            macs_before=whole.macs(),
-            macs_after=removal.sizes.macs(),
-            criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
-            options=options,
-            fingerprint=structure_of(model),
-            inputs=input_shapes(example_inputs),
-            deferred_couplings=functools.partial(couplings_of, analysis, aliases),
-            outputs=outputs,
-            example_inputs=substitute(example_inputs, Tensor.detach),
+        return plan_of_scores(
+            analysis, model, example_inputs, scores, wanted, name, int(seed), outputs=outputs
         )
 
     if budget is not None and (budget.latency is not None or budget.file_size is not None):
         return plan_within(budget, analysis, model, example_inputs, plan_for)
     return plan_for(())
+
+
+def plan_of_scores(
+    analysis: Analysis,
+    model: nn.Module,
+    example_inputs: Any,
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    criterion: str,
+    seed: int,
+    *,
+    outputs: Callable[[Any], Any] | None = None,
+    whole: Iterable[int] = (),
+) -> PruningPlan:
+    """A verified plan for a model that has been analysed and scored.
+
+    Args:
+        analysis: Groups of the model.
+        model: The model; left untouched.
+        example_inputs: What it was analysed with.
+        scores: One score per unit of each group, high = keep.
+        selection: How much goes, and where.
+        criterion: Name of what gave the scores.
+        seed: What the criterion drew its numbers from.
+        outputs: As for :func:`plan`.
+        whole: Indices of groups that must stay whole.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    before = analysis.sizes(analysis.removed_labels({}))
+    with _at_work(model):
+        removal = verified_removal(analysis, model, example_inputs, scores, selection, names, whole)
+    budget = selection.budget
+    return PruningPlan(
+        kept={
+            entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
+            for entry, dims in removal.masks.items()
+        },
+        attributes=removal.attributes,
+        rescalings=removal.rescalings,
+        caches=tuple(sorted(analysis.trace.caches)),
+        groups=group_summaries(analysis, removal.units),
+        frozen=(*analysis.frozen, *removal.held),
+        params_before=before.params(names),
+        params_after=removal.sizes.params(names),
+        macs_before=before.macs(),
+        macs_after=removal.sizes.macs(),
+        criterion=criterion,
+        options={
+            "ratio": selection.ratio,
+            "ratios": dict(selection.ratios),
+            "scope": selection.scope,
+            "threshold": selection.threshold,
+            "budget": None if budget is None else budget.fractions(),
+            "round_to": selection.round_to,
+            "ignore": list(selection.ignore),
+            "kinds": None if selection.kinds is None else list(selection.kinds),
+            "max_ratio": selection.max_ratio,
+            "normalise": selection.normalise,
+            "seed": seed,
+            "substrate": analysis.trace.substrate,
+        },
+        fingerprint=structure_of(model),
+        inputs=input_shapes(example_inputs),
+        deferred_couplings=functools.partial(couplings_of, analysis, aliases_of(model)),
+        outputs=outputs,
+        example_inputs=substitute(example_inputs, Tensor.detach),
+    )
+
+
+def _several(argument: str, value: Any) -> tuple[str, ...]:
+    """One str or several of them, as a tuple."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise InvalidArgumentError(f"{argument} must be a str or several of them, got {value!r}")
+    return tuple(value)
 
 
 def _check_alternatives(

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from chanprune_ext.allocation import Budget
 from chanprune_ext.compensation import compensate
-from chanprune_ext.compensation.batches import read_batches, split_batches
+from chanprune_ext.compensation.batches import ReadBatches, read_batches, split_batches
 from chanprune_ext.compensation.outputs import DeviationMeter, forward, output_tensors
+from chanprune_ext.criteria import score_groups
 from chanprune_ext.elimination import elimination
 from chanprune_ext.errors import BudgetError, InvalidArgumentError, NothingToPruneError
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.pruning import plan
 from chanprune_ext.recovery.evaluation import device_of
+from chanprune_ext.verification import input_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
 
@@ -65,6 +67,24 @@ class SearchResult:
     loss: float
     candidates: tuple[Candidate, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__}: lost {self.loss:.4g}, {len(self.candidates)} candidates, "
+            f"{self.plan!r}>"
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"  asked for x{c.share:.3f}: lost {c.loss:.4g}{'' if c.accepted else ', too much'}"
+            for c in self.candidates
+        ]
+        plan = self.plan
+        sizes = (
+            f"params {plan.params_before:,} -> {plan.params_after:,}, "
+            f"MACs {plan.macs_before:,} -> {plan.macs_after:,}"
+        )
+        return "\n".join([f"search: lost {self.loss:.4g}, {sizes}", *lines])
+
 
 def prune_within(
     model: nn.Module,
@@ -77,7 +97,7 @@ def prune_within(
     least: float = 0.1,
     steps: int = 6,
     held_back: float = 0.25,
-    criterion: Criterion | None = None,
+    criterion: str | Criterion | None = None,
     **options: Any,
 ) -> SearchResult:
     """Removes as much as a tolerated loss allows; no labels, no training.
@@ -101,19 +121,23 @@ def prune_within(
         least: Shares of the cost below this are not tried, in (0, 1).
         steps: Candidates to try.
         held_back: Share of the samples to judge by, in (0, 1).
-        criterion: Another way of choosing channels.
-        **options: Further arguments of :func:`chanprune_ext.plan`.
+        criterion: Another way of choosing channels, as for :func:`chanprune_ext.plan`.
+        **options: Further arguments of :func:`chanprune_ext.plan`, but for those that say how much
+            goes: that is what is searched for.
 
     Raises:
         InvalidArgumentError: An argument is out of range.
         NothingToPruneError: Every candidate lost more than the tolerance.
     """
     _check(tolerance, cost, least, steps, held_back)
-    items = read_batches(batches, model, device=device_of(model))
-    data = split_batches(items, held_back=held_back, batch_size=_BATCH)
+    _check_options(options)
+    inputs = input_shapes(example_inputs)
+    items = read_batches(batches, model, device=device_of(model), inputs=inputs)
+    data = split_batches(items, model, held_back=held_back, batch_size=_BATCH)
     if not data.held_back:
         raise InvalidArgumentError("batches: too few samples to hold any back to judge by")
-    chosen = _remembered(elimination(list(data.fit)) if criterion is None else criterion)
+    fit = ReadBatches(data.fit)
+    chosen = _remembered(elimination(fit) if criterion is None else criterion)
     judge = _Judge(model, data.held_back, evaluate)
     best: tuple[nn.Module, PruningPlan, float] | None = None
     tried: list[Candidate] = []
@@ -129,7 +153,7 @@ def prune_within(
             low = share
             continue
         pruned = made.apply(model)
-        compensate(pruned, model, list(data.fit), progress=False)
+        compensate(pruned, model, fit, progress=False)
         loss = judge.loss(pruned)
         tried.append(Candidate(share, loss, loss <= tolerance))
         _log.info("%s x%.3f: loss %.4g, tolerated %.4g", cost, share, loss, tolerance)
@@ -165,7 +189,18 @@ def _check(tolerance: float, cost: str, least: float, steps: int, held_back: flo
         raise InvalidArgumentError(f"held_back: expected a share in (0, 1), got {held_back!r}")
 
 
-def _remembered(criterion: Criterion) -> Criterion:
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Arguments of a plan that the search gives itself."""
+    for name in ("ratio", "threshold", "budget", "scope"):
+        if name in options:
+            raise InvalidArgumentError(
+                f"{name}: not an argument of prune_within, which looks for the smallest budget "
+                f"itself and ranks all channels together; say what may be lost with tolerance and "
+                f"what to save with cost and least, or use chanprune_ext.plan"
+            )
+
+
+def _remembered(criterion: str | Criterion) -> Criterion:
     """A criterion that computes its scores once: they do not depend on how much goes."""
     known: list[list[np.ndarray]] = []
 
@@ -173,10 +208,12 @@ def _remembered(criterion: Criterion) -> Criterion:
         model: nn.Module, groups: Sequence[CouplingGroup], seed: int
     ) -> list[np.ndarray]:
         if not known:
-            known.append(criterion(model, groups, seed))
+            known.append(score_groups(model, groups, criterion, seed))
         return known[0]
 
-    remembered.__name__ = getattr(criterion, "__name__", "function")
+    name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "function")
+    remembered.__name__ = name
+    remembered.__wrapped__ = criterion  # type: ignore[attr-defined]
     remembered.comparable = getattr(criterion, "comparable", False)  # type: ignore[attr-defined]
     return remembered
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.allocation.group_ratios import exact_ratios
+from chanprune_ext.allocation.links import rounded_count
+from chanprune_ext.allocation.selection import Selection
 from chanprune_ext.analysis import analyse
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.atomic_files import write_text
@@ -29,8 +31,8 @@ from chanprune_ext.copying import copied
 from chanprune_ext.criteria import Criterion, score_groups
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, NothingToPruneError
 from chanprune_ext.module_modes import evaluating
-from chanprune_ext.pruning import plan
-from chanprune_ext.verification import zero_slices
+from chanprune_ext.pruning import plan_of_scores
+from chanprune_ext.verification import input_shapes, zero_slices
 
 if TYPE_CHECKING:
     import os
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
 
-__all__ = ["Curve", "GroupCurve", "Sensitivity", "sensitivity"]
+__all__ = ["Curve", "GroupCurve", "Sensitivity", "sensitivity", "told_apart"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class GroupCurve(Curve):
         width: Channels of that module in the group.
         removed: Channels removed at each point.
         compensated: The same after compensation, where that was asked for.
+        kind: What the channels are, one of the ``kinds`` of :func:`chanprune_ext.plan`; empty in
+            files of earlier versions.
     """
 
     group: str = ""
@@ -74,6 +78,16 @@ class GroupCurve(Curve):
     width: int = 0
     removed: tuple[int, ...] = ()
     compensated: Curve | None = None
+    kind: str = ""
+
+
+def told_apart(groups: Sequence[tuple[str, str]]) -> list[str]:
+    """Labels of groups from their names and kinds: the kind only where a name repeats.
+
+    One layer may make channels of several groups: heads and their width.
+    """
+    counts = Counter(name for name, _ in groups)
+    return [f"{name} ({kind})" if counts[name] > 1 and kind else name for name, kind in groups]
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,11 @@ class Sensitivity:
 
     def __str__(self) -> str:
         header = ["group", "width", *(f"-{ratio:.0%}" for ratio in self.ratios)]
-        rows = [[c.group, str(c.width), *(f"{e:.4f}" for e in c.error)] for c in self.curves]
+        names = told_apart([(c.group, c.kind) for c in self.curves])
+        rows = [
+            [name, str(c.width), *(f"{e:.4f}" for e in c.error)]
+            for name, c in zip(names, self.curves, strict=True)
+        ]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
@@ -192,14 +210,19 @@ def sensitivity(
         InvalidArgumentError: A ratio is out of range, or the inputs are empty or not finite.
         NothingToPruneError: The model has no groups.
     """
-    ratios = tuple(float(r) for r in ratios)
+    try:
+        ratios = tuple(float(r) for r in ratios)
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(
+            f"ratios: expected several numbers in (0, 1), such as (0.25, 0.5), got {ratios!r}"
+        ) from None
     if not ratios or not all(0 < r < 1 for r in ratios) or list(ratios) != sorted(ratios):
         raise InvalidArgumentError(f"ratios must rise and lie in (0, 1), got {list(ratios)}")
     analysis = analyse(model, example_inputs)
     if not analysis.groups:
         raise NothingToPruneError("the model has no channels that may be removed")
     scores = score_groups(model, analysis.groups, criterion, seed)
-    meter = _Meter(model, batches)
+    meter = _Meter(model, batches, example_inputs)
     work = copied(model)
     originals = dict(model.named_parameters())
     if calibration is not None and not isinstance(calibration, Tensor):
@@ -210,7 +233,7 @@ def sensitivity(
         for group in measured:
             plain, compensated, removed = [], [], []
             for ratio in ratios:
-                units = _lowest(scores[group.index], ratio)
+                units = _lowest(group, scores[group.index], ratio)
                 slices = _slices(group, units)
                 with torch.no_grad():
                     zero_slices(work, slices)
@@ -233,6 +256,7 @@ def sensitivity(
                     width=group.units * group.multiplicity,
                     removed=tuple(removed),
                     compensated=after,
+                    kind=group.kind,
                 )
             )
     return Sensitivity(
@@ -248,11 +272,12 @@ def sensitivity(
 class _Meter:
     """Compares networks with the original on the same inputs."""
 
-    def __init__(self, model: nn.Module, batches: Any) -> None:
+    def __init__(self, model: nn.Module, batches: Any, example_inputs: Any) -> None:
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
         if not isinstance(batches, Tensor):
             batches = list(batches)
-        self._items = read_batches(batches, model, device=device)
+        inputs = input_shapes(example_inputs)
+        self._items = read_batches(batches, model, device=device, inputs=inputs)
         self._labels = _labels(batches)
         with evaluating(model), torch.no_grad():
             self._expected = [output_tensors(forward(model, item)) for item in self._items]
@@ -315,13 +340,20 @@ def _pruned(
     """A copy of the model without some units of one group; None if there is nothing to remove."""
     if not len(units):
         return None
-    names = [g.name for g in analysis.groups]
-    made = plan(
-        model,
-        example_inputs,
-        0.0,
-        ratios=exact_ratios(names, {group.name: len(units) / group.units}),
-        criterion=lambda _model, _groups, _seed: list(scores),
+    selection = Selection(
+        ratio=len(units) / group.units,
+        ratios={},
+        scope="local",
+        threshold=None,
+        budget=None,
+        round_to=1,
+        ignore=(),
+        max_ratio=0.9,
+    )
+    # By their indices: a name may stand for several groups.
+    others = [g.index for g in analysis.groups if g is not group]
+    made = plan_of_scores(
+        analysis, model, example_inputs, scores, selection, "sensitivity", 0, whole=others
     )
     return made.apply(model)
 
@@ -340,11 +372,10 @@ def _bar(points: int, progress: bool) -> Iterator[Callable[[str], None]]:
         yield lambda name: bar.update(task, advance=1, description=f"measuring {name}")
 
 
-def _lowest(score: np.ndarray, ratio: float) -> np.ndarray:
-    """Units to remove: the lowest-scored ones, never all; of equal scores the later goes first."""
-    count = min(int(ratio * len(score) + 0.5), len(score) - 1)
+def _lowest(group: CouplingGroup, score: np.ndarray, ratio: float) -> np.ndarray:
+    """Units that a plan would remove: the lowest-scored ones; of equal ones the later goes."""
     order = np.argsort(-score, kind="stable")
-    return order[len(score) - count :]
+    return order[rounded_count(group, group.units * (1 - ratio), 1) :]
 
 
 def _slices(group: CouplingGroup, units: np.ndarray) -> dict[str, dict[int, Tensor]]:

@@ -164,6 +164,98 @@ def test_heads_that_a_size_ties_to_the_stream_are_told() -> None:
     block = Tied()
     block.q, block.k, block.v, block.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
     model = nn.Sequential(nn.Linear(8, WIDTH), block, nn.Linear(WIDTH, 3)).double()
-    with pytest.raises(cpx.ChanpruneError, match=r"tied by a size to those of '0' \(residual\)"):
+    with pytest.raises(cpx.ChanpruneError, match=r"tied to those of '0' \(residual\).*choose both"):
         cpx.plan(model, X, 0.5, kinds="head_dim")
     assert cpx.plan(model, X, 0.5, kinds=("head_dim", "residual")).params_after
+
+
+def test_a_ratio_of_heads_for_one_layer(decoder: nn.Module) -> None:
+    """The layer's name stands for heads and for their width: the kinds say which."""
+    ratios = {"blocks.0.q": 0.5, "blocks.1.q": 0.25}
+    plan = cpx.plan(decoder, X, 0.0, kinds=("heads",), ratios=ratios)
+    assert {g.kind for g in plan.groups if g.width_after < g.width_before} == {"heads"}
+    assert len(plan.kept["blocks.0.q.weight"][0]) == HEADS * DIM // 2
+    assert_exact(decoder, plan)
+
+
+class Rotary(nn.Module):
+    """Packed queries, keys and values; rotary positions keep the width of queries and keys."""
+
+    def __init__(self, mlp: bool) -> None:
+        super().__init__()
+        self.heads, self.dim = HEADS, DIM
+        self.qkv, self.out = nn.Linear(8, 3 * HEADS * DIM), nn.Linear(HEADS * DIM, 8)
+        self.up, self.down = (nn.Linear(8, 16), nn.Linear(16, 8)) if mlp else (None, None)
+        self.head = nn.Linear(8, 3)
+        angles = torch.outer(torch.arange(20.0), torch.rand(DIM // 2)).repeat(1, 2)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def rotated(self, x: Tensor) -> Tensor:
+        cos, sin = (t[: x.shape[1], None] for t in (self.cos, self.sin))
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (t.view(b, n, self.heads, self.dim) for t in self.qkv(x).chunk(3, -1))
+        q, k = self.rotated(q), self.rotated(k)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head(x if self.up is None else x + self.down(F.gelu(self.up(x))))
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"ratio": 0.5},
+        {"budget": cpx.Budget(params=0.7)},
+        {"ratio": 0.5, "kinds": ("heads", "head_dim")},
+    ],
+)
+def test_heads_go_where_their_width_cannot(mlp: bool, how: dict[str, Any]) -> None:
+    """Chunks stay equal, and those of queries and keys cannot become narrower."""
+    torch.manual_seed(0)
+    model = randomised(Rotary(mlp)).double()
+    plan = cpx.plan(model, X, **how)
+    assert [g.kind for g in plan.groups if g.width_after < g.width_before][:1] == ["heads"]
+    assert not any(f.entry == "qkv.weight" for f in plan.frozen)
+    assert relative_error(run(plan.apply(model), X), run(zeroed(model, plan), X)) < 1e-12
+
+
+class Stream(nn.Module):
+    """torch's attention, whose heads fill the width of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+def test_heads_that_stay_beside_what_goes_are_told() -> None:
+    plan = cpx.plan(Stream(), X.float(), 0.5, kinds=("heads", "mlp"))
+    (told,) = (f for f in plan.frozen if f.entry == "attention.in_proj_weight")
+    assert told.channels == 3 * WIDTH
+    assert "tied to those of 'stem' (residual), which stay, by a size" in str(plan)
+    (held,) = {g.held for g in plan.explain("attention").groups if g.held is not None}
+    assert held == told
+    both = cpx.plan(Stream(), X.float(), 0.5, kinds=("heads", "mlp", "residual"))
+    assert not any(f.entry == "attention.in_proj_weight" for f in both.frozen)
+    assert {g.width_after for g in both.groups if g.kind == "heads"} == {3 * WIDTH // 2}
+
+
+@pytest.mark.parametrize("kinds", [("heads",), ("head_dim",), ("heads", "head_dim")])
+def test_nobody_is_told_to_choose_both_of_two_rivals(kinds: tuple[str, ...]) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()  # the stream is an input: it stays
+    with pytest.raises(cpx.ChanpruneError, match="part of a size that must stay") as caught:
+        cpx.plan(model, torch.randn(2, 7, WIDTH), 0.5, kinds=kinds)
+    assert "choose both" not in str(caught.value)

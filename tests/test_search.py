@@ -98,3 +98,44 @@ def test_nothing_within_the_tolerance():
 def test_options_out_of_range(option, value):
     with pytest.raises(cpx.ChanpruneError, match=option):
         cpx.prune_within(redundant(), images(1), images(), **{option: value})
+
+
+def test_a_criterion_by_its_name():
+    found = cpx.prune_within(
+        redundant(), images(1), images(), tolerance=0.5, steps=2, criterion="l2"
+    )
+    assert found.plan.criterion == "l2"
+    with pytest.raises(cpx.ChanpruneError, match="criterion must be one of"):
+        cpx.prune_within(redundant(), images(1), images(), criterion="l7")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("budget", cpx.Budget(macs=0.5)), ("scope", "local"), ("ratio", 0.5), ("threshold", 0.1)],
+)
+def test_what_the_search_decides_is_not_an_option(option, value):
+    with pytest.raises(cpx.ChanpruneError, match=f"{option}: not an argument of prune_within"):
+        cpx.prune_within(redundant(), images(1), images(), **{option: value})
+
+
+def test_an_optional_second_input_is_no_label():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Embedding(10, 32)
+            self.layers = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+            self.alone = 0
+
+        def forward(self, x: torch.Tensor, kind: torch.Tensor | None = None) -> torch.Tensor:
+            hidden = self.layers[0](x)
+            if kind is None:
+                self.alone += 1
+            else:
+                hidden = hidden + self.shift(kind)
+            return self.layers[2](self.layers[1](hidden))
+
+    torch.manual_seed(0)
+    model, x, kind = Shifted(), torch.randn(80, 8), torch.randint(0, 10, (80,))
+    for batch in ((x, kind), ((x, kind), torch.zeros(80, dtype=torch.long))):
+        found = cpx.prune_within(model, (x[:2], kind[:2]), [batch], tolerance=1.0, steps=1)
+        assert model.alone == found.model.alone == 0

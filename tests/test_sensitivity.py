@@ -146,3 +146,48 @@ def test_ratios_out_of_range(model: nn.Module, ratios: tuple[float, ...]) -> Non
     x = torch.randn(1, 3, 32, 32)
     with pytest.raises(InvalidArgumentError, match="ratios must rise"):
         sensitivity(model, x, x, ratios=ratios)
+
+
+class SelfAttention(nn.Module):
+    """Heads and their width are made by one layer: two groups of one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.head, self.heads = nn.Linear(16, 5), 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head((x + self.out(mixed.transpose(1, 2).reshape(n, t, -1))).mean(1))
+
+
+def test_groups_of_one_name_are_measured_apart() -> None:
+    torch.manual_seed(0)
+    net, x, calibration = SelfAttention().eval(), torch.randn(40, 6, 16), torch.randn(60, 6, 16)
+    found = sensitivity(net, x[:2], x, ratios=(0.5,), calibration=calibration)
+    assert [(c.group, c.kind) for c in found.curves] == [("qkv", "heads"), ("qkv", "head_dim")]
+    assert "qkv (heads)" in str(found)
+    assert "qkv (head_dim)" in str(found)
+    for curve in found.curves:
+        pruned = cpx.prune(net, x[:2], 0.5, kinds=curve.kind)
+        cpx.compensate(pruned, net, calibration, progress=False)
+        with torch.no_grad():
+            expected = (pruned(x) - net(x)).norm() / net(x).norm()
+        assert curve.compensated is not None
+        assert curve.compensated.error[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_files_without_kinds_are_read(model: nn.Module) -> None:
+    x = torch.randn(1, 3, 32, 32)
+    data = sensitivity(model, x, x, ratios=(0.5,)).to_dict()
+    for curve in data["curves"]:
+        del curve["kind"]
+    assert Sensitivity.from_dict(data).curves[0].kind == ""
+
+
+def test_as_many_go_as_a_plan_takes() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(6, 4)
+    (curve,) = sensitivity(net, x, x, ratios=(0.5,)).curves
+    assert curve.removed == (5 - cpx.prune(net, x, 0.5)[0].out_features,)

@@ -70,13 +70,15 @@ def allocate(
         return _meet_budget(analysis, scores, selection, active, parameter_names, fixed)
     if selection.threshold is not None:
         wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
-        wanted = {i: max(w, _floor(analysis.groups[i], selection)) for i, w in wanted.items()}
+        least = {g.index: _floor(g, selection) for g in active}
+        wanted = {i: max(w, least[i]) for i, w in wanted.items()}
     elif selection.scope == "global":
-        pool = [g for g in active if ratios[g.index] == selection.ratio]
+        pool = [g for g in active if not is_named(g, selection)]
+        least = {g.index: _floor(g, selection) for g in pool}
         wanted = {**by_ratio, **_global_counts(pool, scores, selection, selection.ratio)}
     else:
-        wanted = by_ratio
-    return _select(analysis, scores, active, wanted, selection.round_to)
+        least, wanted = {}, by_ratio
+    return _select(analysis, scores, active, wanted, least, selection.round_to)
 
 
 def _select(
@@ -84,10 +86,11 @@ def _select(
     scores: Sequence[np.ndarray],
     active: Sequence[CouplingGroup],
     wanted: Mapping[int, float],
+    least: Mapping[int, float],
     round_to: int,
 ) -> dict[int, np.ndarray]:
     """Whole counts near the wanted ones, then the lowest scores of each group."""
-    buckets = solve_linked_counts(analysis, active, wanted, round_to)
+    buckets = solve_linked_counts(analysis, active, wanted, least, round_to)
     removed: dict[int, np.ndarray] = {}
     for group in active:
         mask = np.zeros(group.units, dtype=bool)
@@ -166,17 +169,17 @@ def _meet_budget(
     """
     goals = _goals(analysis, selection, parameter_names)
     free = [g for g in active if g.index not in fixed]
-
+    least = {g.index: _floor(g, selection) for g in free}
     savings: dict[int, float] | None = None
 
     def counts(ratio: float) -> dict[int, float]:
         if selection.scope == "global":
             return {**fixed, **_global_counts(free, scores, selection, ratio, savings)}
-        common = {g.index: max(g.units * (1 - ratio), _floor(g, selection)) for g in free}
+        common = {g.index: max(g.units * (1 - ratio), least[g.index]) for g in free}
         return {**fixed, **common}
 
     def attempt(wanted: Mapping[int, float]) -> tuple[dict[int, np.ndarray], bool]:
-        removed = _select(analysis, scores, active, wanted, selection.round_to)
+        removed = _select(analysis, scores, active, wanted, least, selection.round_to)
         sizes = analysis.sizes(analysis.removed_labels(removed))
         return removed, all(goal.cost(sizes) <= goal.limit for goal in goals)
 

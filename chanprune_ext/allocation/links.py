@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.equations import AttributeKey
     from chanprune_ext.analysis.tracer import Slots
 
-__all__ = ["solve_linked_counts"]
+__all__ = ["pinned_groups", "solve_linked_counts"]
 
 Buckets = dict[int, list[tuple[np.ndarray, int]]]
 
@@ -99,7 +99,7 @@ class _Linear:
         """Rows r that keep their product with the unknowns: every linear link between sizes."""
         rows: dict[bytes, np.ndarray] = {}
         for equation in self.analysis.trace.equations:
-            found = self._row(equation)
+            found = self.row(equation)
             if found is not None and np.abs(found).max(initial=0.0) > 1e-9:
                 rows.setdefault(np.round(found, 6).tobytes(), found)
         return self._binding(list(rows.values()))
@@ -122,7 +122,8 @@ class _Linear:
                 return rows
             rows = [row for row in rows if not any(row is other for other in loose)]
 
-    def _row(self, equation: Equation) -> np.ndarray | None:
+    def row(self, equation: Equation) -> np.ndarray | None:
+        """The link that an equation makes between sizes; None where it is not a linear one."""
         target = self.size(equation.slots)
         if target is None:
             return None
@@ -148,6 +149,7 @@ def solve_linked_counts(
     analysis: Analysis,
     active: Sequence[CouplingGroup],
     wanted: Mapping[int, float],
+    least: Mapping[int, float],
     round_to: int,
 ) -> Buckets:
     """Whole numbers of units to keep, near ``wanted``, that satisfy every linear size link.
@@ -156,6 +158,7 @@ def solve_linked_counts(
         analysis: The model's groups and equations.
         active: Groups that may shrink.
         wanted: Group index -> units to keep, a real number.
+        least: Group index -> the fewest units that may be kept, for groups where that is limited.
         round_to: Kept channels of a group are a multiple of this where the group is wide enough.
 
     Returns:
@@ -167,12 +170,47 @@ def solve_linked_counts(
     result: Buckets = {}
     for groups, own_rows in _components(linear, active, linear.rows()):
         if own_rows:
-            result.update(_solve(linear, own_rows, groups, wanted, round_to))
+            result.update(_solve(linear, own_rows, groups, wanted, least, round_to))
         else:
             (group,) = groups
-            count = rounded_count(group, wanted[group.index], round_to)
+            fewest = least.get(group.index, 1.0)
+            count = rounded_count(group, wanted[group.index], round_to, fewest)
             result[group.index] = [(np.arange(group.units), count)]
     return result
+
+
+def pinned_groups(analysis: Analysis, active: Sequence[CouplingGroup]) -> dict[int, Equation]:
+    """Active groups that size links keep whole, whatever is asked of them.
+
+    A sum of units that must not change keeps each of them, since units can only go; and so do
+    links in which all else is kept already.
+
+    Returns:
+        Group index -> the link that keeps it.
+    """
+    linear = _Linear(analysis, active)
+    rows = [(equation, linear.row(equation)) for equation in analysis.trace.equations]
+    links = [(equation, row) for equation, row in rows if row is not None]
+    free = np.ones(len(linear.values), dtype=bool)
+    found: dict[int, Equation] = {}
+    progress = True
+    while progress:
+        progress = False
+        for equation, row in links:
+            kept = free & (np.abs(row) > 1e-9)
+            part = row[kept]
+            if not len(part):
+                continue
+            one_way = not kept[linear.units :].any() and (part.min() > 0 or part.max() < 0)
+            if not one_way and len(part) > 1:
+                continue
+            free[kept] = False
+            progress = True
+            for group in active:
+                own = slice(linear.start[group.index], linear.start[group.index] + group.units)
+                if not free[own].any():
+                    found.setdefault(group.index, equation)
+    return found
 
 
 def _components(
@@ -193,16 +231,18 @@ def _components(
         )
 
 
-def rounded_count(group: CouplingGroup, wanted: float, round_to: int) -> int:
-    """The count nearest to ``wanted`` whose channels are a multiple of ``round_to``."""
+def rounded_count(group: CouplingGroup, wanted: float, round_to: int, least: float = 1.0) -> int:
+    """The count nearest to ``wanted`` whose channels are a multiple of ``round_to``.
+
+    A group in which no multiple lies between ``least`` and all its units stays whole.
+    """
     step = _step(group, round_to)
-    if step > group.units:
+    fewest = max(1, int(np.ceil(least / step)))
+    most = group.units // step
+    if fewest > most:
         return group.units
     # Of two equally near counts the larger: never more is removed than asked for.
-    count = int(np.floor(wanted / step + 0.5)) * step
-    while count > group.units:
-        count -= step
-    return max(count, step)
+    return min(max(int(np.floor(wanted / step + 0.5)), fewest), most) * step
 
 
 def _step(group: CouplingGroup, round_to: int) -> int:
@@ -214,11 +254,12 @@ def _solve(
     rows: Sequence[np.ndarray],
     tied: Sequence[CouplingGroup],
     wanted: Mapping[int, float],
+    least: Mapping[int, float],
     round_to: int,
 ) -> Buckets:
     """Minimise the weighted distance to the wanted counts subject to the links."""
-    least = _least_sums(linear, tied)
-    matrix = np.stack([*rows, *least])
+    filled = _least_sums(linear, tied)
+    matrix = np.stack([*rows, *filled])
     buckets: list[tuple[int, np.ndarray]] = []
     for group in tied:
         first = linear.start[group.index]
@@ -227,7 +268,7 @@ def _solve(
         kind = np.asarray(kind).ravel()
         buckets.extend((group.index, np.flatnonzero(kind == k)) for k in range(kind.max() + 1))
     for step in dict.fromkeys((round_to, 1)):
-        counts = _integer_program(linear, rows, least, tied, buckets, wanted, step)
+        counts = _integer_program(linear, rows, filled, tied, buckets, wanted, least, step)
         if counts is not None:
             result: Buckets = {}
             for (index, units), count in zip(buckets, counts, strict=True):
@@ -267,10 +308,11 @@ def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarr
 def _integer_program(
     linear: _Linear,
     rows: Sequence[np.ndarray],
-    least: Sequence[np.ndarray],
+    filled: Sequence[np.ndarray],
     tied: Sequence[CouplingGroup],
     buckets: list[tuple[int, np.ndarray]],
     wanted: Mapping[int, float],
+    least: Mapping[int, float],
     round_to: int,
 ) -> list[int] | None:
     """Variables: kept units and |distance| per bucket, multiples per group, attributes."""
@@ -290,16 +332,18 @@ def _integer_program(
         line = np.r_[row[first_unit], np.zeros(n + m), row[used]]
         total = float(line[:n] @ sizes + row[used] @ linear.values[used])
         blocks.append((line, total, total))
-    blocks.extend((np.r_[row[first_unit], np.zeros(size - n)], 1.0, np.inf) for row in least)
+    blocks.extend((np.r_[row[first_unit], np.zeros(size - n)], 1.0, np.inf) for row in filled)
     for b in range(n):
         for sign in (1.0, -1.0):
             line = np.zeros(size)
             line[b], line[n + b] = sign, -1.0
             blocks.append((line, -np.inf, sign * goal[b]))
     for k, group in enumerate(tied):
+        line = np.zeros(size)
+        line[:n] = [index == group.index for index, _ in buckets]
+        if group.index in least:
+            blocks.append((line.copy(), least[group.index], np.inf))
         if 1 < steps[k] <= group.units:
-            line = np.zeros(size)
-            line[:n] = [index == group.index for index, _ in buckets]
             line[2 * n + k] = -float(steps[k])
             blocks.append((line, 0.0, 0.0))
     weight = np.array([float(group_channels(tied, i)) for i, _ in buckets])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.stand_ins import tensors_of
-from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.latency import Latency, measure_latency
 from chanprune_ext.latency.layer_times import LatencyTable, default_table
 from chanprune_ext.latency.prediction import LatencyModel
@@ -149,7 +149,7 @@ def plan_within(
     for _ in range(_ROUNDS):
         try:
             made = plan_for(tuple(goals.values()))
-        except InvalidArgumentError:
+        except (InvalidArgumentError, NothingToPruneError):
             if latency is None or latency.best is None:
                 raise
             break  # the correction went further than the widths do

@@ -14,14 +14,15 @@ from chanprune_ext.analysis.replay import DivergenceError, replay
 from chanprune_ext.errors import NothingToPruneError, VerificationError
 
 from .allocate import allocate
-from .selection import Selection, active_groups
+from .links import pinned_groups
+from .selection import Selection, active_groups, asked_groups, group_ratios, rivals_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
-    from chanprune_ext.analysis import Analysis
+    from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
     from chanprune_ext.analysis.provenance import Equation
     from chanprune_ext.analysis.scales import Rescaling
@@ -92,7 +93,7 @@ class _Search:
             rescalings = replay(analysis, self.model, self.example_inputs, masks, attributes, sizes)
         except DivergenceError as error:
             return _Refusal(error.where, error.slots, error, frozenset(units))
-        told = _held_back(analysis, {i: e for i, e in held.items() if e is not None})
+        told = _kept_whole(analysis, self.selection, held, units)
         return Removal(units, masks, sizes, attributes, rescalings, told)
 
     def culprit(self, held: Mapping[int, Event | None]) -> int | None:
@@ -122,21 +123,28 @@ def verified_removal(
     scores: Sequence[np.ndarray],
     selection: Selection,
     parameter_names: Sequence[str],
+    whole: Iterable[int] = (),
 ) -> Removal:
     """Allocate, solve the attributes, replay; hold back the groups that any of these refuses.
+
+    The groups whose indices are in ``whole`` are held back from the start.
 
     Raises:
         NothingToPruneError: Nothing is left to remove.
         VerificationError: The model does not run as predicted even where nothing is removed.
     """
     search = _Search(analysis, model, example_inputs, scores, selection, parameter_names)
-    held: dict[int, Event | None] = {}
+    held: dict[int, Event | None] = dict.fromkeys(whole)
     while True:
-        found = search.attempt(held)
+        try:
+            found = search.attempt(held)
+        except NothingToPruneError as error:
+            event = next((e for e in held.values() if e is not None), None)
+            raise error if event is None else NothingToPruneError(f"{error}: {event}") from error
         if isinstance(found, Removal):
             return found
         if found is None:
-            raise NothingToPruneError(_why_nothing(analysis, selection, frozenset(held)))
+            raise NothingToPruneError(_why_nothing(analysis, selection, held))
         culprits = _groups_in(analysis, found.slots) & found.shrinking
         if not culprits:
             culprit = search.culprit(held)
@@ -146,25 +154,57 @@ def verified_removal(
             raise found.error  # holding everything back does not help
 
 
-def _why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) -> str:
-    """What keeps groups whole that a ratio was asked of."""
-    active = {g.index for g in active_groups(analysis, selection, held)}
-    for equation in analysis.trace.equations:
-        touched = _groups_in(analysis, _slots_of(analysis, equation))
-        if touched & active and touched - active:
-            inside, outside = (
-                analysis.groups[min(indices)] for indices in (touched & active, touched - active)
-            )
-            return (
-                f"nothing would be removed: the channels of '{inside.name}' ({inside.kind}) are "
-                f"tied by a size to those of '{outside.name}' ({outside.kind}), which stay, at "
-                f"{analysis.trace.events[equation.reason]}; choose both"
-            )
+def _why_nothing(analysis: Analysis, selection: Selection, held: Mapping[int, Event | None]) -> str:
+    """What keeps groups whole that something was asked of."""
+    active = active_groups(analysis, selection, frozenset(held))
+    for group, tie in _tied(analysis, active, held):
+        advice = "; choose both" if tie.by_choice else ""
+        return (
+            f"nothing would be removed: the channels of '{group.name}' ({group.kind}) are "
+            f"{tie.why}, at {tie.event}{advice}"
+        )
+    asked, larger = f"ratio={selection.ratio}", "a larger ratio"
+    if selection.threshold is not None:
+        asked, larger = f"threshold={selection.threshold}", "a higher threshold"
+    elif selection.budget is not None:
+        fractions = ", ".join(f"{k}={v}" for k, v in selection.budget.fractions().items())
+        asked, larger = f"Budget({fractions})", "a smaller budget"
+    elif selection.ratios:
+        asked = f"{asked}, ratios={dict(selection.ratios)}"
     return (
-        f"nothing would be removed: every group keeps all its channels under ratio="
-        f"{selection.ratio}, round_to={selection.round_to}; ask for a larger ratio or a smaller "
-        f"round_to"
+        f"nothing would be removed: every group keeps all its channels under {asked}, "
+        f"round_to={selection.round_to}; ask for {larger} or a smaller round_to"
     )
+
+
+@dataclass(frozen=True)
+class _Tie:
+    """The size that keeps a group whole: why, at which operation, and whether by choice alone."""
+
+    why: str
+    event: Event
+    by_choice: bool
+
+
+def _tied(
+    analysis: Analysis, active: Sequence[CouplingGroup], held: Mapping[int, Event | None]
+) -> Iterator[tuple[CouplingGroup, _Tie]]:
+    """Active groups that sizes keep whole, and what they are tied to."""
+    rivals = rivals_of(analysis)
+    chosen = {g.index for g in active}
+    for index, equation in sorted(pinned_groups(analysis, active).items()):
+        group = analysis.groups[index]
+        event = analysis.trace.events[equation.reason]
+        # A rival that was passed over would not help: it takes the same channels.
+        others = _groups_in(analysis, _slots_of(analysis, equation)) - chosen - rivals[group.index]
+        if not others:
+            yield group, _Tie("part of a size that must stay", event, by_choice=False)
+            continue
+        other = analysis.groups[min(others)]
+        reason = held.get(other.index)
+        because = "" if reason is None else f" ({reason.detail or reason.op})"
+        why = f"tied to those of '{other.name}' ({other.kind}), which stay{because}, by a size"
+        yield group, _Tie(why, event, by_choice=not others & held.keys())
 
 
 def _slots_of(analysis: Analysis, equation: Equation) -> list[Slots]:
@@ -192,16 +232,36 @@ def _groups_in(analysis: Analysis, slots: Iterable[Slots]) -> set[int]:
     return found
 
 
-def _held_back(analysis: Analysis, held: Mapping[int, Event]) -> tuple[Frozen, ...]:
-    """Groups a plan had to leave whole, told like frozen channels."""
-    return tuple(
-        Frozen(
-            next(m.entry for m in analysis.groups[index].members if m.role == "out"),
-            analysis.groups[index].units * analysis.groups[index].multiplicity,
-            event.detail or event.op,
-            event.op,
-            event.module,
-            event.source,
-        )
+def _kept_whole(
+    analysis: Analysis,
+    selection: Selection,
+    held: Mapping[int, Event | None],
+    removed: Mapping[int, np.ndarray],
+) -> tuple[Frozen, ...]:
+    """Groups a plan had to leave whole, told like frozen channels.
+
+    Where a rival takes the same channels in another way, they do not stay.
+    """
+    told = {
+        index: _whole(analysis.groups[index], event.detail or event.op, event)
         for index, event in held.items()
+        if event is not None
+    }
+    rivals = rivals_of(analysis)
+    asked = asked_groups(analysis, selection, frozenset(held), group_ratios(analysis, selection))
+    if any(not (rivals[g.index] | {g.index}) & removed.keys() for g in asked):
+        active = active_groups(analysis, selection, frozenset(held))
+        for group, tie in _tied(analysis, active, held):
+            told[group.index] = _whole(group, tie.why, tie.event)
+    return tuple(frozen for i, frozen in told.items() if not rivals[i] & removed.keys())
+
+
+def _whole(group: CouplingGroup, why: str, event: Event) -> Frozen:
+    return Frozen(
+        next(m.entry for m in group.members if m.role == "out"),
+        group.units * group.multiplicity,
+        why,
+        event.op,
+        event.module,
+        event.source,
     )

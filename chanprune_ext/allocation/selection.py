@@ -6,12 +6,15 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chanprune_ext.analysis.groups import KINDS
 from chanprune_ext.errors import InvalidArgumentError
+
+from .links import pinned_groups
 
 if TYPE_CHECKING:
     import os
@@ -27,8 +30,11 @@ __all__ = [
     "Goal",
     "Selection",
     "active_groups",
+    "asked_groups",
     "group_ratios",
     "is_named",
+    "is_whole",
+    "rivals_of",
     "why_nothing",
 ]
 
@@ -43,7 +49,19 @@ NORMALISATIONS: dict[str, Callable[[np.ndarray], float]] = {
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, of Python or numpy."""
+    return isinstance(value, Integral)
+
+
+def _set_floats(owner: object, *names: str) -> None:
+    """Makes fields of a frozen dataclass Python's floats: those of numpy are no JSON."""
+    for name in names:
+        value = getattr(owner, name)
+        object.__setattr__(owner, name, None if value is None else float(value))
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,7 @@ class Budget:
             raise InvalidArgumentError(
                 f"Budget.tolerance must be in (0, 1), got {self.tolerance!r}"
             )
+        _set_floats(self, *COSTS, "tolerance")
 
     def fractions(self) -> dict[str, float]:
         """The fractions that were asked for, by name."""
@@ -145,7 +164,7 @@ class Selection:
             raise InvalidArgumentError(
                 f"normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}"
             )
-        if not isinstance(self.round_to, int) or self.round_to < 1:
+        if not is_whole(self.round_to) or self.round_to < 1:
             raise InvalidArgumentError(f"round_to must be an int >= 1, got {self.round_to!r}")
         if not _is_number(self.max_ratio) or not 0 < self.max_ratio < 1:
             raise InvalidArgumentError(f"max_ratio must be in (0, 1), got {self.max_ratio!r}")
@@ -159,6 +178,9 @@ class Selection:
             )
         if self.threshold is not None and self.budget is not None:
             raise InvalidArgumentError("give either threshold or budget, not both")
+        _set_floats(self, "ratio", "threshold", "max_ratio")
+        object.__setattr__(self, "ratios", {g: float(r) for g, r in self.ratios.items()})
+        object.__setattr__(self, "round_to", int(self.round_to))
 
     def _check_globs(self) -> None:
         for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
@@ -170,7 +192,7 @@ class Selection:
 
 
 def _matches(names: Sequence[str], glob: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for name in names)
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for name in names)
 
 
 def group_ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
@@ -185,16 +207,15 @@ def group_ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
             )
             raise InvalidArgumentError(
                 f"ratios[{glob!r}] names no group: "
-                + (why or f"no module that makes channels matches; there are {_examples(analysis)}")
+                + (why or f"no module that makes channels matches; {_instead(analysis, glob)}")
             )
         ratios.update(dict.fromkeys(found, float(ratio)))
     for glob in selection.ignore:
         if not any(_matches(g.producers, glob) for g in analysis.groups) and not any(
-            fnmatch.fnmatchcase(name, glob) for name in frozen
+            _matches([name], glob) for name in frozen
         ):
             raise InvalidArgumentError(
-                f"ignore {glob!r} names no module that makes channels; there are "
-                f"{_examples(analysis)}"
+                f"ignore {glob!r} names no module that makes channels; {_instead(analysis, glob)}"
             )
     return ratios
 
@@ -208,9 +229,32 @@ def _module(entry: str) -> str:
     return entry.rpartition(".")[0] or entry
 
 
-def _examples(analysis: Analysis) -> str:
+def _instead(analysis: Analysis, glob: str) -> str:
+    """What may have been meant by a glob that names nothing, or what there is to name."""
     names = [name for g in analysis.groups for name in g.producers]
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none"
+    if any(name.startswith(f"{glob}.") for name in names):
+        return f"'{glob}.*' names those inside it"
+    examples = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"there are {examples or 'none'}"
+
+
+def asked_groups(
+    analysis: Analysis,
+    selection: Selection,
+    held: frozenset[int],
+    ratios: Mapping[int, float],
+) -> list[CouplingGroup]:
+    """Groups of which something is asked, rivals among them."""
+    rivals = rivals_of(analysis)
+    return [
+        g
+        for g in analysis.groups
+        if (g.units > 1 or _is_part_everywhere(analysis, g))
+        and g.index not in held
+        and not any(_matches(g.producers, glob) for glob in selection.ignore)
+        and _is_of_kind(analysis, g, selection, rivals[g.index])
+        and (selection.budget is not None or selection.threshold is not None or ratios[g.index] > 0)
+    ]
 
 
 def active_groups(
@@ -219,26 +263,57 @@ def active_groups(
     held: frozenset[int] = frozenset(),
     ratios: Mapping[int, float] | None = None,
 ) -> list[CouplingGroup]:
-    """Groups that may shrink; of two factors of one dimension (groups x width) the finer one."""
+    """Groups that may shrink; of two factors of one dimension (groups x width) the finer one.
+
+    A factor that sizes keep whole gives way to the other one.
+    """
     ratios = group_ratios(analysis, selection) if ratios is None else ratios
-    candidates = [
-        g
-        for g in analysis.groups
-        if (g.units > 1 or _is_part_everywhere(analysis, g))
-        and g.index not in held
-        and not any(_matches(g.producers, glob) for glob in selection.ignore)
-        and (selection.kinds is None or g.kind in selection.kinds or is_named(g, selection))
-        and (selection.budget is not None or selection.threshold is not None or ratios[g.index] > 0)
-    ]
-    chosen: dict[int, CouplingGroup] = {}
-    rivals: dict[int, set[int]] = {}
+    rivals = rivals_of(analysis)
+    candidates = asked_groups(analysis, selection, held, ratios)
+    indices = {g.index for g in candidates}
+    gave_way: set[int] = set()
+    while True:
+        chosen = _without_rivals(candidates, rivals, gave_way)
+        contested = {g.index for g in chosen if rivals[g.index] & indices - gave_way} - gave_way
+        pinned = contested & pinned_groups(analysis, chosen).keys() if contested else contested
+        if not pinned:
+            return chosen
+        gave_way |= pinned
+
+
+def rivals_of(analysis: Analysis) -> dict[int, set[int]]:
+    """Group index -> groups that are other ways to take the same channels."""
+    rivals: dict[int, set[int]] = {g.index: set() for g in analysis.groups}
     for a, b in analysis.conflicts:
-        rivals.setdefault(a, set()).add(b)
-        rivals.setdefault(b, set()).add(a)
-    for group in sorted(candidates, key=lambda g: (-g.units, g.index)):
-        if not rivals.get(group.index, set()) & chosen.keys():
+        rivals[a].add(b)
+        rivals[b].add(a)
+    return rivals
+
+
+def _without_rivals(
+    candidates: Sequence[CouplingGroup], rivals: Mapping[int, set[int]], last: set[int]
+) -> list[CouplingGroup]:
+    """Of groups that are rivals the finest one, and those in ``last`` only where no other is."""
+    chosen: dict[int, CouplingGroup] = {}
+    for group in sorted(candidates, key=lambda g: (g.index in last, -g.units, g.index)):
+        if not rivals[group.index] & chosen.keys():
             chosen[group.index] = group
     return [chosen[i] for i in sorted(chosen)]
+
+
+def _is_of_kind(
+    analysis: Analysis, group: CouplingGroup, selection: Selection, rivals: set[int]
+) -> bool:
+    """Whether a group is of the kinds asked for, or named beside them.
+
+    A name may stand for several rivals, for heads and their width: there the kinds decide.
+    """
+    if selection.kinds is None or group.kind in selection.kinds:
+        return True
+    return is_named(group, selection) and not any(
+        analysis.groups[i].kind in selection.kinds and is_named(analysis.groups[i], selection)
+        for i in rivals
+    )
 
 
 def _is_part_everywhere(analysis: Analysis, group: CouplingGroup) -> bool:
@@ -253,7 +328,7 @@ def why_nothing(analysis: Analysis, selection: Selection, held: frozenset[int]) 
         reasons = "; ".join(list(events)[:4])
         return "the model has no channels that may be removed" + (f": {reasons}" if reasons else "")
     if held:
-        return "every group that was asked for is held back by sizes that cannot change"
+        return "every group that was asked for is held back by sizes or numbers that cannot change"
     if all(g.units == 1 for g in analysis.groups):
         return (
             f"nothing to prune: the channels of each of the {len(analysis.groups)} groups can only "

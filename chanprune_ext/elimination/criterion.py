@@ -82,13 +82,14 @@ def elimination(
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
         items = read_batches(batches, model, device=device)
         share = held_back if probe else 0.0
-        data = split_batches(items, held_back=share, batch_size=_BATCH)
+        data = split_batches(items, model, held_back=share, batch_size=_BATCH)
         readers = find_readers(model, items[0], _windows(groups), most_columns)
         measure_readers(model, readers, data.fit)
         probes = Probe(model, data.held_back or data.fit) if probe else None
         scores: dict[int, np.ndarray] = {}
-        for component in _components(groups, readers):
-            scores.update(_component_scores(component, readers, ridge, probes))
+        for rivals_apart in _disjoint(groups, readers):
+            for component in _components(rivals_apart, readers):
+                scores.update(_component_scores(component, readers, ridge, probes))
         return _completed(scores, l1(model, groups, seed))
 
     criterion.__name__ = "elimination"
@@ -116,6 +117,40 @@ def _reading_entries(group: CouplingGroup) -> list[str]:
 
 def _read_through(group: CouplingGroup, readers: dict[str, Reader]) -> list[str]:
     return [entry for entry in _reading_entries(group) if entry in readers]
+
+
+def _disjoint(
+    groups: Sequence[CouplingGroup], readers: dict[str, Reader]
+) -> list[list[CouplingGroup]]:
+    """Groups in lists within which no input of a reader belongs to two.
+
+    Heads and their width are two ways to take the same inputs: what one of them has removed, the
+    other could not remove again, and no plan takes both.
+    """
+    lists: list[tuple[dict[str, set[int]], list[CouplingGroup]]] = []
+    for group in groups:
+        inputs = _inputs_read(group, readers)
+        free = (
+            (taken, members)
+            for taken, members in lists
+            if not any(taken.get(entry, set()) & indices for entry, indices in inputs.items())
+        )
+        taken, members = next(free, ({}, []))
+        if not members:
+            lists.append((taken, members))
+        members.append(group)
+        for entry, indices in inputs.items():
+            taken.setdefault(entry, set()).update(indices)
+    return [members for _, members in lists]
+
+
+def _inputs_read(group: CouplingGroup, readers: dict[str, Reader]) -> dict[str, set[int]]:
+    """Weights through which the group is read -> the input channels that are the group's."""
+    inputs: dict[str, set[int]] = {}
+    for member in group.members:
+        if member.role == "in" and member.dim == 1 and member.entry in readers:
+            inputs.setdefault(member.entry, set()).update(member.indices.ravel().tolist())
+    return inputs
 
 
 def _components(

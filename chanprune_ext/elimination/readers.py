@@ -174,7 +174,7 @@ def find_readers(
         windows: Weights whose inputs may be pruned -> whether to look at whole windows.
         most_columns: Windows with more columns are looked at position by position all the same.
     """
-    few = first_samples(batch, _SURVEYED)
+    few = first_samples(batch, _SURVEYED, model)
     with steady_calls(model), torch.no_grad():
         targets, _ = find_targets(record_calls(model, few), survey_calls(model, few), {})
     readers: dict[str, Reader] = {}

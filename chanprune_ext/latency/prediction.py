@@ -156,7 +156,7 @@ def _groups(
 ) -> int | None:
     """Groups of a convolution at new sizes; None for what has none."""
     if call.name in _CONVOLUTIONS:
-        return shapes[0][1] // shapes[1][1]
+        return shapes[0][_channel_axis(shapes)] // shapes[1][1]
     if call.name in _TRANSPOSED:
         given = call.kwargs.get("groups", 1)
         if len(call.args) > GROUPS_POSITION:
@@ -165,19 +165,25 @@ def _groups(
     return None
 
 
+def _channel_axis(shapes: Sequence[Sequence[int]]) -> int:
+    """Of a convolution's input: it comes first where there is no axis of samples."""
+    return len(shapes[0]) - len(shapes[1]) + 1
+
+
 def _scaled(groups: int, near: Sequence[Sequence[int]]) -> int:
     """Groups at the measured widths: one for each channel stays one for each channel."""
     depthwise = groups > 1 and near[1][1] == 1
-    return near[0][1] if depthwise else groups
+    return near[0][_channel_axis(near)] if depthwise else groups
 
 
 def _near(
     shapes: Sequence[Sequence[int]], before: Sequence[Sequence[int]], groups: int | None
 ) -> list[list[int]]:
     """Shapes nearby that are measured: a changed size becomes a multiple of the layer's step."""
-    depthwise = shapes[1][1] == 1 and shapes[1][0] == shapes[0][1]
-    if groups is not None and groups > 1 and not depthwise:
-        return [list(shape) for shape in shapes]  # rounding would have to keep the groups equal
+    if groups is not None and groups > 1:
+        depthwise = shapes[1][1] == 1 and shapes[1][0] == shapes[0][_channel_axis(shapes)]
+        if not depthwise:
+            return [list(shape) for shape in shapes]  # rounding would have to keep groups equal
     return [
         [_rounded(n, whole) for n, whole in zip(shape, old, strict=True)]
         for shape, old in zip(shapes, before, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from chanprune_ext.allocation.links import solve_linked_counts
 from chanprune_ext.analysis import analyse
 from chanprune_ext.criteria import magnitude
 from chanprune_ext.errors import BudgetError, InvalidArgumentError, NothingToPruneError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -151,10 +154,20 @@ def test_one_part_at_a_ratio_of_its_own() -> None:
     first, second = (g for g in analysis.groups if g.name == "a")
     wanted = {g.index: float(g.units) for g in analysis.groups}
     wanted[first.index], wanted[second.index] = 4.0, 8.0
-    counts = solve_linked_counts(analysis, analysis.groups, wanted, 1)
+    counts = solve_linked_counts(analysis, analysis.groups, wanted, {}, 1)
     ((_, a),), ((_, b),) = counts[first.index], counts[second.index]
     assert a == b
     assert 4 <= a <= 8
+
+
+def test_equal_parts_keep_the_least_of_each() -> None:
+    torch.manual_seed(0)
+    analysis = analyse(Cut(2, 12), IMAGES)
+    first, second = (g for g in analysis.groups if g.name == "a")
+    wanted = {g.index: 3.0 for g in analysis.groups}
+    for least, expected in (({}, 3), ({first.index: 5.0}, 5)):
+        counts = solve_linked_counts(analysis, analysis.groups, wanted, least, 1)
+        assert [counts[g.index][0][1] for g in (first, second)] == [expected, expected]
 
 
 def test_shared_attribute_keeps_layers_equal() -> None:
@@ -243,6 +256,36 @@ def test_global_ranking_takes_the_lowest_of_all() -> None:
     plan = cpx.plan(model, IMAGES, 0.25, scope="global")
     assert kept_widths(plan) == [16, 8]
     assert plan.kept["convs.1.weight"][0].tolist() == list(range(1, 16, 2))
+
+
+def test_a_named_ratio_is_no_part_of_a_global_ranking() -> None:
+    model = chain(16, 16, 16)
+    with torch.no_grad():
+        model.convs[0].weight.mul_(1e-3)
+    for ratio in (0.5, 0.5001):
+        plan = cpx.plan(
+            model, IMAGES, 0.5, ratios={"convs.0": ratio}, scope="global", criterion=FILTERS
+        )
+        assert kept_widths(plan)[0] == 8
+
+
+@pytest.mark.parametrize(
+    "asked", [{"threshold": 1e9}, {"budget": cpx.Budget(macs=0.3)}, {"ratio": 0.6}]
+)
+def test_rounding_takes_no_more_than_the_most(asked: dict[str, Any]) -> None:
+    plan = cpx.plan(chain(64, 64, 40), IMAGES, scope="global", round_to=16, max_ratio=0.7, **asked)
+    assert all(
+        g.width_after >= 0.3 * g.width_before and (g.width_after % 16 == 0) for g in plan.groups
+    )
+
+
+@pytest.mark.parametrize(("max_ratio", "widths"), [(0.3, [32, 64]), (0.1, [40, 80])])
+def test_a_group_without_a_multiple_in_reach_stays_whole(
+    max_ratio: float, widths: list[int]
+) -> None:
+    """From 28 to 40 channels there is a multiple of 16, from 36 to 40 there is none."""
+    plan = cpx.plan(chain(40, 88), IMAGES, threshold=1e9, round_to=16, max_ratio=max_ratio)
+    assert kept_widths(plan) == widths
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
@@ -348,6 +391,42 @@ def test_a_whole_budget_removes_nothing() -> None:
         cpx.plan(chain(8, 8), IMAGES, budget=cpx.Budget(macs=1.0))
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"threshold": -1.0}, r"under threshold=-1\.0, .* ask for a higher threshold"),
+        ({"budget": cpx.Budget(macs=1.0)}, r"under Budget\(macs=1\.0\), .* a smaller budget"),
+        ({"ratio": 0.01}, r"under ratio=0\.01, .* a larger ratio"),
+        ({"ratio": 0.0, "ratios": {"convs.1": 0.01}}, r"ratios=\{'convs\.1': 0\.01\}"),
+    ],
+)
+def test_what_was_asked_for_is_named_where_it_removes_nothing(
+    asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NothingToPruneError, match=message):
+        cpx.plan(chain(8, 8), IMAGES, **asked)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_names_that_look_like_globs_name_themselves() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 4, 1)})
+    model.forward = lambda x: model["b"](model["a[0]"](x))
+    plan = cpx.plan(model, IMAGES, 0.0, ratios={"a[0]": 0.5})
+    assert {g.name: g.width_after for g in plan.groups}["a[0]"] == 4
+    with pytest.raises(NothingToPruneError):
+        cpx.plan(model, IMAGES, ignore=["a[0]", "b"])
+
+
+@pytest.mark.parametrize("option", [{"ignore": "convs"}, {"ratios": {"convs": 0.5}}])
+def test_a_module_that_holds_layers_is_no_name_for_them(option: dict[str, Any]) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"'convs'.* names no .*'convs\.\*' names those in"
+    ):
+        cpx.plan(chain(8, 8), IMAGES, 0.5, **option)
+
+
 # -- all together --------------------------------------------------------------------------------
 
 
@@ -420,3 +499,27 @@ def test_ratios_go_with_a_budget_for_a_kind_that_is_not_theirs() -> None:
 def test_an_empty_mapping_of_ratios_goes_with_a_budget() -> None:
     plan = cpx.plan(chain(8, 8), IMAGES, ratios={}, budget=cpx.Budget(params=0.5))
     assert plan.params_after <= 0.5 * plan.params_before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": np.float32(0.5)},
+        {"ratios": {"convs.0": np.float32(0.5)}},
+        {"threshold": np.float32(0.9)},
+        {"budget": cpx.Budget(macs=np.float32(0.5), tolerance=np.float32(0.1))},
+        {"budget": cpx.Budget(file_size=np.float32(0.6))},
+        {"round_to": np.int64(2), "max_ratio": np.float32(0.8)},
+        {"criterion": "random", "seed": np.int64(3)},
+    ],
+    ids=",".join,
+)
+def test_numbers_of_numpy_are_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    made = cpx.plan(chain(16, 10), IMAGES, **options)
+    made.save(tmp_path / "plan.json")
+    assert cpx.PruningPlan.load(tmp_path / "plan.json").options == made.options
+
+
+def test_a_seed_is_an_integer() -> None:
+    with pytest.raises(InvalidArgumentError, match="seed must be an int, got 'x'"):
+        cpx.plan(chain(4), IMAGES, seed="x")  # type: ignore[arg-type]

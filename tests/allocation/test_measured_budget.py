@@ -109,6 +109,20 @@ def test_the_tighter_budget_binds(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert 0.38 <= made.macs_after / made.macs_before <= 0.4
 
 
+def test_a_plan_far_too_fast_is_better_than_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The corrected limit leaves everything in place: the plan that was measured stays."""
+    exact_clock(monkeypatch)
+    whole = Latency((1.0,), 1, "float32", "cpu", 1)
+    fast = measured_budget.Comparison(0.2, 0.0, whole, whole)
+    monkeypatch.setattr(measured_budget, "compare_latency", lambda *_, **__: fast)
+    budget = cpx.Budget(latency=0.6, latency_table=tmp_path / "table.json")
+    with pytest.warns(UserWarning, match="faster than asked for"):
+        made = cpx.plan(network(), torch.randn(1, 3, 32, 32), budget=budget)
+    assert made.options["reached"]["latency"]["ratio"] == 0.2
+
+
 def test_a_latency_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     exact_clock(monkeypatch, offset=2.0)
     budget = cpx.Budget(latency=0.2, latency_table=tmp_path / "table.json")
@@ -186,10 +200,20 @@ class Convolutions(nn.Module):
         return self.last(self.up(self.grouped(self.depthwise(self.first(x)).relu()).relu()).relu())
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_convolution_is_timed_at_other_widths(layout: torch.memory_format) -> None:
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (torch.contiguous_format, (1, 3, 16, 16)),
+        (torch.channels_last, (1, 3, 16, 16)),
+        (torch.contiguous_format, (3, 16, 16)),
+    ],
+)
+def test_every_convolution_is_timed_at_other_widths(
+    layout: torch.memory_format, shape: tuple[int, ...]
+) -> None:
     model = Convolutions().eval().to(memory_format=layout)
-    x = torch.randn(1, 3, 16, 16).to(memory_format=layout)
+    x = torch.randn(shape)
+    x = x if x.dim() == 3 else x.to(memory_format=layout)
     table = LatencyTable(None, CPU)
     analysis = analyse(model, x)
     predicted = LatencyModel(analysis, model, x, table, whole_ms=5.0)
