@@ -21,7 +21,7 @@ from chanprune_ext.plan_inputs import inputs_from
 from chanprune_ext.widths import WIDTH_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from chanprune_ext.plan import PruningPlan
 
@@ -53,9 +53,23 @@ def input_shapes(value: Any) -> Any:
 
 def zeroed_copy(model: nn.Module, pruned: Mapping[str, Mapping[int, Tensor]]) -> nn.Module:
     """A float64 copy of ``model`` with the removed slices of its parameters set to zero."""
-    reference = copied(model).double()
+    reference = _double_copy(model)
     zero_slices(reference, pruned)
     return reference
+
+
+def _double_copy(model: nn.Module) -> nn.Module:
+    copy = copied(model)
+    # What Module.double() does, which leaves complex tensors out.
+    copy._apply(_in_double)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return copy
+
+
+def _in_double(tensor: Tensor) -> Tensor:
+    """A tensor in float64 or complex128; what holds neither kind of number as it is."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def zero_slices(model: nn.Module, pruned: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -99,7 +113,7 @@ def max_relative_error(actual: Any, expected: Any) -> float:
     for a, b in zip(tensors_in(actual), tensors_in(expected), strict=True):
         if a.shape != b.shape:
             return float("inf")
-        if b.numel() and b.is_floating_point():
+        if b.numel() and (b.is_floating_point() or b.is_complex()):
             error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
             worst = max(worst, error) if math.isfinite(error) else float("inf")
     return worst
@@ -109,6 +123,9 @@ def verify_runs(
     plan: PruningPlan, pruned: nn.Module, kept: Mapping[str, Mapping[int, Tensor]] | None = None
 ) -> None:
     """Run a pruned model on meta tensors, where the model can run on such.
+
+    A model that was converted to another dtype since it was planned refuses inputs like those of
+    the plan; it runs with inputs of the one dtype that its parameters share.
 
     Args:
         plan: The plan it was pruned by.
@@ -120,18 +137,45 @@ def verify_runs(
     """
     if plan.options.get("substrate") != "meta":
         return
+    inputs = inputs_from(plan.inputs, "meta")
+    try:
+        _run_on_meta(pruned, inputs, kept or {})
+    except VerificationError as error:
+        planned, own = _floating_dtypes(tensors_in(inputs)), _floating_dtypes(pruned.parameters())
+        if not planned or not own or planned == own:
+            raise
+        if len(own) > 1:
+            raise VerificationError(
+                f"{error}; its parameters are {_listed(own)}, the inputs it was planned with are "
+                f"{_listed(planned)}: if it was converted in between, apply the plan first and "
+                f"convert the result"
+            ) from error
+        (dtype,) = own
+        converted = substitute(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        _run_on_meta(pruned, converted, kept or {})
+
+
+def _run_on_meta(pruned: nn.Module, inputs: Any, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     meta = torch.device("meta")
     with steady_calls(pruned), MetaCalls(meta):
         tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
-        for name, dims in (kept or {}).items():
+        for name, dims in kept.items():
             shape = list(tensors[name].shape)
             for dim, index in dims.items():
                 shape[dim] = len(index)
             tensors[name] = torch.empty(shape, dtype=tensors[name].dtype, device=meta)
         try:
-            call_substituted(pruned, tensors, inputs_from(plan.inputs, "meta"))
+            call_substituted(pruned, tensors, inputs)
         except Exception as error:
             raise VerificationError(f"the pruned model does not run: {error}") from error
+
+
+def _floating_dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {t.dtype for t in tensors if t.is_floating_point()}
+
+
+def _listed(dtypes: Iterable[torch.dtype]) -> str:
+    return " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
 
 
 def is_as_replayed(plan: PruningPlan, model: nn.Module, pruned: nn.Module) -> bool:
@@ -215,7 +259,7 @@ def verify_outputs(plan: PruningPlan, pruned: nn.Module, expected: Any, inputs: 
     Raises:
         VerificationError: They differ by more than round-off.
     """
-    actual = _run_in_float64(plan, copied(pruned).double(), _inputs_of(plan, inputs))
+    actual = _run_in_float64(plan, _double_copy(pruned), _inputs_of(plan, inputs))
     error = max_relative_error(actual, expected)
     allowed = _allowed_error(plan, pruned)
     if error > allowed:
@@ -242,10 +286,16 @@ def _inputs_of(plan: PruningPlan, inputs: Any) -> Any:
         raise InvalidArgumentError(
             "verify='numeric' needs example_inputs with values, got tensors on the meta device"
         )
-    return substitute(inputs, lambda t: t.double().clone() if t.is_floating_point() else t.clone())
+    return substitute(inputs, lambda t: _in_double(t).clone())
 
 
 def _run_in_float64(plan: PruningPlan, model: nn.Module, inputs: Any) -> Any:
     with steady_calls(model):
-        output = call_substituted(model, {}, inputs)
+        try:
+            output = call_substituted(model, {}, inputs)
+        except Exception as error:
+            raise VerificationError(
+                f"the model does not run in float64, as verify='numeric' has it: {error}; use "
+                f"verify='replay' for a forward that needs another dtype"
+            ) from error
     return output if plan.outputs is None else plan.outputs(output)

@@ -274,3 +274,56 @@ def test_scores_follow_the_weights() -> None:
     assert plan.pruned["layer2.0.conv2.weight"][0].tolist() == [10, 17, 21]
     assert plan.pruned["layer3.8.bn2.running_var"][0].tolist() == [26, 33, 37]
     assert plan.pruned["linear.weight"][1].tolist() == [26, 33, 37]
+
+
+def complex_linear() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"dtype": torch.complex64, "bias": False}
+    return nn.Sequential(nn.Linear(3, 6, **sizes), nn.Linear(6, 4, **sizes))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "linf", "bn_scale"])
+def test_complex_weights_count_by_their_absolute_values(criterion: str) -> None:
+    model = complex_linear()
+    x = torch.randn(2, 3, dtype=torch.complex64)
+    (score,) = score_groups(model, analyse(model, x).groups, criterion)
+    norm = {"l2": 2, "linf": math.inf}.get(criterion, 1)
+    made, read = (
+        scaled(torch.linalg.vector_norm(w.detach(), norm, dim=1))
+        for w in (model[0].weight, model[1].weight.T)
+    )
+    np.testing.assert_allclose(score, np.sqrt(made * read), rtol=1e-5)
+
+
+def test_fpgm_measures_distances_of_complex_filters() -> None:
+    model = complex_linear()
+    x = torch.randn(2, 3, dtype=torch.complex64)
+    (score,) = score_groups(model, analyse(model, x).groups, "fpgm")
+    rows = model[0].weight.detach()
+    sums = [sum(torch.linalg.vector_norm(u - v) for v in rows) for u in rows]
+    np.testing.assert_allclose(score, scaled(torch.stack(sums)), rtol=1e-5)
+
+
+def test_weights_of_integers_have_a_norm() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.arange(18, dtype=torch.int8).view(6, 3))
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(F.linear(x, self.codes.to(x.dtype))))
+
+    model = Quantised()
+    groups = analyse(model, torch.randn(2, 3)).groups
+    (score,) = score_groups(model, groups, magnitude(members="makers", normalise=False))
+    np.testing.assert_array_equal(score, [3, 12, 21, 30, 39, 48])
+
+
+def test_a_complex_weight_that_is_not_finite_is_named() -> None:
+    model = complex_linear()
+    groups = analyse(model, torch.randn(2, 3, dtype=torch.complex64)).groups
+    with torch.no_grad():
+        model[1].weight[0, 0] = complex(1, math.nan)
+    with pytest.raises(InvalidArgumentError, match=r"'1\.weight' contains NaN or Inf"):
+        score_groups(model, groups, "l1")

@@ -137,6 +137,46 @@ def test_fluctuation_is_the_error_of_replacing_a_channel_by_its_mean() -> None:
     np.testing.assert_allclose(score, (errors / errors.mean()).numpy(), rtol=1e-9)
 
 
+class ByKeyword(nn.Module):
+    """Gives a layer its input by keyword."""
+
+    def __init__(self, first: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(input=self.first(x).relu())
+
+
+def test_layers_called_with_keywords_are_watched_too() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 6), nn.Linear(6, 4)
+    x = torch.randn(50, 3)
+    models = nn.Sequential(first, nn.ReLU(), last), ByKeyword(first, last)
+    for criterion in (criteria.activation(x), criteria.fluctuation(x)):
+        (a,), (b,) = (score_groups(m, analyse(m, x).groups, criterion) for m in models)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("make", [criteria.taylor, criteria.hessian])
+def test_gradients_inside_inference_mode(make: Any) -> None:
+    model, groups, batches = block()
+    expected = score_groups(model, groups, make(batches))
+    with torch.inference_mode():
+        copies = [(x.clone(), y.clone()) for x, y in batches]
+        found = score_groups(model, groups, make(copies))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b)
+
+
+def test_weights_made_in_inference_mode_have_no_gradients() -> None:
+    _, groups, batches = block()
+    with torch.inference_mode():
+        made = Block().double()
+    with pytest.raises(InvalidArgumentError, match="made inside torch"):
+        score_groups(made, groups, criteria.taylor(batches))
+
+
 def grouped() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU()]
@@ -204,6 +244,12 @@ def test_a_criterion_with_data_makes_a_plan() -> None:
             criteria.taylor([(torch.zeros(2, 3, 6, 6).double(), None)], lambda out, _: out),
             r"loss_fn must return a scalar tensor, got a tensor of shape \[2, 4\]",
         ),
+        (
+            criteria.taylor(
+                [(torch.zeros(2, 3, 6, 6).double(), None)], lambda out, _: out.sum().detach()
+            ),
+            "loss_fn: the loss it returned has no gradient",
+        ),
         (criteria.activation([]), "expected at least one batch"),
     ],
 )
@@ -223,3 +269,51 @@ def test_settings_outside_their_range() -> None:
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             make()
+
+
+class Pairs(nn.Module):
+    """A linear layer on complex numbers, written with pairs of real ones."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.pairs = nn.Parameter(torch.view_as_real(layer.weight.detach()).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.view_as_complex(self.pairs))
+
+
+def complex_and_pairs() -> tuple[nn.Module, nn.Module, Tensor]:
+    """The same network twice; units only differ by what reads them."""
+    torch.manual_seed(0)
+    one, two = (nn.Linear(n, m, False, dtype=torch.complex128) for n, m in ((3, 6), (6, 4)))
+    inputs = torch.randn(40, 3, dtype=torch.complex128)
+    return nn.Sequential(one, two), nn.Sequential(one, Pairs(two)), inputs
+
+
+def energy(output: Tensor, _: Any) -> Tensor:
+    return (output.abs() + 1).log().mean()
+
+
+@pytest.mark.parametrize("make", [criteria.taylor, criteria.hessian])
+def test_losses_by_complex_weights_are_those_by_pairs_of_real_ones(make: Any) -> None:
+    model, pairs, x = complex_and_pairs()
+    criterion = make([(x, None)], energy)
+    scores = [score_groups(m, analyse(m, x).groups, criterion)[0] for m in (model, pairs)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-9)
+
+
+def test_statistics_of_complex_activations() -> None:
+    model, _, x = complex_and_pairs()
+    groups = analyse(model, x).groups
+    with torch.no_grad():
+        hidden = model[0](x)
+    spread = torch.view_as_real(hidden).var(0, correction=0).sum(1)
+    readers = model[1].weight.detach().abs().square().sum(0)
+    for criterion, expected in (
+        (criteria.activation(x, "mean"), hidden.abs().mean(0)),
+        (criteria.activation(x, "std"), spread.sqrt()),
+        (criteria.activation(x, "apoz"), torch.ones(6).double()),
+        (criteria.fluctuation(x), spread * readers),
+    ):
+        (score,) = score_groups(model, groups, criterion)
+        np.testing.assert_allclose(score, (expected / expected.mean()).numpy(), rtol=1e-9)

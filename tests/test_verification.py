@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import randomised, relative_error, run, zeroed
-from torch import nn
+from torch import Tensor, nn
 from toys import TOYS
 
 import chanprune_ext as cpx
@@ -106,3 +108,108 @@ def test_relative_error() -> None:
     assert max_relative_error(actual, expected) == pytest.approx(0.05)
     assert max_relative_error(torch.ones(2), torch.ones(3)) == float("inf")
     assert max_relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    complex_values = torch.tensor([3.0 + 4.0j])
+    assert max_relative_error(complex_values + 0.5j, complex_values) == pytest.approx(0.1)
+
+
+class Spectral(nn.Module):
+    """Channels mixed at each frequency, beside a skip path, as in a Fourier neural operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.skip, self.down = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 2, 1),
+        )
+        self.modes = nn.Parameter(torch.randn(8, 8, 8, 5, dtype=torch.complex64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        mixed = torch.einsum("bixy,ioxy->boxy", torch.fft.rfft2(x), self.modes)
+        return self.down(F.gelu(torch.fft.irfft2(mixed, s=x.shape[-2:]) + self.skip(x)))
+
+
+def test_complex_parameters_are_compared_in_double_precision() -> None:
+    torch.manual_seed(0)
+    model, inputs = Spectral(), torch.randn(2, 3, 8, 8)
+    assert cpx.prune(model, inputs, 0.5, verify="numeric").modes.shape == (4, 4, 8, 5)
+    wrong = _with_wrong_index(cpx.plan(model, inputs, 0.5), "modes", 0)
+    with pytest.raises(VerificationError, match="relative error"):
+        wrong.apply(model, verify="numeric")
+
+
+def test_complex_inputs_and_outputs_are_compared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(n, n, dtype=torch.complex64) for n in (6, 6)))
+    inputs = torch.randn(2, 6, dtype=torch.complex64)
+    plan = cpx.plan(model, inputs, 0.5)
+    plan.apply(model, verify="numeric")
+    with pytest.raises(VerificationError, match="relative error"):
+        _with_wrong_index(plan, "1.weight", 1).apply(model, verify="numeric")
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("verify", ["replay", "numeric"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_plan_fits_a_model_converted_since(
+    dtype: torch.dtype, verify: str, inplace: bool
+) -> None:
+    model, plan, _ = made("Residual")
+    pruned = plan.apply(model.to(dtype), inplace=inplace, verify=verify)
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+
+
+def test_a_converted_model_is_refused_what_does_not_run() -> None:
+    model, plan, _ = made("Residual")
+    kept = {e: dict(dims) for e, dims in plan.kept.items()}
+    kept["a.0.weight"][1] = kept["a.0.weight"][1][:-1]
+    with pytest.raises(VerificationError, match=r"does not run: .*channel dimensions$"):
+        dataclasses.replace(plan, kept=kept).apply(model.half())
+
+
+class Half(nn.Module):
+    """A half-precision network that takes float32 and converts it, its norm in ``norm_dtype``."""
+
+    fed: ClassVar[list[torch.dtype]] = []
+
+    def __init__(self, norm_dtype: torch.dtype = torch.float16) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.half()
+        self.norm.to(norm_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fed.append(x.dtype)
+        y = self.norm(self.a(x.half()).to(self.norm.weight.dtype))
+        return self.b(y.half())
+
+
+@pytest.mark.parametrize("norm_dtype", [torch.float16, torch.float32], ids=str)
+def test_inputs_stay_as_planned_where_the_model_takes_them(norm_dtype: torch.dtype) -> None:
+    model, inputs = Half(norm_dtype), torch.randn(2, 6)
+    plan = cpx.plan(model, inputs, 0.5)
+    Half.fed.clear()
+    plan.apply(model)
+    assert Half.fed == [torch.float32]
+
+
+def test_a_model_converted_in_part_is_refused_with_advice() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    plan = cpx.plan(model, torch.randn(2, 3, 5, 5), 0.5)
+    model[0].half()
+    with pytest.raises(
+        VerificationError,
+        match=r"does not run: .*parameters are float16 and float32, .*planned with are float32: "
+        r".*apply the plan first and convert",
+    ):
+        plan.apply(model)
+
+
+def test_a_forward_bound_to_a_dtype_cannot_be_compared() -> None:
+    inputs = torch.randn(2, 6)
+    with pytest.raises(VerificationError, match=r"does not run in float64.*use verify='replay'"):
+        cpx.prune(Half(), inputs, 0.5, verify="numeric")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..analysis.calls import run_model, steady_calls
@@ -42,11 +43,11 @@ def reestimate(model: nn.Module, batches: Iterable[Any], ledger: Ledger) -> None
     settings = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     with steady_calls(model):
         try:
-            for norm, _, counter in settings:
+            for norm in norms:
                 ledger.remember(norm.running_mean, norm.running_var)
                 norm.momentum = None
-                # A counter of its own: the user's also counts for later training.
-                norm.num_batches_tracked = None if counter is None else counter.clone()
+                # A counter of its own: the user's also counts for later training, or is None.
+                norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device="cpu")
                 norm.reset_running_stats()
                 norm.training = True
             for batch in batches:

@@ -10,10 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.calls import tensors_in
+from ..analysis.calls import run_model, steady_calls, tensors_in
 from ..errors import InvalidArgumentError
 
-__all__ = ["Calibration", "first_samples", "read_batches", "sample_count", "split_batches"]
+__all__ = [
+    "Calibration",
+    "ReadBatches",
+    "first_samples",
+    "read_batches",
+    "sample_count",
+    "split_batches",
+]
+
+
+class ReadBatches(list[Any]):
+    """Batches without their labels, which :func:`read_batches` need not look for again."""
 
 
 @dataclass(frozen=True)
@@ -55,29 +66,65 @@ def _map(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return inputs
 
 
-def _most_positional(model: nn.Module) -> tuple[int, int]:
-    """How many positional inputs ``model`` needs, and how many it takes."""
-    needed = most = 0
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind == parameter.VAR_POSITIONAL:
-            return needed, 1 << 30
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            most += 1
-            needed += parameter.default is parameter.empty
-    return needed, most
+@dataclass(frozen=True)
+class _Signature:
+    """How many positional tensors a model needs and may take, and the names of all inputs."""
+
+    needed: int
+    most: float
+    names: frozenset[str]
 
 
-def _without_label(item: Any, needed: int, most: int) -> Any:
+def _signature(model: nn.Module) -> _Signature:
+    parameters = inspect.signature(model.forward).parameters
+    positional = [p for p in parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    any_number = any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
+    # What is a number or a flag unless told otherwise (`features=False`) is no tensor.
+    options = [i for i, p in enumerate(positional) if isinstance(p.default, (int, float, str))]
+    most = float("inf") if any_number else len(positional)
+    return _Signature(
+        needed=sum(p.default is p.empty for p in positional),
+        most=min([most, *options]),
+        names=frozenset(parameters),
+    )
+
+
+def _without_label(item: Any, signature: _Signature, inputs: Any) -> Any:
     if not isinstance(item, (tuple, list)):
         return item
-    if len(item) == 2 and needed < 2:
+    if len(item) == 2 and inputs is not None:
+        if _is_like(item, inputs):
+            return tuple(item)
+        if _is_like(item[0], inputs):
+            return item[0]
+    if len(item) == 2 and isinstance(item[0], Mapping):
+        # Keyword inputs have no further one beside them, unless the model itself takes a dict.
+        if signature.needed < 2 or signature.names >= item[0].keys():
+            return item[0]
+    elif len(item) == 2 and signature.needed < 2:
         label = item[1]
         looks_like_label = not isinstance(label, Tensor) or (
             label.ndim <= 1 and not label.is_floating_point()
         )
-        if most < 2 or looks_like_label:
+        if signature.most < 2 or looks_like_label:
             return item[0]
     return item[0] if len(item) == 1 else tuple(item)
+
+
+def _is_like(item: Any, inputs: Any) -> bool:
+    """Whether an input is nested as those that a plan was made with."""
+    kind, parts = next(iter(inputs.items()))
+    if kind == "dict":
+        return isinstance(item, Mapping)
+    if kind in ("tuple", "list"):
+        if len(parts) == 1 and not isinstance(item, (tuple, list)):
+            return _is_like(item, parts[0])  # one positional input may come without its tuple
+        return (
+            isinstance(item, (tuple, list))
+            and len(item) == len(parts)
+            and all(map(_is_like, item, parts))
+        )
+    return isinstance(item, Tensor) == (kind == "shape")
 
 
 def _checked(inputs: Any, index: int) -> Any:
@@ -87,10 +134,14 @@ def _checked(inputs: Any, index: int) -> Any:
             f"batches: expected tensors, or pairs (input, label), but batch {index} is "
             f"{type(inputs).__name__}"
         )
-    for tensor in tensors:
+    for position, tensor in enumerate(tensors):
         if tensor.numel() == 0:
             raise InvalidArgumentError(f"batches: batch {index} is empty ({list(tensor.shape)})")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            continue
+        # Beside the data there may be a mask, which hides by minus infinity.
+        sound = ~tensor.isnan() if position else tensor.isfinite()
+        if not bool(sound.all()):
             raise InvalidArgumentError(
                 f"batches: batch {index} contains NaN or infinity; clean the calibration data"
             )
@@ -125,40 +176,69 @@ def _joined(items: list[Any]) -> Any:
     return tuple(torch.cat(parts) for parts in zip(*items, strict=True))
 
 
-def first_samples(batch: Any, count: int) -> Any:
-    """The first samples of a batch, or all of it if it can't be cut."""
-    return batch if _form(batch) is None else _map(batch, lambda t: t[:count])
+def first_samples(batch: Any, count: int, model: nn.Module) -> Any:
+    """The first samples of a batch, or all of it if it can't be cut for ``model``."""
+    if _form(batch) is None:
+        return batch
+    few = _map(batch, lambda t: t[:count])
+    return few if _is_accepted(few, model) else batch
 
 
-def read_batches(batches: Any, model: nn.Module, *, device: torch.device) -> list[Any]:
+def _is_accepted(piece: Any, model: nn.Module) -> bool:
+    """Whether ``model`` runs on a part of a batch.
+
+    Of several tensors the first axes may agree by chance: a mask has as many rows as a sequence
+    has positions.
+    """
+    if len(tensors_in(piece)) < 2:
+        return True
+    try:
+        with steady_calls(model):
+            run_model(model, piece)
+    except Exception:  # noqa: BLE001 - a forward may raise anything on what does not fit
+        return False
+    return True
+
+
+def read_batches(
+    batches: Any, model: nn.Module, *, device: torch.device, inputs: Any = None
+) -> ReadBatches:
     """Reads calibration batches, drops labels and moves the inputs to ``device``.
 
     Args:
         batches: One tensor, or an iterable of inputs: tensors, tuples of positional inputs, dicts
             of keyword inputs, or pairs of an input and a label, which is ignored.
-        model: Network the inputs are for; its signature tells a pair from two inputs.
+        model: Network the inputs are for; its signature tells a pair from two inputs. Where it
+            may take two and needs one, a tensor beside a tensor is a label if it holds integers,
+            one a sample; what is beside a dict is always a label.
         device: Where the inputs are moved to.
+        inputs: :attr:`chanprune_ext.PruningPlan.inputs` of a plan for the model, where there is
+            one: what is nested as these are is no pair.
 
     Raises:
         InvalidArgumentError: there is no batch, or one that is empty, not finite or no tensor.
     """
+    if isinstance(batches, ReadBatches):
+        return ReadBatches(_map(item, lambda t: t.to(device)) for item in batches)
     if isinstance(batches, (Tensor, Mapping)):
         batches = [batches]
     if not isinstance(batches, Iterable):
         raise InvalidArgumentError(
             f"batches: expected a tensor or an iterable of inputs, got {type(batches).__name__}"
         )
-    needed, most = _most_positional(model)
-    items = [
-        _map(_checked(_without_label(item, needed, most), i), lambda t: t.detach().to(device))
+    signature = _signature(model)
+    items = ReadBatches(
+        _map(_checked(_without_label(item, signature, inputs), i), lambda t: t.detach().to(device))
         for i, item in enumerate(batches)
-    ]
+    )
     if not items:
         raise InvalidArgumentError("batches: expected at least one batch, got none")
     return items
 
 
-def split_batches(items: list[Any], *, held_back: float, batch_size: int) -> Calibration:
+def split_batches(
+    items: list[Any], model: nn.Module, *, held_back: float, batch_size: int
+) -> Calibration:
     """Splits the samples into a part to fit on and a part to judge by.
 
     Batches of equal form are put together and cut anew, so that any share of the samples can be
@@ -167,16 +247,23 @@ def split_batches(items: list[Any], *, held_back: float, batch_size: int) -> Cal
 
     Args:
         items: Batches as :func:`read_batches` returns them.
+        model: Network the inputs are for: where it does not run on parts of them, they stay whole.
         held_back: Share of the samples to judge by, in [0, 1). At least one sample is held back
             if there are two, unless it is 0.
         batch_size: Most samples of a batch that was put together.
     """
-    if len({str(_form(item)) for item in items}) > 1 or _form(items[0]) is None:
-        chosen = _spread(len(items), held_back)
-        return Calibration(
-            tuple(item for i, item in enumerate(items) if i not in chosen),
-            tuple(item for i, item in enumerate(items) if i in chosen),
-        )
+    alike = len({str(_form(item)) for item in items}) == 1 and _form(items[0]) is not None
+    cut = _cut_anew(items, held_back, batch_size) if alike else None
+    if cut is not None and _is_accepted(cut.fit[0], model):
+        return cut
+    chosen = _spread(len(items), held_back)
+    return Calibration(
+        tuple(item for i, item in enumerate(items) if i not in chosen),
+        tuple(item for i, item in enumerate(items) if i in chosen),
+    )
+
+
+def _cut_anew(items: list[Any], held_back: float, batch_size: int) -> Calibration:
     whole = _joined(items)
     total = sample_count(whole)
     chosen = _spread(total, held_back)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, PlanMismatchError
-from ..plan import plan_of
+from ..plan import plan_of, plans_within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..analysis.call_trace import CallTrace
+    from ..analysis.scales import Rescaling
     from .survey import Survey
 
-__all__ = ["METHODS", "HasKept", "check_networks", "check_options", "check_same_calls", "kept_of"]
+__all__ = [
+    "METHODS",
+    "HasKept",
+    "check_memory_limit",
+    "check_networks",
+    "check_options",
+    "check_same_calls",
+    "inputs_of",
+    "kept_of",
+    "rescalings_of",
+]
 
 METHODS = ("least_squares", "batch_norm")
 
 
 class HasKept(Protocol):
-    """A plan, or what is needed of one."""
+    """A plan, or what is needed of one; its ``rescalings`` count too, if it has any."""
 
     @property
     def kept(self) -> Mapping[str, Mapping[int, Tensor]]:
@@ -51,24 +64,60 @@ def check_options(
             raise InvalidArgumentError(f"{name}: expected an integer >= 0, got {value!r}")
     if not 0 <= held_back < 1:
         raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
-    if memory_limit is not None and memory_limit <= 0:
-        raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")
+    check_memory_limit(memory_limit)
+
+
+def check_memory_limit(limit: Any) -> None:
+    """Refuses what is no number of bytes; ``3e6`` is one.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    if limit is not None and not (isinstance(limit, Real) and 0 < float(limit) < float("inf")):
+        raise InvalidArgumentError(
+            f"memory_limit: expected bytes > 0, or None for half of what is free, got {limit!r}"
+        )
 
 
 def kept_of(pruned: nn.Module, plan: HasKept | None) -> Mapping[str, Mapping[int, Tensor]]:
-    """The kept indices of ``plan``, or of the plan that ``pruned`` carries.
+    """The kept indices of ``plan``, or of the plan that ``pruned`` or its parts carry.
 
     Raises:
         InvalidArgumentError: there is no plan.
     """
     if plan is None:
         plan = plan_of(pruned)
-    if plan is None:
+    if plan is not None:
+        return plan.kept
+    kept = {
+        f"{path}.{entry}": dims
+        for path, plans in plans_within(pruned).items()
+        for entry, dims in plans[-1].kept.items()
+    }
+    if not kept:
         raise InvalidArgumentError(
             "pruned: it carries no plan, so its channels can't be matched with the original's; "
             "pass the plan it was made by as plan="
         )
-    return plan.kept
+    return kept
+
+
+def inputs_of(pruned: nn.Module, plan: HasKept | None) -> Any:
+    """How the inputs of ``plan``, or of the plan that ``pruned`` carries, are nested, if told."""
+    return getattr(plan_of(pruned) if plan is None else plan, "inputs", None)
+
+
+def rescalings_of(pruned: nn.Module, plan: HasKept | None) -> tuple[Rescaling, ...]:
+    """What ``plan``, or the plan that ``pruned`` or its parts carry, has multiplied."""
+    if plan is None:
+        plan = plan_of(pruned)
+    if plan is not None:
+        return tuple(getattr(plan, "rescalings", ()))
+    return tuple(
+        replace(rescaling, entry=f"{path}.{rescaling.entry}")
+        for path, plans in plans_within(pruned).items()
+        for rescaling in plans[-1].rescalings
+    )
 
 
 def check_networks(
@@ -80,11 +129,17 @@ def check_networks(
         The device of both.
 
     Raises:
-        InvalidArgumentError: values are missing or not finite, memory is shared, or the networks
-            are on different devices.
+        InvalidArgumentError: values are missing, not finite or can't be changed, memory is shared,
+            or the networks are on different devices.
         PlanMismatchError: shapes are not those the plan leads to.
     """
     states = {"pruned": _tensors(pruned), "original": _tensors(original)}
+    for entry, tensor in states["pruned"].items():
+        if tensor.is_inference():
+            raise InvalidArgumentError(
+                f"pruned: {entry} was made inside torch.inference_mode, so its values can't be "
+                "changed outside of it; load or prune the network under torch.no_grad instead"
+            )
     for name, state in states.items():
         for entry, tensor in state.items():
             if tensor.is_meta:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.accumulation import accumulation_dtype
+from ..ops.accumulation import accumulation_dtype, widened
 from .linear_maps import unfolded
 from .moments import Moments
 from .pooled_windows import pooled_windows, windows_help
@@ -65,6 +65,7 @@ class _Error:
     def add(self, original: Tensor, pruned: Tensor, *, held_back: bool) -> None:
         if self._bounds is not None:
             original, pruned = original.clamp(*self._bounds), pruned.clamp(*self._bounds)
+        original, pruned = widened(original), widened(pruned)
         sums = self._sums[held_back]
         sums[0] += float((original - pruned).square().sum())
         sums[1] += float(original.square().sum())
@@ -258,21 +259,31 @@ class _Fit:
         ]
 
     def reason_to_skip(self) -> str | None:
-        """Looks at one batch: why there is nothing to do. Also chooses the thinning."""
+        """Looks at batches until one differs: why there is nothing to do.
+
+        Also chooses the thinning, for which batches of different sizes are all looked at.
+        """
+        rows = self.layers[0].weight.shape[0]
+        samples, differs = 0, False
         for seen in self.runs.observe(self.target):
             if self.inputs(seen) is None:
                 return "its input is overwritten before its target is complete"
-            difference = _Error(None)
-            difference.add(seen.original, seen.pruned, held_back=False)
-            if difference.relative <= self.options.round_off:
-                return "nothing to repair"
-            self.every = self.thinning(seen.pruned)
-            break
+            if not differs:
+                difference = _Error(None)
+                difference.add(seen.original, seen.pruned, held_back=False)
+                differs = not difference.relative <= self.options.round_off
+            positions = seen.pruned.numel() // rows
+            if differs and self.runs.alike:
+                samples = positions * self.runs.fit_batches
+                break
+            samples += 0 if seen.held_back else positions
+        if not differs:
+            return "nothing to repair"
+        self.every = self.thinning(samples)
         return None
 
-    def thinning(self, value: Tensor) -> tuple[int, ...]:
+    def thinning(self, samples: int) -> tuple[int, ...]:
         """The step along each axis; notes how many samples that leaves."""
-        samples = value.numel() // self.layers[0].weight.shape[0] * self.runs.fit_batches
         steps = thinned(samples, self.shape[2], self.layers[0].geometry.axes)
         self.fit_samples = samples // math.prod(steps)
         return steps

@@ -86,7 +86,7 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     dtype = accumulation_dtype(segments[0].x)
     for s in segments:
         s.x, s.between, s.original, s.pruned = (
-            t.to(dtype) for t in (s.x, s.between, s.original, s.pruned)
+            _differentiable(t.to(dtype)) for t in (s.x, s.between, s.original, s.pruned)
         )
     map_ = _Linearised(pair, dtype)
     start = before = _error(pair, segments)
@@ -114,6 +114,11 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
     _apply(pair.first, total, ledger)
     runs.replace(pair, segments)
     return True
+
+
+def _differentiable(value: Tensor) -> Tensor:
+    """The value, copied if it comes out of a forward in inference mode."""
+    return value.clone() if value.is_inference() else value
 
 
 def _some(segments: list[Segment]) -> list[Segment]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..analysis.calls import tensors_in
 from .batches import sample_count
 from .outputs import forward_failed
 from .paused_runs import PausedRun
@@ -30,7 +31,8 @@ class Observation:
     """What one batch shows at a target.
 
     Attributes:
-        original: The target's value in the original network, restricted to the kept channels.
+        original: The target's value in the original network at the kept channels, and multiplied
+            where the plan has multiplied weights.
         pruned: Its value in the pruned network with the current weights.
         inputs: Call index of a layer -> its input in the pruned network; None where that has been
             overwritten since.
@@ -83,6 +85,7 @@ class Lockstep:
 
     Attributes:
         fit_batches: Number of batches that take part in the fit.
+        alike: Whether all batches are of one size, up to the number of samples.
 
     Args:
         original: Network before pruning.
@@ -113,6 +116,8 @@ class Lockstep:
         self._pruned = pruned
         self.fit_batches = len(fit)
         self._batches = [(x, False) for x in fit] + [(x, True) for x in held_back]
+        shapes = {tuple(t.shape[1:] for t in tensors_in(x)) for x, _ in self._batches}
+        self.alike = len(shapes) == 1
         self._names = names
         self._targets = targets
         self._resident_from = resident_from
@@ -197,9 +202,7 @@ class Lockstep:
         held_back: bool,
     ) -> Observation:
         first = target.layers[0]
-        if first.kept_rows is not None:
-            axis = first.geometry.channel_axis(original.ndim)
-            original = original.index_select(axis, first.kept_rows)
+        original = first.expected(original)
         inputs = {layer.call: pair[1].captured_input(layer.call) for layer in target.layers}
         averaged = None
         if first.averages is not None:
@@ -208,9 +211,8 @@ class Lockstep:
         return Observation(original, pruned, inputs, held_back, averaged)
 
     def original_weight(self, layer: Layer) -> Tensor:
-        """The weight of a layer in the original network, at the kept output channels."""
-        weight = self._original_state[layer.entry]
-        return weight if layer.kept_rows is None else weight[layer.kept_rows]
+        """The weight that makes, from the original's inputs, what the layer should compute."""
+        return layer.expected_weight(self._original_state[layer.entry])
 
     def segments(self, pair: Pair) -> list[Segment]:
         """What the batches show of two layers in a row; empty where it can't be had.

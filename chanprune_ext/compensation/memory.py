@@ -76,6 +76,7 @@ def plan_memory(
     """
     if limit is None:
         limit = free_memory(device) // 2
+    limit = int(limit)
     alive = [
         _MARGIN * sum(facts) / surveyed_samples
         for facts in zip(

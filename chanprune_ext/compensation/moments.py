@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ridge import Change, Factor
+from .ridge import Change, Factor, penalised_energy
 
 __all__ = ["Moments"]
 
@@ -101,6 +101,7 @@ class MomentSolver:
         self._mean = moments.column_sum / moments.samples if intercept else None
         if self._mean is not None:
             gram = gram - self._mean.unsqueeze(-1) * self._mean.unsqueeze(-2)
+            energy = penalised_energy(energy, gram.diagonal(dim1=-2, dim2=-1).mean(-1))
         self._columns = gram.shape[-1]
         self._factor = Factor(gram, energy, ridge)
         self.ridge = self._factor.ridge

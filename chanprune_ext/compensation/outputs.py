@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from ..analysis.calls import run_model, tensors_in
 from ..errors import InvalidArgumentError
+from ..ops.accumulation import widened
 from .report import Deviation
 
-__all__ = ["DeviationMeter", "forward", "forward_failed", "output_tensors"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["DeviationMeter", "are_logits", "forward", "forward_failed", "output_tensors"]
 
 
 def forward_failed(inputs: Any, error: Exception) -> InvalidArgumentError:
@@ -39,10 +43,20 @@ def output_tensors(output: Any) -> list[Tensor]:
     return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
 
-class DeviationMeter:
-    """Adds up squared errors and divergences over batches."""
+def are_logits(outputs: Sequence[Tensor]) -> bool:
+    """Whether a network's output may be one matrix of class scores."""
+    return len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
 
-    def __init__(self) -> None:
+
+class DeviationMeter:
+    """Adds up squared errors and divergences over batches.
+
+    Args:
+        logits: Whether an output that may be a matrix of logits is one.
+    """
+
+    def __init__(self, *, logits: bool = True) -> None:
+        self._may_be_logits = logits
         self._error = self._energy = self._divergence = 0.0
         self._logits = 0
 
@@ -59,10 +73,11 @@ class DeviationMeter:
                 f"{shapes[0]}; it returns {shapes[1]}"
             )
         for a, b in zip(original, pruned, strict=True):
+            a, b = widened(a), widened(b)  # the square of 256 is no number of float16
             self._error += float((a - b).square().sum(dtype=torch.float64))
             self._energy += float(a.square().sum(dtype=torch.float64))
         a, b = original[0], pruned[0]
-        if len(original) == 1 and a.ndim == 2 and a.shape[1] > 1:
+        if self._may_be_logits and are_logits(original):
             log_a, log_b = F.log_softmax(a.double(), 1), F.log_softmax(b.double(), 1)
             self._divergence += float((log_a.exp() * (log_a - log_b)).sum())
             self._logits += a.shape[0]

@@ -15,7 +15,15 @@ from ..analysis.call_trace import record_calls
 from ..analysis.calls import steady_calls
 from ..host_memory import freed_memory_kept
 from .batches import Calibration, first_samples, read_batches, sample_count, split_batches
-from .checks import HasKept, check_networks, check_options, check_same_calls, kept_of
+from .checks import (
+    HasKept,
+    check_networks,
+    check_options,
+    check_same_calls,
+    inputs_of,
+    kept_of,
+    rescalings_of,
+)
 from .fit import FitOptions, fit_target, skipped_report
 from .joint import refit_jointly
 from .ledger import Ledger
@@ -32,6 +40,8 @@ __all__ = ["compensate"]
 _log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from ..analysis.scales import Rescaling
 _SURVEYED = 2  # samples that tell how the calls are made
 _ROUND_OFF = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -49,6 +59,7 @@ def compensate(
     refit_classifier: bool | None = None,
     held_back: float = 0.1,
     memory_limit: int | None = None,
+    logits: bool = True,
     progress: bool = True,
     plan: HasKept | None = None,
 ) -> CompensationReport:
@@ -77,10 +88,12 @@ def compensate(
         original: Network before pruning; not changed.
         batches: Calibration data: one tensor, or a finite iterable of inputs (tensors, tuples of
             positional inputs, dicts of keyword inputs) or of pairs (input, label), whose label is
-            ignored. All of it is kept in memory.
+            ignored. All of it is kept in memory. Two tensors are two inputs where the plan was made
+            with two.
         method: ``"least_squares"``, or ``"batch_norm"`` to re-estimate running statistics only.
-        ridge: Strength of the ridge, relative to the mean energy of the layer's inputs. Raised for
-            a layer, in steps of ten, where its held-back error gains by it.
+        ridge: Strength of the ridge, relative to the mean energy of the layer's inputs, or to four
+            times their mean variance if that is less and the layer holds a constant. Raised for a
+            layer, in steps of ten, where its held-back error gains by it.
         one_sided_steps: Majorise-minimise steps where a ReLU or ReLU6 follows.
         joint_rounds: How often a layer in front of a ReLU or ReLU6 is refitted for what the next
             layer makes of its output, and that layer after it. 0: each layer only for its own
@@ -92,6 +105,8 @@ def compensate(
             ``method`` gives is kept.
         memory_limit: Bytes of working memory besides networks, data and one layer's moments. Less
             memory takes more time. None: half of what is free.
+        logits: Take an output that is one matrix of several columns for logits, and judge by KL
+            divergence. False: judge by relative L2, as it should be for a regression.
         progress: Show a progress bar on a terminal.
         plan: The plan ``pruned`` was made by, or anything with its ``kept``. None: the plan that
             ``pruned`` carries.
@@ -107,21 +122,18 @@ def compensate(
     """
     start = time.perf_counter()
     check_options(method, ridge, one_sided_steps, joint_rounds, held_back, memory_limit)
-    kept = kept_of(pruned, plan)
+    kept, rescalings = kept_of(pruned, plan), rescalings_of(pruned, plan)
     device = check_networks(pruned, original, kept)
     ledger = Ledger()
+    inputs = inputs_of(pruned, plan)
+    items = read_batches(batches, original, device=device, inputs=inputs)
     session = _Session(
-        pruned,
-        original,
-        read_batches(batches, original, device=device),
-        kept,
-        held_back,
-        memory_limit,
-        device,
+        pruned, original, items, kept, rescalings, held_back, memory_limit, logits, device
     )
     try:
         with (
             freed_memory_kept(),
+            torch.inference_mode(False),
             torch.autocast(device.type, enabled=False),
             steady_calls(original),
             steady_calls(pruned),
@@ -171,32 +183,39 @@ class _Session:
         original: nn.Module,
         items: list[Any],
         kept: Mapping[str, Mapping[int, Tensor]],
+        rescalings: Sequence[Rescaling],
         held_back: float,
         memory_limit: int | None,
+        logits: bool,
         device: torch.device,
     ) -> None:
         self.pruned = pruned
         self.original = original
         self._items = items
         self._kept = kept
+        self._rescalings = rescalings
         self._held_back = held_back
         self._limit = memory_limit
+        self._logits = logits
         self._device = device
 
     def prepare(self) -> None:
         """Traces both networks on a few samples, finds the targets and cuts the data."""
-        few = first_samples(self._items[0], _SURVEYED)
+        few = first_samples(self._items[0], _SURVEYED, self.original)
         trace = record_calls(self.original, few)
         surveys = survey_calls(self.original, few), survey_calls(self.pruned, few)
         check_same_calls(trace, surveys)
         self._names = [call.name for call in surveys[0].calls]
-        self.targets, self.skipped = find_targets(trace, surveys[1], self._kept)
+        self.targets, self.skipped = find_targets(trace, surveys[1], self._kept, self._rescalings)
         samples = sum(sample_count(item) for item in self._items)
         self.memory = plan_memory(
             surveys, sample_count(few), samples, self.targets, self._limit, self._device
         )
         self.data: Calibration = split_batches(
-            self._items, held_back=self._held_back, batch_size=self.memory.batch_size
+            self._items,
+            self.original,
+            held_back=self._held_back,
+            batch_size=self.memory.batch_size,
         )
         self._items = []
         dtype = next((t.dtype for t in output_tensors(surveys[1].output)), torch.float32)
@@ -210,7 +229,7 @@ class _Session:
 
     def deviation(self) -> Deviation:
         """How far the pruned network's outputs are off as it is now."""
-        meter = DeviationMeter()
+        meter = DeviationMeter(logits=self._logits)
         for reference, batch in zip(self._reference, self._judges(), strict=True):
             meter.add(reference, output_tensors(forward(self.pruned, batch)))
         return meter.deviation()

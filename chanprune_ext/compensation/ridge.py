@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 
-__all__ = ["Change", "Evidence", "Factor", "Solver"]
+__all__ = ["Change", "Evidence", "Factor", "Solver", "penalised_energy"]
 
 # Below this fraction of its mean diagonal a float64 Gram matrix has no digits left to factorise.
 _ROUND_OFF = 1e-14
 # Up to this size the trace of an inverse is computed exactly, above it is estimated.
 _EXACT_TRACE = 1024
 _PROBES = 32
+# What features behind a ReLU have of energy, in variances, is less than this.
+_MOST_ENERGY = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class Change:
         if self.intercept is not None:
             added += self.intercept.to(columns.dtype).unsqueeze(-1)
         return added
+
+
+def penalised_energy(energy: Tensor, variance: Tensor) -> Tensor:
+    """The mean energy of a column that a ridge is relative to, where there is an intercept.
+
+    An offset of the columns, which the intercept takes up, counts to some extent only: a large one
+    would stiffen the fit of all that varies.
+    """
+    return torch.minimum(energy, _MOST_ENERGY * variance)
 
 
 class Solver(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ridge import Change, Factor
+from .ridge import Change, Factor, penalised_energy
 
 __all__ = ["Samples"]
 
@@ -83,6 +83,7 @@ class SampleSolver:
         self._mean = self._columns.mean(-1, keepdim=True) if intercept else None
         if self._mean is not None:
             self._columns = self._columns - self._mean
+            energy = penalised_energy(energy, self._columns.square().mean((-2, -1)))
         self._count = self._columns.shape[-1]
         self._factor = Factor(self._columns.mT @ self._columns / self._count, energy, ridge)
         self.ridge = self._factor.ridge

@@ -22,9 +22,10 @@ from .pooled_windows import averaging_call
 from .survey import Activation, CallFacts, Survey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ..analysis.call_trace import Call, CallTrace
+    from ..analysis.scales import Rescaling
 
 __all__ = ["DEAD_SCALE", "Layer", "Pair", "Skipped", "Target", "find_targets"]
 
@@ -64,6 +65,8 @@ class Layer:
         mean: Running mean of the first batch norm on the way, which can hold an intercept.
         mean_sign: Sign with which the layer's output reaches that batch norm.
         kept_rows: Kept output channels as indices into the original's; None: all of them.
+        factor: What the plan has multiplied the output by, one factor a channel, float64, so that a
+            constant behind it that follows a width keeps its effect; None: nothing.
         inputs_pruned: Whether input channels were removed.
         reads: Call that makes the value whose clamped form this layer alone reads; None if there
             is none.
@@ -85,6 +88,7 @@ class Layer:
     inputs_pruned: bool
     reads: int | None = None
     averages: int | None = None
+    factor: Tensor | None = None
 
     @property
     def holds_intercept(self) -> bool:
@@ -118,6 +122,27 @@ class Layer:
         shape = [1] * like.ndim
         shape[self.geometry.channel_axis(like.ndim)] = -1
         return values.to(like).view(shape)
+
+    def expected(self, original: Tensor) -> Tensor:
+        """What the pruned network should compute where the original computes ``original``.
+
+        Args:
+            original: The layer's output, or its target.
+        """
+        if self.kept_rows is not None:
+            original = original.index_select(
+                self.geometry.channel_axis(original.ndim), self.kept_rows
+            )
+        if self.factor is None:
+            return original
+        return original * self.along_channels(self.factor, original)
+
+    def expected_weight(self, original: Tensor) -> Tensor:
+        """The weight that gives this, from the original's inputs."""
+        weight = original if self.kept_rows is None else original[self.kept_rows]
+        if self.factor is None:
+            return weight
+        return weight * self.factor.to(weight).view(-1, *[1] * (weight.ndim - 1))
 
 
 @dataclass
@@ -176,15 +201,23 @@ class _Path:
     module: str
     sign: float = 1.0
     scale: Tensor | None = None
+    factor: Tensor | None = None
     mean: Tensor | None = None
     mean_sign: float = 1.0
 
 
 class _Finder:
-    def __init__(self, trace: CallTrace, survey: Survey, kept: Mapping[str, Mapping[int, Tensor]]):
+    def __init__(
+        self,
+        trace: CallTrace,
+        survey: Survey,
+        kept: Mapping[str, Mapping[int, Tensor]],
+        rescalings: Sequence[Rescaling],
+    ):
         self.trace = trace
         self.survey = survey
         self.kept = kept
+        self.rescalings = rescalings
         self.readers = trace.consumers()
         self.makers = trace.producer()
         self.entry_reads: dict[str, int] = {}
@@ -220,7 +253,10 @@ class _Finder:
         bias_entry = self.entry_of(bias)
         if bias_entry is not None and self.entry_reads.get(bias_entry, 0) != 1:
             return Skipped(call.module, entry, kind, "its bias is used by several calls")
+        if any(r.entry == entry and r.dim != 0 for r in self.rescalings):
+            return Skipped(call.module, entry, kind, "the plan has multiplied its inputs' weights")
         path = self.follow(call, geometry, facts)
+        factor = self.factor(entry, weight) if path.factor is None else path.factor
         changed = self.kept.get(entry, {})
         rows = weight.shape[0]
         scale = torch.full((rows,), path.sign, dtype=torch.float64, device=weight.device)
@@ -239,8 +275,21 @@ class _Finder:
             inputs_pruned=1 in changed,
             reads=self.clamped(call),
             averages=self.averaging(call) if path.call == call.index else None,
+            factor=factor,
         )
         return layer, path
+
+    def factor(self, entry: str | None, parameter: Tensor) -> Tensor | None:
+        """What the plan has multiplied the rows of a parameter by."""
+        found = [r for r in self.rescalings if r.entry == entry and r.dim == 0]
+        if entry is None or not found:
+            return None
+        rows = self.kept.get(entry, {}).get(0)
+        rows = torch.arange(len(parameter), device="cpu") if rows is None else rows.cpu()
+        factor = torch.ones(len(parameter), dtype=torch.float64, device="cpu")
+        for rescaling in found:
+            factor[torch.isin(rows, rescaling.indices.cpu())] = rescaling.factor
+        return factor.to(parameter.device)
 
     def averaging(self, call: Call) -> int | None:
         """The call that averages over all positions what the linear layer ``call`` reads."""
@@ -303,6 +352,8 @@ class _Finder:
         factor = (variance.detach().double() + bound["eps"]).rsqrt()
         if bound["weight"] is not None:
             factor = factor * bound["weight"].detach().double()
+            # Only a norm whose input is not multiplied can be: it starts anew.
+            path.factor = self.factor(self.entry_of(bound["weight"]), bound["weight"])
         entry = self.entry_of(mean)
         if path.scale is None and entry is not None and self.entry_reads.get(entry, 0) == 1:
             path.mean, path.mean_sign = mean, path.sign
@@ -333,7 +384,10 @@ def _kind(name: str, geometry: LinearMap, weight: Any) -> str:
 
 
 def find_targets(
-    trace: CallTrace, survey: Survey, kept: Mapping[str, Mapping[int, Tensor]]
+    trace: CallTrace,
+    survey: Survey,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    rescalings: Sequence[Rescaling] = (),
 ) -> tuple[list[Target], list[Skipped]]:
     """Finds every layer that can be fitted and the value it aims at.
 
@@ -341,11 +395,12 @@ def find_targets(
         trace: Calls of the original network.
         survey: Calls of the pruned network: the same calls, with its own parameters.
         kept: State-dict entry -> axis -> kept indices.
+        rescalings: What of the pruned network's parameters has been multiplied.
 
     Returns:
         Targets in the order in which a forward reaches them, and the layers left alone.
     """
-    finder = _Finder(trace, survey, kept)
+    finder = _Finder(trace, survey, kept, rescalings)
     targets: dict[int, Target] = {}
     skipped: list[Skipped] = []
     for call in trace.calls:

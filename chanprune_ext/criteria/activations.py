@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import run_model
+from chanprune_ext.analysis.calls import run_model, tensors_in
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.compensation.batches import read_batches
 from chanprune_ext.errors import InvalidArgumentError
@@ -78,7 +78,7 @@ def fluctuation(batches: Any) -> Callable[[nn.Module, Sequence[CouplingGroup], i
     """
 
     def score(inputs: _Moments, weight: Tensor) -> np.ndarray:
-        energy = weight.double().square().transpose(0, 1).flatten(1).sum(1).cpu().numpy()
+        energy = weight.abs().double().square().transpose(0, 1).flatten(1).sum(1).cpu().numpy()
         return np.asarray(inputs.statistic("std") ** 2 * energy)
 
     criterion = _on_readers(batches, score)
@@ -95,9 +95,12 @@ class _Moments:
 
     def add(self, values: Tensor, channel_dim: int) -> None:
         """Adds one batch; ``values`` as the layer is given them."""
-        rows = values.detach().movedim(channel_dim, 0).flatten(1).double()
+        rows = values.detach().movedim(channel_dim, 0).flatten(1)
+        rows = rows.to(torch.complex128 if rows.is_complex() else torch.float64)
+        sizes = rows.abs()
+        # A sum of complex values makes the others complex too, with an imaginary part of zero.
         found = torch.stack(
-            [rows.sum(1), rows.abs().sum(1), rows.square().sum(1), rows.count_nonzero(1).double()]
+            [rows.sum(1), sizes.sum(1), sizes.square().sum(1), rows.count_nonzero(1).double()]
         ).cpu()
         self.sums = found if self.sums is None else self.sums + found
         self.count += rows.shape[1]
@@ -107,8 +110,8 @@ class _Moments:
         assert self.sums is not None
         mean, absolute, square, used = (self.sums / self.count).numpy()
         if name == "std":
-            return np.sqrt(np.maximum(square - mean**2, 0))
-        return np.asarray(absolute if name == "mean" else used)
+            return np.sqrt(np.maximum(square.real - np.abs(mean) ** 2, 0))
+        return np.asarray((absolute if name == "mean" else used).real)
 
 
 def _on_readers(
@@ -125,7 +128,8 @@ def _on_readers(
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         with ExitStack() as stack:
             for name in names:
-                handle = modules[name].register_forward_pre_hook(_watcher(moments[name]))
+                watch = _watcher(moments[name])
+                handle = modules[name].register_forward_pre_hook(watch, with_kwargs=True)
                 stack.callback(handle.remove)
             with evaluating(model), torch.no_grad():
                 for item in read_batches(batches, model, device=device):
@@ -153,9 +157,9 @@ def _is_plain_reader(member: Member, modules: dict[str, nn.Module]) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _watcher(moments: _Moments) -> Callable[[nn.Module, Any], None]:
-    def watch(module: nn.Module, inputs: Any) -> None:
-        values = inputs[0]
+def _watcher(moments: _Moments) -> Callable[[nn.Module, Any, Any], None]:
+    def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        values = tensors_in((args, kwargs))[0]
         dims = len(module.kernel_size) if isinstance(module, _CONVOLUTIONS) else 0
         # Without a batch a convolution's channels come first, with one second; linear: last.
         moments.add(values, -1 - dims)

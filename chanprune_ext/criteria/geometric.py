@@ -40,6 +40,8 @@ def fpgm(model: nn.Module, groups: Sequence[CouplingGroup], seed: int) -> Scores
 
 
 def _distances(rows: Tensor) -> Tensor:
+    if rows.is_complex():  # as far apart as the pairs of real numbers that they are
+        rows = torch.cat([rows.real, rows.imag], 1)
     rows = widened(rows)
     # Exact, not through a matrix product: near filters are what the score is about.
     mode = "donot_use_mm_for_euclid_dist"

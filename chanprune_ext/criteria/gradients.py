@@ -114,6 +114,11 @@ class _Units:
         for name, weight in self.weights.items():
             if not isinstance(weight, nn.Parameter):
                 raise InvalidArgumentError(f"'{name}' is no parameter: it has no gradient")
+            if weight.is_inference():
+                raise InvalidArgumentError(
+                    f"model: '{name}' was made inside torch.inference_mode, so it can have no "
+                    "gradient; make or load the model outside of it"
+                )
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> list[Tensor]:
         found = torch.autograd.grad(
@@ -127,7 +132,10 @@ class _Units:
     def first_order(self, gradients: Sequence[Tensor]) -> list[np.ndarray]:
         """Sum of weight times gradient of every unit."""
         return self._sums(
-            [w.detach() * g for w, g in zip(self.weights.values(), gradients, strict=True)]
+            [
+                _products(w.detach(), g)
+                for w, g in zip(self.weights.values(), gradients, strict=True)
+            ]
         )
 
     def quadratic_forms(
@@ -144,7 +152,7 @@ class _Units:
             for member in members:
                 direction[member.entry] += self._signed(member, sign)
         along = torch.stack(
-            [(g * d).sum() for g, d in zip(gradients, direction.values(), strict=True)]
+            [_products(g, d).sum() for g, d in zip(gradients, direction.values(), strict=True)]
         ).sum()
         product: Sequence[Tensor | None] = [None] * len(self.weights)
         if along.requires_grad:
@@ -159,7 +167,8 @@ class _Units:
         for sign, members in zip(signs, self.members, strict=True):
             total = np.zeros(len(sign))
             for member in members:
-                total += _unit_sums(self._signed(member, sign) * found[member.entry], member)
+                products = _products(self._signed(member, sign), found[member.entry])
+                total += _unit_sums(products, member)
             forms.append(total)
         return forms
 
@@ -184,6 +193,11 @@ class _Units:
         return sums
 
 
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """The terms of an inner product, in which complex numbers are pairs of real ones."""
+    return (a.conj() * b).real
+
+
 def _unit_sums(values: Tensor, member: Member) -> np.ndarray:
     others = [d for d in range(values.dim()) if d != member.dim]
     sums = values.double().sum(others).cpu().numpy()
@@ -203,13 +217,13 @@ def _averaged(
     totals = [np.zeros(g.units) for g in groups]
     frozen = [p for p in units.weights.values() if not p.requires_grad]
     count = 0
-    with evaluating(model), torch.enable_grad():
+    with torch.inference_mode(False), evaluating(model), torch.enable_grad():
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for batch in batches:
                 inputs, labels = _pair(batch)
-                inputs, labels = substitute((inputs, labels), lambda t: t.to(device))
+                inputs, labels = substitute((inputs, labels), lambda t: _usable(t.to(device)))
                 output = run_model(model, inputs)
                 loss = (
                     _cross_entropy(output, labels) if loss_fn is None else loss_fn(output, labels)
@@ -217,6 +231,11 @@ def _averaged(
                 if not isinstance(loss, Tensor) or loss.dim():
                     raise InvalidArgumentError(
                         f"loss_fn must return a scalar tensor, got {_told(loss)}"
+                    )
+                if units.weights and not loss.requires_grad:
+                    raise InvalidArgumentError(
+                        "loss_fn: the loss it returned has no gradient; something in it, or in the "
+                        "model's forward, is detached or runs under torch.no_grad"
                     )
                 for total, score in zip(totals, measure(units, loss), strict=True):
                     total += score
@@ -229,6 +248,11 @@ def _averaged(
             "batches: expected at least one batch, got none; an iterator is empty after one use"
         )
     return [total / count for total in totals]
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it was made in inference mode: autograd keeps none of those."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

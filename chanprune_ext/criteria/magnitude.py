@@ -9,13 +9,14 @@ import numpy as np
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import channel_norms
+from chanprune_ext.ops.accumulation import widened
 
 from .members import Scores, chosen_members, joined, normalised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from chanprune_ext.analysis import CouplingGroup
     from chanprune_ext.analysis.groups import Member
@@ -28,7 +29,7 @@ __all__ = ["bn_scale", "l1", "l2", "linf", "magnitude", "random"]
 def magnitude(
     p: float = 1.0, *, members: str = "both", reduction: str = "mean", normalise: bool = True
 ) -> Callable[[nn.Module, Sequence[CouplingGroup], int], Scores]:
-    """A criterion: Lp norm of the weights that belong to a unit.
+    """A criterion: Lp norm of the weights that belong to a unit; complex ones by their moduli.
 
     Args:
         p: 1, 2 or ``math.inf``.
@@ -75,7 +76,7 @@ def _norms(
     keys: dict[tuple[str, int], int] = {}
     for member in (m for found in chosen for side in found for m in side):
         keys.setdefault((member.entry, member.dim), len(keys))
-    weights = [tensors[entry].detach() for entry, _ in keys]
+    weights = [_measurable(tensors[entry].detach()) for entry, _ in keys]
     norms = [n.cpu().double().numpy() for n in channel_norms(weights, [dim for _, dim in keys], p)]
     scores = []
     for group, found in zip(groups, chosen, strict=True):
@@ -89,6 +90,13 @@ def _norms(
         # channel that nothing makes, or nothing reads, is worth nothing.
         scores.append(np.prod(parts, axis=0) ** (1 / len(parts)))
     return scores
+
+
+def _measurable(weight: Tensor) -> Tensor:
+    """Numbers of the same size in a dtype that the native operator takes."""
+    if weight.is_complex():
+        return weight.abs()
+    return weight if weight.is_floating_point() else widened(weight)
 
 
 def _of_units(norms: np.ndarray, p: float) -> np.ndarray:

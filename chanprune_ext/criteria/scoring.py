@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ def score_groups(
     if criterion != "random":
         _check_values(model)
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    _check_made(function)
     scores = [np.asarray(s, dtype=np.float64) for s in function(model, groups, seed)]
     if len(scores) != len(groups):
         raise InvalidArgumentError(
@@ -80,8 +82,28 @@ def score_groups(
     return scores
 
 
+def _check_made(function: Callable[..., object]) -> None:
+    """Refuses what can't be called as a criterion: a function that makes one, say."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # it does not tell
+    try:
+        signature.bind(*[None] * 3)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise InvalidArgumentError(
+            f"criterion: '{name}' can't be called with (model, groups, seed): {error}; if it makes "
+            f"a criterion out of data, give criterion={name}(batches)"
+        ) from None
+
+
 def _check_values(model: nn.Module) -> None:
-    tensors = {n: t for n, t in tensors_of(model).items() if t.is_meta or _holds_numbers(t)}
+    tensors = {
+        n: torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t
+        for n, t in tensors_of(model).items()
+        if t.is_meta or _holds_numbers(t)
+    }
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise InvalidArgumentError(
@@ -106,4 +128,4 @@ def _check_values(model: nn.Module) -> None:
 
 
 def _holds_numbers(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0

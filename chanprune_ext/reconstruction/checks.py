@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..compensation.checks import check_memory_limit
 from ..errors import InvalidArgumentError
 
 __all__ = ["check_options", "check_parts"]
@@ -22,6 +23,7 @@ def check_options(
     augment: Any,
     amp: torch.dtype | None,
     memory_limit: int | None,
+    seed: int,
 ) -> None:
     """Refuses options out of range.
 
@@ -34,6 +36,7 @@ def check_options(
         raise InvalidArgumentError(f"lr: expected a number in (0, 1), got {lr}")
     if not 0 <= held_back < 1:
         raise InvalidArgumentError(f"held_back: expected a share in [0, 1), got {held_back}")
+    _check_count("seed", seed, least=0)
     _check_count("views", views, least=0)
     if (views > 0) != (augment is not None):
         raise InvalidArgumentError(
@@ -42,8 +45,7 @@ def check_options(
         )
     if amp not in _AMP:
         raise InvalidArgumentError(f"amp: expected one of {_AMP}, got {amp}")
-    if memory_limit is not None and memory_limit <= 0:
-        raise InvalidArgumentError(f"memory_limit: expected bytes > 0, got {memory_limit}")
+    check_memory_limit(memory_limit)
 
 
 def check_parts(tune_blocks: bool, tune_outputs: bool, output_blocks: int) -> None:

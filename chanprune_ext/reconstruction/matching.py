@@ -10,7 +10,7 @@ from torch import Tensor
 from ..analysis.calls import tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence, Set
 
     from ..analysis.call_trace import Call, CallTrace
     from .blocks import Block
@@ -26,6 +26,13 @@ _CHANNELWISE = frozenset(
         *("batch_norm", "layer_norm", "group_norm", "rms_norm", "instance_norm"),
         *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "max_pool1d", "avg_pool1d"),
         *("interpolate", "upsample_nearest2d"),
+    }
+)
+# What these return is not multiplied where their inputs are: a plan has made sure of that.
+_UNSCALED = frozenset(
+    {
+        *("linear", "addmm", "conv1d", "conv2d", "conv3d", "softmax", "log_softmax"),
+        *("scaled_dot_product_attention", "batch_norm", "layer_norm", "group_norm", "rms_norm"),
     }
 )
 
@@ -64,6 +71,7 @@ def match_outputs(
     pruned: Any,
     trace: CallTrace,
     kept: Mapping[str, Mapping[int, Tensor]],
+    rescaled: Set[str],
     shapes: Mapping[str, Sequence[int]],
 ) -> Matching:
     """Finds out how two outputs of a block correspond.
@@ -74,11 +82,15 @@ def match_outputs(
         pruned: What it returns in the pruned one.
         trace: Calls of the original.
         kept: Entry -> dim -> kept indices.
+        rescaled: Entries of which the plan has multiplied something.
         shapes: Entry -> its shape in the original.
 
     Raises:
-        UnmatchedError: channels were removed, and which ones can't be told.
+        UnmatchedError: channels were removed, and which ones can't be told, or its output may be
+            multiplied.
     """
+    if rescaled and _returns_rescaled(block, trace, rescaled):
+        raise UnmatchedError("a scale that follows a pruned width is folded into its output")
     ours, theirs = floating(pruned), floating(original)
     if not theirs or len(ours) != len(theirs):
         raise UnmatchedError(f"it returns {len(theirs)} floating-point tensors, pruned {len(ours)}")
@@ -99,6 +111,35 @@ def match_outputs(
             raise UnmatchedError("which channels of its output were removed can't be told")
         choices.append((axes[0], indices.to(a.device)))
     return Matching(choices)
+
+
+def _returns_rescaled(block: Block, trace: CallTrace, rescaled: Set[str]) -> bool:
+    """Whether a value that leaves the block may come from weights that the plan has multiplied.
+
+    The factor is gone once the value has met the constant that it makes up for, which is a product
+    that looks like any other: what comes out of one counts as multiplied still.
+    """
+    consumers, producer = trace.consumers(), trace.producer()
+    left = [
+        value
+        for call in trace.calls
+        if block.holds(call.module)
+        for value in call.outputs
+        if value in trace.output_values
+        or any(not block.holds(trace.calls[i].module) for i in consumers.get(value, []))
+    ]
+    seen = set(left)
+    while left:
+        index = producer.get(left.pop())
+        if index is None:
+            continue
+        call = trace.calls[index]
+        if not rescaled.isdisjoint(call.parameters.values()):
+            return True
+        if call.name not in _UNSCALED:
+            left += [value for value in call.inputs if value not in seen]
+            seen.update(call.inputs)
+    return False
 
 
 class _Search:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RelativeError", "are_logits", "divergence", "full_precision", "squares"]
+__all__ = ["RelativeError", "divergence", "full_precision", "squares"]
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class RelativeError:
     def __init__(self, targets: Iterable[Sequence[Tensor]]) -> None:
         energy, elements = 0.0, 0
         for target in targets:
-            energy += sum(float(t.square().sum(dtype=torch.float32)) for t in target)
+            energy += sum(float(full_precision(t).square().sum()) for t in target)
             elements += sum(t.numel() for t in target)
         self.energy = energy
         self._per_element = energy / elements if energy > 0 else 1.0
@@ -47,11 +47,6 @@ class RelativeError:
         """The loss of one batch."""
         error, _ = squares(outputs, targets)
         return error / (self._per_element * sum(t.numel() for t in targets))
-
-
-def are_logits(outputs: Sequence[Tensor]) -> bool:
-    """Whether a network's output is one matrix of class scores."""
-    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1
 
 
 def divergence(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..analysis.calls import run_model
 from ..analysis.stand_ins import substitute
 from ..compensation.batches import sample_count
+from ..compensation.outputs import are_logits
 from ..copying import copied
 from .block_tuning import settled
 from .matching import floating
-from .objective import RelativeError, are_logits, divergence, full_precision, squares
+from .objective import RelativeError, divergence, full_precision, squares
 from .report import BlockReport
 from .tuning import tune
 from .weights import TunedWeights, tunable
@@ -142,6 +143,8 @@ def tune_output(
     wanted: Callable[[Tensor], bool],
     options: Options,
     ledger: Ledger,
+    *,
+    logits: bool = True,
 ) -> BlockReport:
     """Tunes the end of a network on the network's output.
 
@@ -152,10 +155,11 @@ def tune_output(
         wanted: Whether a parameter may change.
         options: How.
         ledger: Notes every tensor before it changes.
+        logits: Whether an output that may be a matrix of logits is one.
     """
     start = time.perf_counter()
     fit, judge = sets
-    logits = are_logits(fit.targets[0])
+    logits = logits and are_logits(fit.targets[0])
     relative = RelativeError(fit.targets)
     report = BlockReport(OUTPUT, tuple(modules), kept_in_memory=fit.feed.share_kept)
     for parameter in end.model.parameters():

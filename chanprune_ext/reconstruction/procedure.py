@@ -7,17 +7,19 @@ import logging
 import sys
 import time
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis.call_trace import record_calls
+from ..analysis.calls import run_model, tensors_in
 from ..compensation.batches import first_samples, read_batches, sample_count, split_batches
-from ..compensation.checks import check_networks, kept_of
+from ..compensation.checks import check_networks, kept_of, rescalings_of
 from ..compensation.ledger import Ledger
 from ..compensation.memory import free_memory
 from ..compensation.outputs import DeviationMeter, forward, output_tensors
+from ..errors import InvalidArgumentError
 from ..host_memory import freed_memory_kept
 from ..module_modes import evaluating
 from ..plan import plan_of
@@ -60,6 +62,7 @@ def reconstruct(
     tune_outputs: bool = True,
     output_blocks: int = 1,
     memory_limit: int | None = None,
+    logits: bool = True,
     seed: int = 0,
     progress: bool = True,
     plan: PruningPlan | None = None,
@@ -109,6 +112,8 @@ def reconstruct(
         output_blocks: With how many blocks that end begins, of those that enclose pruned channels.
         memory_limit: Most bytes of block inputs and targets to keep; the rest is computed anew when
             needed. None: half of what is free.
+        logits: Take an output that is one matrix of several columns for logits, to tune and judge
+            by KL divergence. False: by relative squared error, as it should be for a regression.
         seed: Of the order of batches, and of the global random state inside ``augment``.
         progress: Show a progress bar on a terminal.
         plan: The plan ``pruned`` was made by. None: the plan that ``pruned`` carries.
@@ -123,28 +128,34 @@ def reconstruct(
         AnalysisError: the forward of ``original`` raised.
     """
     start = time.perf_counter()
-    check_options(epochs, lr, batch_size, held_back, views, augment, amp, memory_limit)
+    check_options(epochs, lr, batch_size, held_back, views, augment, amp, memory_limit, seed)
     check_parts(tune_blocks, tune_outputs, output_blocks)
     made_by = plan_of(pruned) if plan is None else plan
     kept = kept_of(pruned, made_by)
-    made_by = cast("PruningPlan", made_by)  # kept_of() has raised otherwise
+    if made_by is None:
+        raise InvalidArgumentError(
+            "pruned: parts of it were pruned on their own, and it carries no plan of the whole; "
+            "reconstruct each part beside the original's, or prune the whole network, with "
+            "ratio=0 and ratios={'part.*': 0.5}, say"
+        )
     device = check_networks(pruned, original, kept)
     slow = in_software(device.type, amp)
     if slow is not None:
         warnings.warn(f"{slow}; leave amp out", UserWarning, stacklevel=2)
-    items = read_batches(batches, original, device=device)
+    items = read_batches(batches, original, device=device, inputs=made_by.inputs)
     ledger = Ledger()
     with _surroundings(pruned, original, device, seed):
-        data = split_batches(items, held_back=held_back, batch_size=batch_size)
+        data = split_batches(items, original, held_back=held_back, batch_size=batch_size)
         del items
         fit = list(data.fit)
         if augment is not None:
-            fit += [augment(batch) for _ in range(views) for batch in data.fit]
-        session = _Session(pruned, original, made_by, fit, data.held_back or data.fit, device)
+            fit += [_view(batch, augment, original) for _ in range(views) for batch in data.fit]
+        judges = data.held_back or data.fit
+        session = _Session(pruned, original, made_by, fit, judges, device, logits)
         options = Options(Schedule(epochs, lr), amp, device, torch.Generator().manual_seed(seed))
         try:
             before = session.deviation()
-            limit = free_memory(device) // 2 if memory_limit is None else memory_limit
+            limit = free_memory(device) // 2 if memory_limit is None else int(memory_limit)
             end = output_blocks if tune_outputs else 0
             blocks = session.tune(options, limit, tune_blocks, end, ledger, progress)
             after = session.deviation()
@@ -154,10 +165,10 @@ def reconstruct(
         except BaseException:
             ledger.restore()
             raise
-    judges = "held-back samples" if data.held_back else "samples tuned on"
+    told = "held-back samples" if data.held_back else "samples tuned on"
     report = ReconstructionReport(
         kept="reconstructed" if better else "before",
-        reason=f"the outputs on the {judges} are {'closer' if better else 'no closer'}",
+        reason=f"the outputs on the {told} are {'closer' if better else 'no closer'}",
         samples=sum(sample_count(batch) for batch in fit),
         held_back=data.held_back_samples,
         before=before,
@@ -167,6 +178,21 @@ def reconstruct(
     )
     _log.info("%s", report)
     return report
+
+
+def _view(batch: Any, augment: Callable[[Any], Any], original: nn.Module) -> Any:
+    """Another view of a batch; of another size or structure only if the network can take it."""
+    view = augment(batch)
+    shapes = [[list(t.shape) for t in tensors_in(inputs)] for inputs in (batch, view)]
+    if shapes[0] != shapes[1]:
+        try:
+            run_model(original, view)
+        except Exception as error:
+            raise InvalidArgumentError(
+                "augment: expected a view that the network takes as it takes the batch, of shapes "
+                f"{shapes[0]}, but its forward failed on what came back, {shapes[1]}: {error}"
+            ) from error
+    return view
 
 
 @contextlib.contextmanager
@@ -203,6 +229,7 @@ class _Session:
         fit: Sequence[Any],
         judges: Sequence[Any],
         device: torch.device,
+        logits: bool,
     ) -> None:
         self._pruned = pruned
         self._original = original
@@ -210,8 +237,9 @@ class _Session:
         self._fit = fit
         self._judges = judges
         self._device = device
+        self._logits = logits
         self._reference = [output_tensors(forward(original, batch)) for batch in judges]
-        few = first_samples(judges[0], _SURVEYED)
+        few = first_samples(judges[0], _SURVEYED, original)
         self._few = sample_count(few)
         self._order = entry_order(original, few)
         self._trace = record_calls(original, few)
@@ -221,7 +249,7 @@ class _Session:
 
     def deviation(self) -> Deviation:
         """How far the pruned network's outputs are off as it is now."""
-        meter = DeviationMeter()
+        meter = DeviationMeter(logits=self._logits)
         for reference, batch in zip(self._reference, self._judges, strict=True):
             meter.add(reference, output_tensors(forward(self._pruned, batch)))
         return meter.deviation()
@@ -293,7 +321,9 @@ class _Session:
         pruned, original = (survey.outputs[index] for survey in self._surveys)
         shapes = self._plan.fingerprint["tensors"]
         block = self._blocks[index]
-        return match_outputs(block, original, pruned, self._trace, self._plan.kept, shapes)
+        rescaled = {r.entry for r in rescalings_of(self._pruned, self._plan)}
+        kept = self._plan.kept
+        return match_outputs(block, original, pruned, self._trace, kept, rescaled, shapes)
 
     def _wanted(self, inside: Callable[[str], bool]) -> Callable[[Tensor], bool]:
         """Whether a parameter may change: it requires gradients, and nothing outside uses it."""
@@ -337,7 +367,7 @@ class _Session:
                 Batches(feeds[1], self._judges, self._reference),
             )
             wanted = self._wanted(lambda path: path in modules)
-            return tune_output(end, modules, sets, wanted, options, ledger)
+            return tune_output(end, modules, sets, wanted, options, ledger, logits=self._logits)
         except DivergedError as error:
             return BlockReport(OUTPUT, (), left=str(error))
         except Exception as error:  # noqa: BLE001 - one block must not cost the others

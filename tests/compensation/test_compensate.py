@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import chanprune_ext.compensation.procedure as implementation
 from chanprune_ext.compensation import compensate
+from chanprune_ext.compensation.batches import read_batches
 from chanprune_ext.errors import InvalidArgumentError
 
 
@@ -333,6 +334,28 @@ def test_labels_are_ignored_and_all_forms_of_batches_agree(pair):
         results.append(state(net))
     for other in results[1:]:
         assert all(torch.allclose(other[k], results[0][k], atol=1e-6) for k in other)
+
+
+def test_what_stands_beside_a_dict_is_a_label():
+    class OneAndAnOption(nn.Module):
+        def forward(self, x, mask=None): ...
+
+    class Two(nn.Module):
+        def forward(self, x, mask): ...
+
+    class Dict(nn.Module):
+        def forward(self, features, mask): ...
+
+    def read(model, batch):
+        return read_batches([batch], model, device=torch.device("cpu"))[0]
+
+    x, label = torch.randn(5, 4), torch.rand(5, 3)
+    for model, inputs in ((OneAndAnOption(), {"x": x}), (Two(), {"x": x, "mask": x})):
+        assert read(model, (inputs, label)).keys() == inputs.keys()
+    assert len(read(Dict(), ({"x": x}, label))) == 2
+    # Two tensors: only integers, one a sample, are surely a label.
+    assert len(read(OneAndAnOption(), (x, label))) == 2
+    assert torch.equal(read(OneAndAnOption(), (x, torch.arange(5))), x)
 
 
 def test_more_unknowns_than_samples(pair):

@@ -88,17 +88,21 @@ def collected(kind: str, x: torch.Tensor, r: torch.Tensor) -> Moments | Samples:
 @pytest.mark.parametrize("count", [50, 5], ids=["many samples", "few samples"])
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("ridge", [1e-4, 0.3])
-def test_ridge_solution_equals_augmented_least_squares(kind, count, ridge, intercept):
+@pytest.mark.parametrize("offset", [1, 9])
+def test_ridge_solution_equals_augmented_least_squares(kind, count, ridge, intercept, offset):
     """``min |R - D X - d|^2 + n lambda |M + D|^2``, written as one tall system for numpy."""
     rng = np.random.default_rng(0)
     n, k, m = count, 7, 3
-    x, r, made = rng.normal(1, 1, (n, k)), rng.normal(2, 1, (n, m)), rng.normal(0, 1, (m, k))
+    x, r, made = rng.normal(offset, 1, (n, k)), rng.normal(2, 1, (n, m)), rng.normal(0, 1, (m, k))
     evidence = collected(kind, torch.tensor(x), torch.tensor(r))
     solver = evidence.solver(ridge, intercept=intercept)
     change = solver.solve(Change(torch.tensor(made)[None], None))
     assert solver.ridge == ridge
 
-    root = np.sqrt(n * ridge * np.mean(x**2)) * np.eye(k)
+    energy = np.mean(x**2)
+    if intercept:
+        energy = min(energy, 4 * np.mean(x.var(0)))
+    root = np.sqrt(n * ridge * energy) * np.eye(k)
     columns = [np.vstack([x, root])]
     if intercept:
         columns.append(np.vstack([np.ones((n, 1)), np.zeros((k, 1))]))

@@ -328,6 +328,25 @@ def test_inputs_given_as_dicts_and_labels_ignored() -> None:
     )
 
 
+def test_views_of_another_size() -> None:
+    pruned, original = pair("residual")
+    report = reconstruct(
+        pruned, original, images(24), augment=lambda x: x[..., :6, :6], views=1, **QUICK
+    )
+    assert report.kept == "reconstructed"
+
+
+def test_an_output_that_is_no_matrix_of_logits() -> None:
+    """Tuned by KL divergence, a shift of all columns would be left as it is."""
+    pruned, original = pair("residual")
+    with torch.no_grad():
+        pruned.fc.bias += 1.0
+    report = reconstruct(pruned, original, images(64), logits=False, tune_blocks=False, **QUICK)
+    assert report.kept == "reconstructed"
+    assert report.before.kl is None
+    assert report.after.relative_l2 < report.before.relative_l2
+
+
 def test_the_report_is_json() -> None:
     pruned, original = pair("plain")
     report = reconstruct(pruned, original, images(24), **QUICK)
@@ -347,6 +366,8 @@ def test_the_report_is_json() -> None:
         ({"views": 2}, "views"),
         ({"amp": torch.float64}, "amp"),
         ({"memory_limit": 0}, "memory_limit"),
+        ({"memory_limit": "1 GB"}, "memory_limit"),
+        ({"augment": lambda x: x[..., :0], "views": 1}, "augment"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], named: str) -> None:
