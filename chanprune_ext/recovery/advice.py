@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .result import EpochRecord
 
-__all__ = ["folded_norms", "out_of_memory", "slow_precision", "wait_hint"]
+__all__ = ["folded_norms", "out_of_memory", "single_value", "slow_precision", "wait_hint"]
 
 WAIT_SHARE = 0.2  # of an epoch spent waiting for data, worth a word ...
 WAIT_SECONDS = 10.0  # ... where the epoch is long enough for that to mean anything
@@ -105,4 +105,23 @@ def out_of_memory(error: BaseException, batch: Any, update: int, recipe: Recipe)
         f"the device ran out of memory in update {update + 1}, with {size} images at once; the "
         f"student is as it was before. Try in this order: {', '.join(advice)}. torch says: "
         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )
+
+
+def single_value(error: ValueError, batch: Any, number: int) -> str | None:
+    """A sentence where batch norm was left with one value a channel; otherwise None.
+
+    Args:
+        error (ValueError): what torch has raised.
+        batch (Any): the batch it was raised at.
+        number (int): which one of the epoch, from 1.
+    """
+    if "more than 1 value per channel" not in str(error):
+        return None
+    size = sample_count(inputs_and_labels(batch)[0])
+    return (
+        f"train: batch {number} of the epoch has {size} {'image' if size == 1 else 'images'}, too "
+        "few for batch norm, which needs two values a channel; the student is as it was before. "
+        "Leave small batches out (drop_last=True of the DataLoader, another batch_size), or use "
+        "freeze_batch_norm=True (--freeze-batch-norm)"
     )

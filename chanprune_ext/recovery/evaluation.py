@@ -14,7 +14,7 @@ from ..data import ImageDataset, make_loader
 from ..errors import DataError
 from ..module_modes import evaluating
 from ..quantities import accuracy_error
-from .outputs import check_labels, logits, moved, split_batch
+from .outputs import check_count, check_labels, input_dtype, logits, moved, split_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,7 +98,8 @@ def evaluate(
     Args:
         model (nn.Module): classifier returning logits ``[N, K]``.
         data (Dataset or Iterable): a dataset (augmentation is left out), or batches
-            ``(images, labels [N])``, for example a ``DataLoader``.
+            ``(images, labels [N])``, for example a ``DataLoader``. Images are given to a network
+            whose weights are all bfloat16, float16 or float64 in that type.
         batch_size (int): images a batch, if ``data`` is a dataset. Default: 256.
         device (torch.device or str, optional): where the images go; the model must be there.
             Default: where the model is.
@@ -109,7 +110,8 @@ def evaluate(
         Evaluation: over all images.
 
     Raises:
-        DataError: there is no image, or a label is outside the model's classes.
+        DataError: there is no image, a label is outside the model's classes, or a batch has not as
+            many labels as images.
         InvalidArgumentError: the model does not return logits.
     """
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
@@ -137,13 +139,16 @@ def correct_counts(
     """
     loss = top1 = top5 = 0.0
     n = 0
+    dtype = input_dtype(model)
     with evaluating(model):
         for batch in batches:
             spare = isinstance(batch, SpareBatch)
             images, labels = split_batch(batch.batch if spare else batch)
-            scores = logits(model, moved(images, device, channels_last=channels_last)).float()
+            images = moved(images, device, channels_last=channels_last, dtype=dtype)
+            scores = logits(model, images).float()
             if spare:
                 continue
+            check_count(labels, scores)
             check_labels(labels, scores.shape[1])
             labels = labels.to(scores.device)
             loss += F.cross_entropy(scores, labels, reduction="sum").item()

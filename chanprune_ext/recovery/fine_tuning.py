@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from .batch_norm_sync import synchronised_batch_norm
 from .checkpoints import CheckpointFolder
 from .evaluation import device_of
 from .loop import TrainingLoop
-from .processes import Processes, launched_processes, make_accelerator
+from .processes import Processes, launched_processes, make_accelerator, running_statistics
 from .recipe import Recipe
 from .rollback import Snapshot
 from .sharding import hand_back, sharded_copy
+from .taps import plain_module
 
 if TYPE_CHECKING:
     import os
@@ -61,14 +63,16 @@ def recover(
 
     Args:
         student (nn.Module): classifier returning logits ``[N, K]``; only parameters that require
-            a gradient are trained.
+            a gradient are trained. Images are given to either network in the type of its weights,
+            if they are all bfloat16, float16 or float64.
         teacher (nn.Module, optional): classifier of the same classes, usually the network before
-            pruning. It is run in evaluation mode and not changed. Default: None, labels alone.
+            pruning. It is run in evaluation mode and not changed; it must not share with the
+            student what is trained. Default: None, labels alone.
         train (Dataset or Iterable): training data: a dataset, which is shuffled and cut into full
             batches here, or batches with a length, such as a ``DataLoader``. A batch is a pair
             ``(images, labels [N])``, or images alone to learn from the teacher without labels.
         val (Dataset or Iterable, optional): labelled data for a measurement before the first and
-            after every epoch. Default: None.
+            after every epoch, no generator, which lasts for one of them. Default: None.
         recipe (Recipe, optional): settings to start from, a result's ``recipe`` to repeat it, say.
             Default: the defaults of :class:`Recipe`.
         device (torch.device or str, optional): where to train; both networks return to where they
@@ -106,7 +110,7 @@ def recover(
     Example:
         >>> recover(pruned, teacher=model, train=images, epochs=10, losses={"kd": 1, "features": 1})
     """
-    recipe = (recipe or Recipe()).changed(**settings)
+    recipe = Recipe.of(recipe, settings)
     checkpoints = checkpoint_folder(checkpoint_dir, resume, checkpoint_every, keep_checkpoints)
     return train_in_place(
         student,
@@ -135,6 +139,8 @@ def checkpoint_folder(
     return None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_in_place(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -158,8 +164,13 @@ def train_in_place(
             raise InvalidArgumentError(
                 f"{name}: {getattr(recipe, name)!r} needs validation data; pass val=..."
             )
-    if teacher is student:
-        raise InvalidArgumentError("teacher: is the student itself; pass the unpruned network")
+    if isinstance(val, Iterator) and not hasattr(val, "__len__"):
+        raise InvalidArgumentError(
+            f"val: expected data that can be gone through after every epoch, got a "
+            f"{type(val).__name__}, which is used up by the first pass; pass list(val) or a "
+            "DataLoader"
+        )
+    _check_networks(student, teacher, recipe)
     if recipe.shard:
         _check_shard(launched_processes(), penalty)
     home = device_of(student)
@@ -214,6 +225,29 @@ def train_in_place(
     return result
 
 
+def _check_networks(student: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> None:
+    """Raises InvalidArgumentError where training the student can't be, or changes the teacher."""
+    ours = [*student.named_parameters(), *student.named_buffers()]
+    made = next((name for name, tensor in ours if tensor.is_inference()), None)
+    if made is not None:
+        raise InvalidArgumentError(
+            f"student: '{made}' was made under torch.inference_mode and can't be trained; make or "
+            "load the network outside of it, or pass copy.deepcopy(student), copied outside"
+        )
+    if teacher is None:
+        return
+    if plain_module(teacher) is plain_module(student):
+        raise InvalidArgumentError("teacher: is the student itself; pass the unpruned network")
+    theirs = {id(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())}
+    statistics = set() if recipe.freeze_batch_norm else set(running_statistics(student))
+    for name, tensor in ours:
+        if id(tensor) in theirs and (tensor.requires_grad or name in statistics):
+            raise InvalidArgumentError(
+                f"teacher: shares '{name}' with the student, whose training would change it; pass "
+                "the unpruned network, or copy.deepcopy(teacher)"
+            )
+
+
 def _divided(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -246,10 +280,24 @@ def _check_shard(processes: int, penalty: Callable[[float], Tensor] | None) -> N
 def _place(home: torch.device, device: torch.device | str | None) -> torch.device:
     """Where to train; of several processes, each has its own device of that kind."""
     if device is not None:
-        return torch.device(device)
+        return _usable(device)
     if launched_processes() > 1:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return home
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidArgumentError(f"device: expected 'cpu' or 'cuda:0', say; {reason}") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            f"device: {str(place)!r} is not there, torch sees {torch.cuda.device_count()} GPUs; "
+            "use 'cpu', or leave device out"
+        )
+    return place
 
 
 def _training_loader(

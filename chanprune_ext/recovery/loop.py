@@ -15,11 +15,12 @@ from torch import Tensor
 from ..compensation.batch_norm import measured_batch_norms, reestimate
 from ..compensation.ledger import Ledger
 from ..errors import DataError, TrainingError
-from .advice import folded_norms, out_of_memory, slow_precision, wait_hint
+from .advice import folded_norms, out_of_memory, single_value, slow_precision, wait_hint
 from .checkpoints import read_checkpoint
 from .evaluation import Evaluation, correct_counts
 from .interruption import RecoveryInterrupted
-from .outputs import inputs_and_labels, moved
+from .outputs import input_dtype, inputs_and_labels, moved
+from .processes import require_gradients
 from .progress import RecoveryProgress
 from .result import EpochRecord, RecoveryResult
 from .run import ACCELERATE_MARKS, Run
@@ -31,6 +32,7 @@ from .weights import broken, copied, named_tensors, overwrite
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
+    from .ema import WeightAverage
 
 __all__ = ["TrainingLoop"]
 
@@ -137,7 +139,8 @@ class TrainingLoop(Run):
         norms = None if self.recipe.freeze_batch_norm else folded_norms(self.student)
         for told in (norms, slow_precision(self.device, self.recipe)):
             if told is not None and self.at.update == 0 and self.processes.first:
-                warnings.warn(told, UserWarning, stacklevel=5)
+                # of the line that calls recover: its frame, train_in_place and its two decorators
+                warnings.warn(told, UserWarning, stacklevel=7)
 
     def _even_out(self) -> None:
         """Gives all processes the same running statistics, and whatever else is in buffers."""
@@ -226,17 +229,22 @@ class TrainingLoop(Run):
 
     def _settle(self, epoch: int) -> None:
         """Gives the student the average, and batch-norm statistics that go with it."""
-        if self.average is not None:
-            self.average.copy_to(self.student)
-            self.average = None
+        if (average := self._begun_average()) is not None:
+            average.copy_to(self.student)
+        self.average = None
         if self.recipe.bn_batches:
             self.pass_.choose(epoch + 1)
             batches = (inputs_and_labels(batch)[0] for batch in self.loader)
+            nhwc, dtype = self.recipe.channels_last, input_dtype(self.student)
             placed = (
-                moved(inputs, self.device, channels_last=self.recipe.channels_last)
+                moved(inputs, self.device, channels_last=nhwc, dtype=dtype)
                 for inputs in islice(batches, self.recipe.bn_batches)
             )
             reestimate(self.student, placed, Ledger())
+
+    def _begun_average(self) -> WeightAverage | None:
+        """The average, once an update went into it; until then it is what the student came with."""
+        return self.average if self.average is not None and self.average.updates else None
 
     def _guarded_step(self, batch: Any, rate: float) -> tuple[Tensor, int]:
         try:
@@ -244,6 +252,11 @@ class TrainingLoop(Run):
         except torch.OutOfMemoryError as error:
             message = out_of_memory(error, batch, self.at.update, self.recipe)
             raise TrainingError(message) from error
+        except ValueError as error:
+            too_few = single_value(error, batch, self.at.batches + 1)
+            if too_few is None:
+                raise
+            raise DataError(too_few) from error
 
     def _step(self, batch: Any, rate: float) -> tuple[Tensor, int]:
         """One batch forward and backward, and the update if it is the last one for it."""
@@ -260,6 +273,8 @@ class TrainingLoop(Run):
             if at.batches == begin:
                 self.optimizer.zero_grad(set_to_none=True)
             self.accelerator.backward(whole if parts <= 1 else whole / parts)
+        if self.processes.number > 1 and not recipe.shard:
+            require_gradients(self.student, self.optimizer)
         if last:
             self._update(rate)
         return whole.detach(), size
@@ -279,7 +294,7 @@ class TrainingLoop(Run):
         if self.val is None:
             return None
         self._even_out()
-        average = self.average if self.hold is None or self.at.update > self.hold else None
+        average = self._begun_average()
         with average.applied_to(self.student) if average is not None else nullcontext():
             share = in_step(self.val_share, self.processes) if self.recipe.shard else self.val_share
             counts = correct_counts(self.student, share, self.device, self.recipe.channels_last)

@@ -20,7 +20,7 @@ from .feature_losses import attention_transfer, channel_statistics, feature_mimi
 from .feature_matching import Tap, find_taps
 from .logit_losses import decoupled_kd, dist, standardised
 from .mixed_inputs import InputMixer, mirror_images
-from .outputs import check_labels, logits, moved
+from .outputs import check_count, check_labels, input_dtype, logits, moved
 from .recipe import FEATURE_LOSSES
 from .taps import FeatureTaps, plain_module
 
@@ -62,6 +62,8 @@ class Objective:
         self._running_teacher: Any = teacher
         self._whole = whole or (student, teacher)
         self._mixer = InputMixer(recipe)
+        self._dtype = input_dtype(student)
+        self._teacher_dtype = None if teacher is None else input_dtype(teacher)
         self._stack = ExitStack()
         self._taps: tuple[Tap, ...] | None = None
         self._tapped: tuple[FeatureTaps, FeatureTaps] | None = None
@@ -105,15 +107,16 @@ class Objective:
 
         Args:
             model (nn.Module): the student as it is trained, perhaps wrapped.
-            inputs (Any): the batch, on the networks' device.
-            labels (Tensor[N], optional): int64 classes.
+            inputs (Any): the batch, on the networks' device; each network gets it in its type.
+            labels (Tensor[N], optional): int64 classes, any numbers where no loss looks at them.
             epochs_done (float): how far the run is, for losses that fade out.
 
         Returns:
             tuple[Tensor, int]: the mean loss of the batch, a scalar, and the number of samples.
 
         Raises:
-            DataError: the batch has no labels and the losses need them, or a label is no class.
+            DataError: the batch has no labels and the losses need them, a label is no class, or
+                there are not as many as logits.
             InvalidArgumentError: the networks do not fit together.
         """
         weights = self._weights(labels, epochs_done)
@@ -125,22 +128,24 @@ class Objective:
             self._tap(inputs)
         elif self._tapped is not None:
             self._untap()  # faded out
-        device = next(self.student.parameters()).device.type
-        wanted = None
+        place = next(self.student.parameters()).device
+        device, wanted = place.type, None
         if self.teacher is not None:
             precision = self.recipe.teacher_precision or self.recipe.precision
             precision = precision_of(_dtype_of(self.teacher)) or precision
             with torch.no_grad(), autocast(device, AUTOCAST_DTYPES[precision]):
-                wanted = self._teacher_logits(inputs)
+                wanted = self._teacher_logits(moved(inputs, place, dtype=self._teacher_dtype))
         with autocast(device, AUTOCAST_DTYPES[self.recipe.precision]):
-            scores = widened(logits(model, inputs))
+            scores = widened(logits(model, moved(inputs, place, dtype=self._dtype)))
         if wanted is not None and wanted.shape != scores.shape:
             raise InvalidArgumentError(
                 f"teacher: expected logits {list(scores.shape)} like the student's, got "
                 f"{list(wanted.shape)}"
             )
         if labels is not None:
-            check_labels(labels, scores.shape[1])
+            check_count(labels, scores)
+            if any(name in weights for name in ("hard", "dkd")):
+                check_labels(labels, scores.shape[1])
             labels = labels.to(scores.device, non_blocking=True)
         loss = self._logit_losses(scores, wanted, labels, mixing, weights)
         for term in self._feature_losses(weights):
@@ -170,8 +175,9 @@ class Objective:
             weights = {"kd": 1.0} if labels is None else {"kd": 0.9, "hard": 0.1}
         if labels is None and "hard" in weights:
             raise DataError(
-                "batch: expected a pair (images, labels) for the loss 'hard', got images alone; "
-                "without labels train towards a teacher, with losses={'kd': 1.0}, say"
+                "batch: expected a pair (inputs, labels) for the loss 'hard', got inputs alone (a "
+                "dict is all of them: give ({...}, labels)); without labels train towards a "
+                "teacher, with losses={'kd': 1.0}, say"
             )
         if recipe.feature_epochs is not None:
             left = max(0.0, 1 - epochs_done / recipe.feature_epochs)
@@ -258,8 +264,7 @@ class Objective:
             return
         student, teacher = self._whole
         assert teacher is not None, "there is one"
-        if teacher is not self.teacher:
-            inputs = moved(inputs, device_of(teacher))
+        inputs = moved(inputs, device_of(teacher), dtype=self._teacher_dtype)
         self._taps = find_taps(student, teacher, inputs, self.recipe.taps)
         names = [tap.name for tap in self._taps]
         self._tapped = (

@@ -10,28 +10,59 @@ from torch import Tensor, nn
 
 from ..errors import DataError, InvalidArgumentError
 
-__all__ = ["check_labels", "inputs_and_labels", "logits", "moved", "split_batch"]
+__all__ = [
+    "check_count",
+    "check_labels",
+    "input_dtype",
+    "inputs_and_labels",
+    "logits",
+    "moved",
+    "split_batch",
+]
 
 
-def moved(inputs: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+def input_dtype(model: nn.Module) -> torch.dtype | None:
+    """What floating-point inputs must be for a network whose weights are all of one other type.
+
+    Returns:
+        torch.dtype or None: such as bfloat16; None where inputs are right as they are: for float32,
+        the type that data have anyway, and for several types, between which the network converts
+        itself.
+    """
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 and torch.float32 not in found else None
+
+
+def moved(
+    inputs: Any,
+    device: torch.device,
+    *,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """A model's inputs (tensor, tuple, list or dict of tensors) on ``device``.
 
     Args:
         inputs (Any): what one batch feeds to the model.
         device (torch.device): where it goes.
         channels_last (bool): also lay four-dimensional tensors out as NHWC. Default: False.
+        dtype (torch.dtype, optional): what floating-point tensors become, see :func:`input_dtype`.
+            Default: None, they stay what they are.
 
     Raises:
         DataError: there is something else than tensors in it.
     """
     if isinstance(inputs, Tensor):
-        inputs = inputs.to(device, non_blocking=True)
+        wanted = dtype if inputs.is_floating_point() else None
+        inputs = inputs.to(device, wanted, non_blocking=True)
         nhwc = channels_last and inputs.ndim == 4
         return inputs.contiguous(memory_format=torch.channels_last) if nhwc else inputs
     if isinstance(inputs, Mapping):
-        return {k: moved(v, device, channels_last=channels_last) for k, v in inputs.items()}
+        return {
+            k: moved(v, device, channels_last=channels_last, dtype=dtype) for k, v in inputs.items()
+        }
     if isinstance(inputs, tuple | list):
-        return tuple(moved(value, device, channels_last=channels_last) for value in inputs)
+        return tuple(moved(v, device, channels_last=channels_last, dtype=dtype) for v in inputs)
     raise DataError(f"images: expected tensors in a batch, got {type(inputs).__name__}")
 
 
@@ -109,6 +140,15 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, Tensor | Mapping):
         return batch, None
     return split_batch(batch)
+
+
+def check_count(labels: Tensor, scores: Tensor) -> None:
+    """Raises DataError unless there are as many ``labels [N]`` as logits ``scores [N, K]``."""
+    if len(labels) != len(scores):
+        raise DataError(
+            f"labels: expected one for each image, got {len(labels)} labels and logits of "
+            f"{len(scores)} images in one batch"
+        )
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

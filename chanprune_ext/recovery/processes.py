@@ -24,6 +24,7 @@ __all__ = [
     "leave_processes",
     "make_accelerator",
     "prepared",
+    "require_gradients",
 ]
 
 T = TypeVar("T")
@@ -115,6 +116,23 @@ def prepared(
     # Parameters are sent by DistributedDataParallel, buffers are not.
     Processes(accelerator).send(dict(student.named_buffers()))
     return model, wrapped
+
+
+def require_gradients(student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Checks after a backward that DistributedDataParallel got what it waits for.
+
+    Raises:
+        InvalidArgumentError: a trained parameter has no gradient.
+    """
+    if any(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        without = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
+        named = ", ".join(f"'{name}'" for name in without[:4])
+        more = f" and {len(without) - 4} more" if len(without) > 4 else ""
+        raise InvalidArgumentError(
+            f"student: the loss gives {named}{more} no gradient, and several processes wait for "
+            "one of every parameter that is trained; call requires_grad_(False) on what the loss "
+            "does not reach, an auxiliary head, say, which one process would leave as it is"
+        )
 
 
 class Processes:

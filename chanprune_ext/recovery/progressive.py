@@ -70,6 +70,23 @@ class ProgressiveResult:
     model: nn.Module
     stages: tuple[ProgressiveStage, ...]
 
+    def __repr__(self) -> str:
+        left = f", {self.stages[-1].params:,} params left" if self.stages else ""
+        return (
+            f"<{type(self).__name__}: {type(self.model).__name__} pruned in {len(self.stages)} "
+            f"stages{left}>"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"pruned in {len(self.stages)} stages"]
+        for number, stage in enumerate(self.stages, start=1):
+            measured = stage.recovery.last or "not measured"
+            lines.append(
+                f"  {number}: {stage.done:.0%} of the removal, params {stage.params:,}, "
+                f"MACs {stage.macs:,}; {measured}"
+            )
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """The stages as plain numbers, strings, lists and dicts."""
         return {
@@ -142,7 +159,7 @@ def prune_progressively(
         raise InvalidArgumentError(f"resume: expected None or 'auto', got {resume!r}")
     if checkpoint_dir is None and resume is not None:
         raise InvalidArgumentError("resume: needs the folder of the checkpoints, checkpoint_dir")
-    chosen = (recipe or Recipe()).changed(**(recover_settings or {}))
+    chosen = Recipe.of(recipe, recover_settings or {})
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     goal = make_plan(model, example_inputs, ratio, **plan_options)
     current, done = copied(model), []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ FEATURE_LOSSES = ("features", "attention", "statistics")
 LOSSES = (*LABEL_LOSSES, *LOGIT_LOSSES, *FEATURE_LOSSES)
 
 _FORMAT = "chanprune-recipe"
+_KINDS = {"int": (numbers.Integral, "an integer"), "float": (numbers.Real, "a number")}
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,16 @@ class Recipe:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if self.losses is not None:
             self._check_losses()
             object.__setattr__(self, "losses", {k: float(v) for k, v in self.losses.items()})
         if self.taps is not None:
-            taps = (self.taps,) if isinstance(self.taps, str) else tuple(self.taps)
-            object.__setattr__(self, "taps", taps)
+            taps = (self.taps,) if isinstance(self.taps, str) else self.taps
+            named = isinstance(taps, Sequence) and all(isinstance(tap, str) for tap in taps)
+            self._require("taps", named, "None or names of modules")
+            object.__setattr__(self, "taps", tuple(taps))
+        self._require("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits")
         for name in ("epochs", "batch_size", "lr_base_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "mixup", "cutmix", "max_grad_norm", "feature_epochs", "patience"):
@@ -271,6 +277,32 @@ class Recipe:
             if name not in known:
                 raise InvalidArgumentError(f"{name}: no such setting; there are {', '.join(known)}")
         return dataclasses.replace(self, **settings)
+
+    @classmethod
+    def of(cls, recipe: Recipe | None, settings: Mapping[str, Any]) -> Recipe:
+        """A recipe to start from, or the defaults, with some settings replaced.
+
+        Raises:
+            InvalidArgumentError: it is no recipe, or as for :meth:`changed`.
+        """
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise InvalidArgumentError(
+                f"recipe: expected a Recipe, got {type(recipe).__name__}; make one with "
+                "Recipe(epochs=10) or Recipe.load(path)"
+            )
+        return (recipe or cls()).changed(**settings)
+
+    def _check_kinds(self) -> None:
+        """Counts must be integers, of numpy too, and amounts numbers."""
+        for field in dataclasses.fields(self):
+            word, _, optional = str(field.type).partition(" | ")
+            value = getattr(self, field.name)
+            if word not in _KINDS or (optional and value is None):
+                continue
+            kind, expected = _KINDS[word]
+            self._require(field.name, isinstance(value, kind), expected)
+            if word == "int":
+                object.__setattr__(self, field.name, int(value))
 
     def _check_losses(self) -> None:
         losses = self.losses

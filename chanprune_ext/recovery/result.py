@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ class RecoveryResult:
     @property
     def last(self) -> Evaluation | None:
         """Validation after the last epoch."""
-        return self.history[-1].val
+        return self.history[-1].val if self.history else None
 
     @property
     def best_epoch(self) -> int | None:
@@ -82,10 +83,33 @@ class RecoveryResult:
         """Wall time of all training passes."""
         return sum(record.seconds for record in self.history)
 
+    def __repr__(self) -> str:
+        epochs = len(self.history)
+        return (
+            f"<{type(self).__name__}: {epochs} epoch{'s' * (epochs != 1)}, "
+            f"kept epoch {self.kept_epoch}, last: {self.last or 'not measured'}>"
+        )
+
+    def __str__(self) -> str:
+        epochs = len(self.history)
+        trained = f"{epochs} epoch{'s' * (epochs != 1)}, {self.seconds:.1f} s"
+        lines = [f"recovery: {trained}, kept epoch {self.kept_epoch}"]
+        if self.history:
+            lines.append(f"  training loss: {self.history[-1].loss:.4g}")
+        if self.before is not None:
+            lines.append(f"  before: {self.before}")
+            lines.append(f"  best, epoch {self.best_epoch}: {self.best}")
+        if self.last is not None:
+            lines.append(f"  last: {self.last}")
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything above as plain numbers, strings, lists and dicts, for a report in JSON."""
+        """Everything above as plain numbers, strings, lists and dicts, for a report in JSON.
+
+        Numbers that are not finite, which JSON has none of, are None.
+        """
         return {
-            **asdict(self),
+            **_finite(asdict(self)),
             "recipe": self.recipe.to_dict(),
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -98,3 +122,12 @@ class RecoveryResult:
             OutputError: the file cannot be written.
         """
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
-
 from ..data.loader import EpochSampler, ImageLoader
 from ..data.sets import ImageDataset
 from ..data.shards import ShardLoader
@@ -67,7 +65,8 @@ class ResumablePass:
     def choose(self, epoch: int) -> None:
         """Prepares the order and the augmentation of epoch ``epoch``, counted from 1."""
         # accelerate counts the passes too, from 0, and has the last word where it splits batches
-        counts = isinstance(self._loader, DataLoader) and hasattr(self._loader, "iteration")
+        prepared = getattr(self._loader, "_is_accelerate_prepared", False)
+        counts = prepared and hasattr(self._loader, "iteration")
         if counts:
             self._loader.iteration = epoch - 1
         for part in ("sampler", "dataset"):

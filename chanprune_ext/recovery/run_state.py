@@ -158,6 +158,7 @@ def identity(run: Run) -> dict[str, dict[str, Any]]:
             name: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
             for name, tensor in [*run.student.named_parameters(), *run.student.named_buffers()]
         },
+        "trained": {name: p.requires_grad for name, p in run.student.named_parameters()},
         "plan": {
             f"{entry}, dim {dim}": f"kept {len(index)}, checksum {_checksum(index)}"
             for entry, dims in kept.items()

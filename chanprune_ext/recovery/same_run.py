@@ -42,7 +42,9 @@ def check_same(checkpoint: Checkpoint, ours: Mapping[str, Any], regrouped: bool)
     theirs["recipe"] = {**_plain(Recipe().to_dict(), ours["recipe"]), **theirs.get("recipe", {})}
     ours = json.loads(json.dumps(ours))
     for part, values in ours.items():
-        others = theirs.get(part, {})
+        others = theirs.get(part)
+        if others is None:  # written by a version that did not note it
+            continue
         for name in dict.fromkeys([*values, *others]):
             if name not in values and part == "recipe":
                 continue

@@ -72,7 +72,8 @@ def training_share(
 
     - A ``DataLoader`` over a dataset is split by accelerate: of ``n`` processes, process ``i``
       takes batches ``i, i + n, ...``. Images from the start of the pass fill the last ones up,
-      unless the loader drops what is not full.
+      unless the loader drops what is not full. What accelerate makes of it is a loader of its own;
+      one that iterates in its own way is left alone in a single process, and refused in several.
     - One with a ``DistributedSampler`` is split already and left alone.
     - A list of batches is split likewise.
     - Anything else is taken as this process's own share; shards are divided by their own loader.
@@ -82,13 +83,14 @@ def training_share(
 
     Raises:
         InvalidArgumentError: a ``DistributedSampler`` of other processes, or not all processes have
-            as many batches.
+            as many batches, or the loader can't be split.
     """
     if processes.number == 1:
-        return accelerator.prepare(loader), None
+        return loader if _iterates_itself(loader) else accelerator.prepare(loader), None
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         sampler = loader.sampler
         if not isinstance(sampler, DistributedSampler):
+            _require_plain(loader, "train", "give it a DistributedSampler")
             return accelerator.prepare(loader), None
         if (sampler.num_replicas, sampler.rank) != (processes.number, processes.index):
             raise InvalidArgumentError(
@@ -118,7 +120,8 @@ def validation_share(val: Any, processes: Processes, workers: int) -> Any:
     process finds in them. Anything else is taken as this process's own share.
 
     Raises:
-        InvalidArgumentError: a ``DistributedSampler``, which repeats images.
+        InvalidArgumentError: a ``DistributedSampler``, which repeats images, or a ``DataLoader``
+            that iterates in its own way.
     """
     loads = isinstance(val, DataLoader)
     if isinstance(val, Dataset) and not loads:
@@ -139,6 +142,7 @@ def validation_share(val: Any, processes: Processes, workers: int) -> Any:
             "val: has a DistributedSampler, which repeats images to give all processes as many; "
             "leave it out, recovery splits the batches itself and measures every image once"
         )
+    _require_plain(val, "val", "pass a list of its batches")
     order = processes.told(list(val.batch_sampler) if processes.first else [])
     return ImageLoader(
         val.dataset,
@@ -148,6 +152,27 @@ def validation_share(val: Any, processes: Processes, workers: int) -> Any:
         pin_memory=val.pin_memory,
         worker_init_fn=val.worker_init_fn,
     )
+
+
+def _iterates_itself(loader: Any) -> bool:
+    """Whether a ``DataLoader`` is more than its dataset, sampler and settings make of it."""
+    # One that the caller has had prepared by accelerate is taken as it is there as well.
+    if not isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
+        return False
+    kind = type(loader)
+    ours = (DataLoader.__iter__, ImageLoader.__iter__)
+    return kind.__iter__ not in ours or kind.__len__ is not DataLoader.__len__
+
+
+def _require_plain(loader: Any, name: str, instead: str) -> None:
+    """Raises InvalidArgumentError where a loader made of this one's parts would do otherwise."""
+    if _iterates_itself(loader):
+        raise InvalidArgumentError(
+            f"{name}: expected a DataLoader that iterates as torch's does, to split its batches "
+            f"over the processes, got a {type(loader).__name__} with an __iter__ or __len__ of its "
+            "own, which would not be called; do in the dataset or in collate_fn what it does, or "
+            f"{instead}"
+        )
 
 
 def in_step(batches: Iterable[Any], processes: Processes) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InvalidArgumentError
+from ..plan import PruningPlan
 from .fine_tuning import checkpoint_folder, train_in_place
 from .recipe import Recipe
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
-    from ..plan import PruningPlan
     from .result import RecoveryResult
 
 __all__ = ["group_penalty", "sparsify"]
@@ -82,8 +82,13 @@ def sparsify(
         raise InvalidArgumentError(f"penalty: expected 'growing' or 'lasso', got {penalty!r}")
     if not 0 < strength < float("inf"):
         raise InvalidArgumentError(f"strength: expected a positive number, got {strength!r}")
+    if not isinstance(plan, PruningPlan):
+        raise InvalidArgumentError(
+            f"plan: expected a PruningPlan, got {type(plan).__name__}; make one with "
+            "plan(model, example_inputs, ratio)"
+        )
     plan.check(model)
-    chosen = (recipe or Recipe()).changed(**settings)
+    chosen = Recipe.of(recipe, settings)
     measure = group_penalty(model, plan, penalty)
 
     def weighted(done: float) -> Tensor:

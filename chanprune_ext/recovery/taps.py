@@ -8,22 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import InvalidArgumentError
+from ..module_tree import plain_module
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["FeatureTaps", "plain_module"]
-
-
-def plain_module(model: nn.Module) -> nn.Module:
-    """The network inside what DistributedDataParallel, DataParallel or torch.compile made of it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # noqa: SLF001 - torch.compile has no public name
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 class FeatureTaps:

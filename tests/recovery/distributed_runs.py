@@ -98,7 +98,23 @@ class Endless(IterableDataset[Any]):
             yield x[8 * k : 8 * k + 8], y[8 * k : 8 * k + 8]
 
 
-NETS = {kind.__name__: kind for kind in (Plain, Normed, Dropping, Blocks)}
+class Unreached(Plain):
+    """With a layer that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(6, 3)
+
+
+class OwnWay(DataLoader[Any]):
+    """A loader that iterates in its own way."""
+
+    def __iter__(self) -> Any:
+        for x, y in super().__iter__():
+            yield 2 * x, y
+
+
+NETS = {kind.__name__: kind for kind in (Plain, Normed, Dropping, Blocks, Unreached)}
 
 
 def net(kind: str, seed: int = 0) -> nn.Module:
@@ -121,6 +137,12 @@ def data_of(job: dict[str, Any], size: int) -> Any:
     if how == "loader":  # shuffled by a generator of torch
         generator = torch.Generator().manual_seed(3)
         return DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
+    if how == "own way":
+        return OwnWay(data, size)
+    if how == "own way, split":
+        return OwnWay(data, size, sampler=DistributedSampler(data, shuffle=False))
+    if how == "doubled list":
+        return [(2 * x, y) for x, y in batches(data, size)]
     if how == "uneven loader":
         return DataLoader(data, size)
     if how == "sampler":
@@ -148,6 +170,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """One call of ``recover``; weights, loss curve, and whatever else is compared."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     student, teacher = net(job.get("net", "Plain")), None
+    for name in job.get("frozen", []):
+        student.get_submodule(name).requires_grad_(False)
     if job.get("made") == "differently":
         student = net(job["net"], rank)
         student.norm.running_mean.fill_(rank)
@@ -160,6 +184,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         val = open_dataset(job["folder"], size=66, resize=70)
     if job.get("val_data") == "loader":
         val = DataLoader(val, 7, shuffle=True, drop_last=False)
+    if job.get("val_data") == "own way":
+        val = OwnWay(val, 7)
     if job.get("val_data") == "sampler":
         val = DataLoader(val, 7, sampler=DistributedSampler(val))
     if "die_at" in job:

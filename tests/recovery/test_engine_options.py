@@ -79,6 +79,18 @@ def test_half_precision_is_close_to_the_whole(precision: str) -> None:
     assert all(p.dtype == torch.float32 for p in half.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_student_of_another_type_is_given_its_own(dtype: torch.dtype) -> None:
+    student, teacher = net("Normed").to(dtype), net("Normed", 1)
+    losses = {"kd": 0.5, "hard": 0.5, "features": 0.1}
+    options = {"ema_decay": 0.5, "bn_batches": 2, "taps": ["one"], "losses": losses}
+    data = {"train": points(96), "val": points(30)}
+    result = recover(student, teacher, **data, lr=0.05, epochs=3, progress=False, **options)
+    assert result.history[-1].loss < result.history[0].loss
+    assert {p.dtype for p in student.parameters()} == {dtype}
+    recover(teacher, student, **data, epochs=1, progress=False, **options)
+
+
 @pytest.mark.parametrize("outer", [False, True])
 def test_a_callers_autocast_makes_no_difference(outer: bool) -> None:
     alone, _ = trained(precision="bf16")
@@ -323,7 +335,9 @@ def test_batch_norms_without_statistics_are_warned_of() -> None:
             warnings.simplefilter("always")
             data = batches(points(64), 16)
             recover(network(folded), train=data, epochs=1, progress=False, **options)
-        return [str(w.message) for w in told if "folded" in str(w.message)]
+        told = [w for w in told if "folded" in str(w.message)]
+        assert all(w.filename == __file__ for w in told)  # the line that calls recover
+        return [str(w.message) for w in told]
 
     assert run(folded=False) == []
     assert run(folded=True, freeze_batch_norm=True) == []

@@ -47,6 +47,15 @@ def test_fewer_than_five_classes_count_all_of_them() -> None:
     assert evaluate(Given(), [(torch.eye(3), torch.tensor([1, 1, 1]))]).top5 == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_inputs_are_given_in_the_type_of_the_weights(dtype: torch.dtype) -> None:
+    model, seen = nn.Linear(6, 3).to(dtype), torch.randn(8, 6)
+    expected = evaluate(model, [(seen.to(dtype), torch.arange(8) % 3)])
+    assert evaluate(model, [(seen, torch.arange(8) % 3)]) == expected
+    words = nn.Sequential(nn.Embedding(5, 6), nn.Flatten(), nn.Linear(6, 3)).to(dtype)
+    assert evaluate(words, [(torch.tensor([[4], [0]]), torch.tensor([0, 1]))]).n == 2
+
+
 @pytest.mark.parametrize("inputs", ["tuple", "dict"])
 def test_models_with_several_inputs(inputs: str) -> None:
     x, shift = torch.zeros(2, 3), torch.eye(3)[:2]
@@ -80,6 +89,7 @@ def test_datasets_are_measured_without_augmentation() -> None:
         ([(torch.zeros(2, 3), torch.tensor([0, -1]))], "got -1"),
         ([(torch.zeros(2, 3), torch.zeros(2))], r"labels: expected integers \[N\]"),
         ([(torch.zeros(2, 3), torch.zeros(2, 3).long())], r"got torch.int64 \[2, 3\]"),
+        ([(torch.zeros(2, 3), torch.tensor([0]))], "got 1 labels and logits of 2 images"),
         ([torch.zeros(2, 3)], r"expected a pair \(images, labels\), got Tensor"),
         ([(torch.zeros(2, 3),)], "got tuple of 1"),
         ([("images", torch.tensor([1]))], "expected tensors in a batch, got str"),

@@ -161,9 +161,9 @@ def test_unlabelled_data_are_distilled_from(
     assert result.history[0].images == 256
     recover(twin, trained, train=train, losses={"kd": 1.0}, **options)
     assert same(pruned, twin)
-    with pytest.raises(DataError, match="for the loss 'hard', got images alone"):
+    with pytest.raises(DataError, match="for the loss 'hard', got inputs alone"):
         recover(pruned, trained, train=train, losses={"kd": 0.9, "hard": 0.1}, **options)
-    with pytest.raises(DataError, match="for the loss 'hard', got images alone"):
+    with pytest.raises(DataError, match="for the loss 'hard', got inputs alone"):
         recover(pruned, train=train, **options)
 
 

@@ -28,6 +28,11 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"data": "filled list"},
     ),
     "DistributedSampler": ({"data": "sampler"}, {"data": "uneven loader"}),
+    "loader of its own way, split by a DistributedSampler": (
+        {"data": "own way, split"},
+        {"data": "doubled list"},
+    ),
+    "frozen layer that the loss does not reach": ({"net": "Unreached", "frozen": ["aside"]}, {}),
     "list": ({"data": "list"}, {}),
     "own share": ({"data": "own"}, {"data": "list"}),
     "teacher and average": (
@@ -66,6 +71,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other teachers": (
         {"teacher": "another in each process"},
         r"InvalidArgumentError: teacher: expected the same weights in all processes",
+    ),
+    "loader of its own way": (
+        {"data": "own way"},
+        "InvalidArgumentError: train: expected a DataLoader that iterates as torch's does",
+    ),
+    "validation of its own way": (
+        {"val": 20, "val_data": "own way"},
+        "InvalidArgumentError: val: expected a DataLoader that iterates as torch's does",
+    ),
+    "layer without a gradient": (
+        {"net": "Unreached"},
+        "InvalidArgumentError: student: the loss gives 'aside.weight', 'aside.bias' no gradient",
     ),
     "synchronised batch norm": (
         {"net": "Normed", "settings": {"sync_batch_norm": True}},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,10 +17,11 @@ import chanprune_ext as cpx
 from chanprune_ext.data import make_loader, open_dataset
 from chanprune_ext.errors import DataError, InvalidArgumentError, TrainingError
 from chanprune_ext.models import CifarResNet
-from chanprune_ext.recovery import evaluate, recover
+from chanprune_ext.recovery import Recipe, evaluate, recover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 def net(seed: int = 0, classes: int = 3) -> nn.Sequential:
@@ -174,6 +177,16 @@ def test_average_of_weights_is_what_is_measured_and_kept() -> None:
     assert not same(state(plain), state(averaged))
     assert averaged[1].num_batches_tracked == 12
     assert evaluate(averaged, points(300, seed=1)) == result.last
+
+
+def test_a_run_that_ends_before_its_average_begins_keeps_what_it_has_trained() -> None:
+    student, wrong = net(), points(300, seed=1)
+    wrong.tensors = (wrong.tensors[0], (wrong.tensors[1] + 1) % 3)
+    before = state(student)
+    result = run(student, val=wrong, epochs=10, lr=0.1, swa_start=0.9, patience=2)
+    assert len(result.history) < 9
+    assert not torch.equal(student[0].weight, before["0.weight"])
+    assert result.last == evaluate(student, wrong)
 
 
 def test_frozen_batch_norm_trains_what_evaluation_computes() -> None:
@@ -355,6 +368,56 @@ def test_a_log_has_a_line_for_every_epoch(capsys: pytest.CaptureFixture[str]) ->
         assert f"val {100 * record.val.top1:.2f} %" in line
 
 
+class Doubled(DataLoader[Any]):
+    """Iterates in a way of its own: two batches, each with all inputs doubled."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for (x, y), _ in zip(super().__iter__(), range(2), strict=False):
+            yield 2 * x, y
+
+
+def test_a_loader_that_iterates_in_its_own_way_does_so_here() -> None:
+    x, y = points(96).tensors
+    one, two = net(), net()
+    result = run(one, train=Doubled(points(96), 32))
+    run(two, train=[(2 * x[:32], y[:32]), (2 * x[32:64], y[32:64])])
+    assert result.history[0].images == 64
+    assert same(state(one), state(two))
+
+
+def test_callers_may_have_switched_gradients_off() -> None:
+    one, two, three = net(), net(), net()
+    run(one)
+    with torch.no_grad():
+        run(two)
+    with torch.inference_mode():
+        run(three)
+        made_inside = net()
+    assert same(state(one), state(two))
+    assert same(state(one), state(three))
+    with pytest.raises(InvalidArgumentError, match=r"'0.weight' was made under torch.inference_mo"):
+        run(made_inside)
+    run(copy.deepcopy(made_inside))
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(tmp_path: Path) -> None:
+    class Broken(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out if self.training else out * float("nan")
+
+    result = run(Broken(*net()), val=points(30))
+    assert math.isnan(result.last.loss)
+    result.save(tmp_path / "result.json")
+    text = (tmp_path / "result.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["history"][-1]["val"]["loss"] is None
+    assert Recipe.load(tmp_path / "result.json") == result.recipe
+
+
 class Endless(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         yield torch.zeros(6), 0
@@ -375,6 +438,16 @@ class Endless(IterableDataset[Any]):
             DataError,
             "expected a pair .* without labels train",
         ),
+        (
+            [(torch.zeros(4, 6), torch.zeros(3).long())],
+            DataError,
+            "one for each image, got 3 labels and logits of 4 images",
+        ),
+        (
+            DataLoader(points(9), 4),
+            DataError,
+            "batch 3 of the epoch has 1 image, too few for batch norm.*drop_last=True",
+        ),
     ],
 )
 def test_bad_training_data_change_nothing(train: Any, error: type[Exception], message: str) -> None:
@@ -383,6 +456,20 @@ def test_bad_training_data_change_nothing(train: Any, error: type[Exception], me
     with pytest.raises(error, match=message):
         run(student, train=train)
     assert same(state(student), before)
+
+
+def test_labels_that_no_loss_looks_at_need_not_be_classes() -> None:
+    x = torch.zeros(4, 6)
+    run(net(), net(1), train=[(x, torch.full((4,), -1))], losses={"kd": 1.0}, epochs=1)
+    with pytest.raises(DataError, match="got -1"):
+        run(net(), net(1), train=[(x, torch.full((4,), -1))], losses={"dkd": 1.0}, epochs=1)
+    with pytest.raises(DataError, match="got 3 labels and logits of 4"):
+        run(net(), net(1), train=[(x, torch.full((3,), -1))], losses={"kd": 1.0}, epochs=1)
+
+
+def test_validation_data_that_are_used_up_by_one_pass_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"val: expected data that can be gone through"):
+        run(net(), val=(batch for batch in DataLoader(points(), 32)))
 
 
 @pytest.mark.parametrize(
@@ -414,6 +501,11 @@ def test_bad_training_data_change_nothing(train: Any, error: type[Exception], me
         ({"keep": "first"}, "keep: expected 'last' or 'best'"),
         ({"keep": "best"}, "keep: 'best' needs validation data"),
         ({"workers": -1}, "workers"),
+        ({"taps": 5}, "taps: expected None or names of modules, got 5"),
+        ({"taps": ["one", 5]}, "taps: expected None or names of modules"),
+        ({"seed": 2**70}, "seed: expected a number of 64 bits"),
+        ({"epochs": 2.5}, "epochs: expected an integer, got 2.5"),
+        ({"lr": "0.1"}, "lr: expected a number, got '0.1'"),
     ],
 )
 def test_settings_outside_their_range_are_named(options: dict[str, Any], message: str) -> None:
@@ -423,8 +515,17 @@ def test_settings_outside_their_range_are_named(options: dict[str, Any], message
 
 def test_models_that_do_not_fit_are_named() -> None:
     student = net()
-    with pytest.raises(InvalidArgumentError, match="teacher: is the student itself"):
-        run(student, student)
+    for wrapped in (student, nn.DataParallel(student), torch.compile(student, backend="eager")):
+        with pytest.raises(InvalidArgumentError, match="teacher: is the student itself"):
+            run(student, wrapped)
+    teacher = nn.Sequential(student[0], *net(1)[1:])
+    with pytest.raises(InvalidArgumentError, match=r"teacher: shares '0.weight' with the student"):
+        run(student, teacher)
+    teacher = nn.Sequential(*net(1)[:1], student[1].requires_grad_(False), *net(1)[2:])
+    with pytest.raises(InvalidArgumentError, match=r"teacher: shares '1.running_mean' with"):
+        run(student, teacher)
+    run(student, teacher, freeze_batch_norm=True, epochs=1)  # which changes nothing there
+    student.requires_grad_(True)
     with pytest.raises(
         InvalidArgumentError, match=r"teacher: expected logits \[32, 3\].*\[32, 4\]"
     ):

@@ -274,6 +274,10 @@ def test_checkpoints_of_another_network_or_plan_are_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"plan: conv1.weight, dim 0 was 'kept 6, checksum"):
         run("plain", others, teacher, checkpoint_dir=tmp_path, resume="auto")
     student, _ = networks()
+    frozen, _ = networks()
+    frozen.conv1.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"trained: conv1.weight was True and is False now"):
+        run("plain", frozen, teacher, checkpoint_dir=tmp_path, resume="auto")
     with pytest.raises(CheckpointError, match="teacher: class was 'Net' and is None now"):
         run("plain", student, None, checkpoint_dir=tmp_path, resume="auto")
 
