@@ -15,14 +15,21 @@ from chanprune_ext.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["make_folder", "write_atomically", "write_text"]
+__all__ = [
+    "check_writable",
+    "is_special",
+    "make_folder",
+    "write_atomically",
+    "write_text",
+    "written_to",
+]
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
     """Makes a folder for results, with its parents, where there is none.
 
     Raises:
-        OutputError: It cannot be made, or is a file.
+        OutputError: It cannot be made, is a file, or nothing can be written there.
     """
     path = Path(folder)
     try:
@@ -31,24 +38,81 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         raise OutputError(
             f"{path}: cannot be made a folder ({error.strerror}); give another place"
         ) from error
+    trial = _beside(path / "trial")
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{path}: no file can be made there ({error.strerror}); give another place"
+        ) from error
     return path
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Makes the folder of a result, and sees that it can be written, before the work begins.
+
+    Raises:
+        OutputError: It can't.
+    """
+    target = written_to(path)
+    _refuse_folder(target)
+    if not is_special(target):
+        make_folder(target.parent)
+
+
+def written_to(path: str | os.PathLike[str]) -> Path:
+    """The file that a name stands for: links stay, and what they lead to is written.
+
+    A pipe or a device, for which there may be no name but the link, is as it was given.
+    """
+    path = Path(path)
+    return path if is_special(path) else Path(os.path.realpath(path))
+
+
+def is_special(path: Path) -> bool:
+    """Whether a pipe or a device is there, which is written to and can't be replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: can't be written, it is a folder; give a file name")
+
+
+def _beside(path: Path) -> Path:
+    """A new name for a temporary file in the same folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Lets ``write`` fill a temporary file beside ``path``, then puts it in its place.
 
     Args:
-        path (str or PathLike): where the file shall be.
+        path (str or PathLike): where the file shall be. Of a link, what it leads to is replaced; a
+            pipe or a device is written to directly.
         write (Callable): receives the name of an empty file and writes the content into it.
 
     Raises:
         OutputError: it can't be written, for example because the disk is full. The temporary file
             is gone and a file that was there before is as it was.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: can't be written, it is a folder; give a file name")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target = written_to(path)
+    _refuse_folder(target)
+    try:
+        if is_special(target):
+            write(target)
+        else:
+            _replace(target, write)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path}: can't be written ({error}); check that the folder exists, may be written to "
+            "and has room"
+        ) from error
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = _beside(path)
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
@@ -57,11 +121,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
             os.fsync(file.fileno())
         temporary.chmod(mode)  # the writer may have put a file of its own there, closed to others
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{path}: can't be written ({error}); check that the folder exists, may be written to "
-            "and has room"
-        ) from error
     finally:
         with suppress(OSError):  # nothing to remove where not even the folder exists
             temporary.unlink(missing_ok=True)

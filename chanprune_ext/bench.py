@@ -99,6 +99,20 @@ class BenchReport:
     macs_ratio: float | None
     params_ratio: float | None
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"{r.backend} batch {r.batch_size} x{r.speedup:.2f}" for r in self.rows)
+        return f"<{type(self).__name__}: {told}>"
+
+    def __str__(self) -> str:
+        lines = [f"{self.device}, {self.threads} threads, median of paired ratios"]
+        lines += [
+            f"  {r.backend}, batch {r.batch_size}: {r.original_ms:.4g} -> {r.pruned_ms:.4g} ms, "
+            f"x{r.speedup:.2f} ± {r.standard_error:.2f}"
+            for r in self.rows
+        ]
+        lines += [f"  {backend}: not measured, {why}" for backend, why in self.skipped.items()]
+        return "\n".join([*lines, *(f"  hint: {hint}" for hint in self.hints)])
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts."""
         return asdict(self)
@@ -131,7 +145,8 @@ def bench(
         say: Receives one line as each step begins.
 
     Raises:
-        InvalidArgumentError: An argument is out of range, or a network does not run on the inputs.
+        InvalidArgumentError: An argument is out of range, the networks are exchanged, or one does
+            not run on the inputs.
     """
     if unknown := sorted(set(backends) - set(BACKENDS)):
         raise InvalidArgumentError(f"backends must be some of {BACKENDS}, got {unknown}")
@@ -141,6 +156,10 @@ def bench(
         raise InvalidArgumentError(f"backends must hold at least one of {BACKENDS}")
     if not tensors_in(example_inputs) or not tensors_in(example_inputs)[0].dim():
         raise InvalidArgumentError("example_inputs must hold a tensor with a batch dimension")
+    if plans_of(original) and not plans_of(pruned):
+        raise InvalidArgumentError(
+            "original: it is a pruned model, and pruned is none; call bench(original, pruned, ...)"
+        )
     models = {"original": original, "pruned": pruned}
     if channels_last:
         models = {n: _channels_last(copy.deepcopy(m)) for n, m in models.items()}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -21,11 +23,12 @@ from torch.export import Dim
 
 from chanprune_ext.analysis.calls import run_model, tensors_in
 from chanprune_ext.analysis.stand_ins import substitute, tensors_of
+from chanprune_ext.atomic_files import is_special, written_to
 from chanprune_ext.errors import ExportError, InvalidArgumentError, OutputError
 from chanprune_ext.module_modes import evaluating, without_cache
+from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator
 
 __all__ = ["FORMATS", "Exported", "export", "format_of", "onnx_session"]
@@ -75,8 +78,8 @@ def export(
     Args:
         model: Any model that ``torch.export`` takes, on the device of the inputs.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        path: The file; an existing one is replaced. ONNX models of 2 GB and more keep their weights
-            in ``<path>.data``.
+        path: The file; an existing one is replaced, or of a link what it leads to. ONNX models
+            of 2 GB and more keep their weights in ``<path>.data``.
         format: ``"onnx"`` (torch's exporter by ``torch.export``; needs onnx, onnxscript and
             onnxruntime), ``"torch-export"`` (an ``ExportedProgram``, ``.pt2``) or
             ``"torchscript"``. Default: by the suffix of ``path``.
@@ -86,20 +89,30 @@ def export(
             (at least 1).
 
     Raises:
-        InvalidArgumentError: The format is unknown, or a package it needs is missing.
+        InvalidArgumentError: The format is unknown, a package it needs is missing, or the model
+            does not run on the inputs.
         ExportError: The model can't be exported, or the file computes something else.
         OutputError: The file can't be written; one that was there is as it was.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidArgumentError(
+            f"path: expected the path of a file, got {type(path).__name__}; call "
+            "export(model, example_inputs, path)"
+        )
     path = Path(path)
     kind = format_of(path) if format is None else format
     if kind not in FORMATS:
         raise InvalidArgumentError(f"format must be one of {FORMATS}, got {kind!r}")
     if any(t.is_meta for t in (*tensors_of(model).values(), *tensors_in(example_inputs))):
         raise InvalidArgumentError("model and example_inputs must have values, got meta tensors")
+    if not 0 <= tolerance < float("inf"):
+        raise InvalidArgumentError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
     write, run = _writer(kind)
     note = ""
-    with _ready(model), _folder_beside(path) as name:
-        written = Path(name) / (path.name if path.suffix else f"{path.name}.bin")
+    target = written_to(path)
+    with _ready(model), _folder_beside(target) as name:
+        _first_call(model, example_inputs)
+        written = Path(name) / (target.name if target.suffix else f"{target.name}.bin")
         dynamic = dynamic_batch and _batch_of(example_inputs) is not None
         try:
             write(model, example_inputs, written, dynamic)
@@ -111,6 +124,8 @@ def export(
             dynamic, note = False, f"the batch size is fixed: {_first_line(error)}"
             try:
                 write(model, example_inputs, written, dynamic)
+            except OSError as second:
+                raise _unwritable(path, second) from second
             except Exception as second:
                 raise _failed(kind, second) from second
         worst = _check(model, run, written, example_inputs, kind, tolerance)
@@ -120,7 +135,7 @@ def export(
                 worst = max(worst, _check(model, run, written, more, kind, tolerance))
             except ExportError as failure:
                 dynamic, note = False, f"only the example's batch size works: {failure}"
-        size = _move_all(Path(name), written, path)
+        size = _move_all(Path(name), written, target)
     return Exported(path, kind, dynamic, worst, size, note)
 
 
@@ -190,8 +205,10 @@ def onnx_session(path: Path, inputs: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _write_program(model: nn.Module, inputs: Any, path: Path, dynamic: bool) -> None:
-    with path.open("wb") as file:
-        torch.export.save(_program(model, inputs, dynamic), file)
+    # Into memory first: on a full disk torch's own writer ends the process.
+    content = io.BytesIO()
+    torch.export.save(_program(model, inputs, dynamic), content)
+    path.write_bytes(content.getbuffer())
 
 
 def _run_program(path: Path, inputs: Any) -> list[Tensor]:
@@ -208,7 +225,9 @@ def _write_script(model: nn.Module, inputs: Any, path: Path, dynamic: bool) -> N
         args, kwargs = _split(inputs)
         given = {"example_kwarg_inputs": kwargs} if kwargs else {"example_inputs": args}
         script = torch.jit.trace(model, strict=False, **given)  # type: ignore[no-untyped-call]
-    torch.jit.save(script, str(path))
+    content = io.BytesIO()  # as for a program
+    torch.jit.save(script, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _run_script(path: Path, inputs: Any) -> list[Tensor]:
@@ -261,6 +280,16 @@ def _repeated(inputs: Any, times: int) -> Any:
     return substitute(inputs, repeat)
 
 
+def _first_call(model: nn.Module, inputs: Any) -> None:
+    try:
+        run_model(model, substitute(inputs, Tensor.clone))
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"example_inputs: the model can't run on them ({_first_line(error)}); give inputs of "
+            "its shape, dtype and device"
+        ) from error
+
+
 def _check(
     model: nn.Module,
     run: Callable[[Path, Any], list[Tensor]],
@@ -269,7 +298,10 @@ def _check(
     kind: str,
     tolerance: float,
 ) -> float:
-    expected = tensors_in(run_model(model, substitute(inputs, Tensor.clone)))
+    try:
+        expected = tensors_in(run_model(model, substitute(inputs, Tensor.clone)))
+    except Exception as error:
+        raise ExportError(f"torch itself does not run: {_first_line(error)}") from error
     try:
         found = run(path, inputs)
     except Exception as error:
@@ -285,8 +317,11 @@ def _check(
             )
         if theirs.numel():
             reference = theirs.double().cpu()
-            difference = (ours.double().cpu() - reference).abs().max()
-            worst = max(worst, float(difference / reference.abs().max().clamp(min=1.0)))
+            values = ours.double().cpu()
+            # What masks logits with -inf agrees where both have it.
+            difference = torch.where(values == reference, 0.0, (values - reference).abs()).max()
+            largest = reference.where(reference.isfinite(), 0.0).abs().max()
+            worst = max(worst, float(difference / largest.clamp(min=1.0)))
             if not bool(torch.isfinite(difference)):
                 worst = float("inf")
     if worst > tolerance:
@@ -305,7 +340,10 @@ def _move_all(folder: Path, written: Path, path: Path) -> int:
         target = path if file == written else path.with_name(file.name)
         total += file.stat().st_size
         try:
-            file.replace(target)
+            if is_special(target):
+                target.write_bytes(file.read_bytes())
+            else:
+                file.replace(target)
         except OSError as error:
             raise _unwritable(target, error) from error
     return total
@@ -313,11 +351,15 @@ def _move_all(folder: Path, written: Path, path: Path) -> int:
 
 @contextlib.contextmanager
 def _folder_beside(path: Path) -> Iterator[str]:
-    """A temporary folder on the disk of ``path``, so that moving from it is all or nothing."""
+    """A temporary folder on the disk of ``path``, so that moving from it is all or nothing.
+
+    Beside a pipe or a device there is no place for one.
+    """
     if path.is_dir():
         raise OutputError(f"{path}: can't be written, it is a folder; give a file name")
     try:
-        folder = tempfile.TemporaryDirectory(prefix=".chanprune-", dir=path.parent)
+        place = None if is_special(path) else path.parent
+        folder = tempfile.TemporaryDirectory(prefix=".chanprune-", dir=place)
     except OSError as error:
         raise _unwritable(path, error) from error
     with folder as name:
@@ -334,9 +376,35 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 @contextlib.contextmanager
 def _ready(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no cache among the outputs, and exporters kept quiet."""
-    with evaluating(model), without_cache(model), torch.no_grad(), warnings.catch_warnings():
+    with (
+        evaluating(model),
+        without_cache(model),
+        torch.no_grad(),
+        _buffers_kept(model),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes what forwards do to buffers, which may count calls."""
+    kept = [
+        (module._buffers, dict(module._buffers))  # noqa: SLF001 - in their order, None too
+        for _, module in modules_of(model)
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    values = {id(b): b.clone() for _, own in kept for b in own.values() if b is not None}
+    try:
+        yield
+    finally:
+        for buffers, own in kept:
+            buffers.clear()
+            buffers.update(own)
+            for buffer in own.values():
+                if buffer is not None and not torch.equal(buffer, values[id(buffer)]):
+                    buffer.copy_(values[id(buffer)])
 
 
 def _failed(kind: str, error: Exception) -> ExportError:

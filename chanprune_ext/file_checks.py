@@ -16,7 +16,7 @@ from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.checkpoint import read_description
 from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.module_modes import without_cache
-from chanprune_ext.plan import PruningPlan, plans_of
+from chanprune_ext.plan import PruningPlan, plans_of, plans_within
 
 if TYPE_CHECKING:
     import os
@@ -51,6 +51,7 @@ def check_file(path: str | os.PathLike[str]) -> list[Check]:
     try:
         metadata = read_description(path)
         plans = [PruningPlan.from_dict(p) for p in json.loads(metadata.get("plans", "[]"))]
+        parts = list(json.loads(metadata.get("plans_within", "{}")))
         aliases = dict(json.loads(metadata.get("aliases", "{}")))
     except (ChanpruneError, ValueError, TypeError) as error:
         return [Check("file", False, str(error))]
@@ -64,10 +65,13 @@ def check_file(path: str | os.PathLike[str]) -> list[Check]:
             f"params {plans[0].params_before:,} -> {last.params_after:,}, "
             f"MACs {plans[0].macs_before:,} -> {last.macs_after:,}"
         )
-        wrong = _first_gap(plans) or _first_misshapen(last, shapes)
+        wrong = None if parts else _first_gap(plans) or _first_misshapen(last, shapes)
         checks.append(Check("plan", wrong is None, wrong or detail))
-    else:
+    elif not parts:
         checks.append(Check("plan", None, "none: the model was not pruned"))
+    if parts:
+        # Which of their plans came before the model's own only the model itself tells.
+        checks.append(Check("parts", None, f"pruned on their own: {', '.join(parts)}"))
     checks.append(
         Check(
             "weights",
@@ -99,7 +103,7 @@ def check_model(plain: nn.Module, pruned: nn.Module, inputs: Any, *, original: b
         Check("forward", finite, f"returns {told}" + ("" if finite else ", not all finite"))
     )
     plans = plans_of(pruned)
-    if original and plans:
+    if original and plans and plans_within(pruned).keys() == {""}:
         checks.append(_against_original(plans, plain, pruned, inputs, found))
     return checks
 

@@ -17,7 +17,7 @@ import torch
 from chanprune_ext.analysis.calls import run_model, steady_calls, tensors_in
 from chanprune_ext.errors import ExportError, InvalidArgumentError, OutputError
 from chanprune_ext.module_modes import without_cache
-from chanprune_ext.plan import plans_of
+from chanprune_ext.plan import plans_within
 
 if TYPE_CHECKING:
     import os
@@ -88,7 +88,7 @@ def _narrow_configs(model: nn.Module) -> Iterator[Any]:
         raise InvalidArgumentError(
             f"model must be a transformers model with a config, got {type(model).__name__}"
         )
-    plans = plans_of(model)
+    plans = tuple(plan for found in plans_within(model).values() for plan in found)
     if not plans:
         raise InvalidArgumentError("model was not pruned: use its own save_pretrained")
     first = _solved(model, config, plans, frozenset())

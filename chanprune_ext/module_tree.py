@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Remembered", "modules_of", "remembered", "structure_remembered"]
+__all__ = ["Remembered", "modules_of", "plain_module", "remembered", "structure_remembered"]
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """The network inside what DistributedDataParallel, DataParallel or torch.compile made of it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # noqa: SLF001 - torch.compile has no public name
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 @dataclass(eq=False)

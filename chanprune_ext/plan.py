@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from chanprune_ext.analysis.couplings import Couplings
 from chanprune_ext.analysis.groups import Frozen
@@ -17,7 +18,7 @@ from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.scales import Rescaling
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.atomic_files import write_text
-from chanprune_ext.errors import CheckpointError, PlanMismatchError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from chanprune_ext.group_summary import GroupSummary
 from chanprune_ext.module_tree import modules_of
 
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 
     from chanprune_ext.explanation import Explanation
 
-__all__ = ["PruningPlan", "plan_of", "plans_of", "structure_of"]
+__all__ = ["PruningPlan", "plan_of", "plans_of", "plans_within", "structure_of"]
 
 FORMAT = 1
 _ATTRIBUTE = "_chanprune_plans"
+_COLUMN = 40  # characters of a list of names in the table of a plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +154,10 @@ class PruningPlan:
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`PlanMismatchError`, naming the first difference, unless the plan fits."""
+        if not isinstance(model, nn.Module):
+            raise InvalidArgumentError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}"
+            )
         structure = structure_of(model)
         for name, _ in model.named_buffers():
             # A buffer that does not shrink may have been filled by a forward since.
@@ -274,21 +280,25 @@ class PruningPlan:
             raise CheckpointError(f"cannot read a plan from '{path}': {error}") from error
         return cls.from_dict(data)
 
+    def __repr__(self) -> str:
+        changed = sum(g.width_after < g.width_before for g in self.groups)
+        return (
+            f"<{type(self).__name__} of a {self.fingerprint['class']}: {changed} of "
+            f"{len(self.groups)} groups lose channels, "
+            f"params {self.params_before:,} -> {self.params_after:,}, "
+            f"MACs {self.macs_before:,} -> {self.macs_after:,}>"
+        )
+
     def __str__(self) -> str:
         rows = [
-            (
-                g.name,
-                g.kind,
-                ", ".join(_short(g.producers)),
-                f"{g.width_before}",
-                f"{g.width_after}",
-            )
+            (g.name, g.kind, f"{g.width_before}", f"{g.width_after}", _short(g.producers[1:]))
             for g in self.groups
         ]
-        header = ("group", "kind", "made by", "width", "kept")
+        header = ("group", "kind", "width", "kept", "also made by")
         widths = [max(len(r[i]) for r in (header, *rows)) for i in range(5)]
         lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows)
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
+            for r in (header, *rows)
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append("")
@@ -346,10 +356,14 @@ def _check_indices(
                 )
 
 
-def _short(names: tuple[str, ...]) -> Iterator[str]:
-    yield from names[:3]
-    if len(names) > 3:
-        yield f"{len(names) - 3} more"
+def _short(names: tuple[str, ...]) -> str:
+    """As many of the names as fit into a column, and how many more there are."""
+    for shown in range(len(names), 0, -1):
+        more = [f"{len(names) - shown} more"] if shown < len(names) else []
+        text = ", ".join([*names[:shown], *more])
+        if len(text) <= _COLUMN:
+            return text
+    return f"{len(names)} more" if names else ""
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
@@ -364,6 +378,11 @@ def plans_of(model: nn.Module) -> tuple[PruningPlan, ...]:
     return plans if isinstance(plans, tuple) else ()
 
 
+def plans_within(model: nn.Module) -> dict[str, tuple[PruningPlan, ...]]:
+    """Path of a module -> the plans that it was pruned by on its own; outer modules first."""
+    return {path: plans for path, module in modules_of(model) if (plans := plans_of(module))}
+
+
 def attach_plans(model: nn.Module, plans: tuple[PruningPlan, ...]) -> None:
     """Remember on a pruned model the plans it was made by."""
     if plans:
@@ -375,10 +394,15 @@ def attach_plans(model: nn.Module, plans: tuple[PruningPlan, ...]) -> None:
 def structure_of(model: nn.Module) -> dict[str, Any]:
     """What must agree between two models for a plan to mean the same in both."""
     return {
-        "class": type(model).__name__,
-        "modules": {name: type(m).__name__ for name, m in modules_of(model) if name},
+        "class": _class_name(model),
+        "modules": {name: _class_name(m) for name, m in modules_of(model) if name},
         "tensors": {name: list(t.shape) for name, t in tensors_of(model).items()},
     }
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class; torch.fx makes one for every module, and names it anew."""
+    return "GraphModule" if isinstance(module, GraphModule) else type(module).__name__
 
 
 def _first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

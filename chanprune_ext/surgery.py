@@ -73,10 +73,15 @@ def apply_plan(
     Raises:
         PlanMismatchError: The plan belongs to another model.
         VerificationError: The result does not behave as predicted; nothing was changed.
-        InvalidArgumentError: The optimizer holds state that cannot be sliced.
+        InvalidArgumentError: ``model`` or ``optimizer`` is none, or the optimizer holds state that
+            cannot be sliced.
     """
     if verify not in ("replay", "numeric", None):
         raise InvalidArgumentError(f"verify must be 'replay', 'numeric' or None, got {verify!r}")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise InvalidArgumentError(
+            f"optimizer must be the torch.optim.Optimizer that trains the model, got {optimizer!r}"
+        )
     if not replayed:
         plan.check(model)
     if inplace and optimizer is None and verify != "numeric":

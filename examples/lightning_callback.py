@@ -13,6 +13,7 @@ class Prune(L.Callback):
     def __init__(self, example: torch.Tensor, epoch: int, **options) -> None:
         self.example, self.epoch, self.options = example, epoch, options
 
+    # On one device: on several, DistributedDataParallel holds the old shapes; prune before fit().
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch == self.epoch:
             example, optimizer = self.example.to(module.device), trainer.optimizers[0]

@@ -11,6 +11,7 @@ class Prune(TrainerCallback):
     def __init__(self, example: dict, step: int, **options) -> None:
         self.example, self.step, self.options = example, step, options
 
+    # In one process: in several, DistributedDataParallel holds the old shapes; prune before that.
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **_):
         if state.global_step == self.step:
             example = {name: t.to(model.device) for name, t in self.example.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from torch.library import custom_op
 
 import chanprune_ext as cpx
 from chanprune_ext.errors import AnalysisError, InvalidArgumentError, NothingToPruneError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -135,6 +138,29 @@ def test_one_function_teaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(run(plan.apply(model), X), run(zeroed(model, plan), X)) < 1e-12
 
 
+def test_wrappers_that_hold_the_parameters_are_refused(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for outer in (wrapped, nn.Sequential(wrapped)):
+            with pytest.raises(InvalidArgumentError, match="wrapped in DistributedDataParallel"):
+                cpx.plan(outer, X, 0.5)
+        # As docs/recipes.md has it: a pruned copy, wrapped.
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            wrapped(X).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            plan = cpx.plan(wrapped.module, X, 0.5)
+            copied = plan.apply(wrapped.module, optimizer=optimizer)
+            wrapped = nn.parallel.DistributedDataParallel(copied)
+        assert wrapped.module[0].out_channels == 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_control_flow_operators_are_kept_whole() -> None:
     class Conditional(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -151,6 +177,25 @@ def test_quantised_layers_are_refused() -> None:
     packed = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(InvalidArgumentError, match=r"quantised layer: '1' is a .*prune the float"):
         cpx.plan(packed, X, 0.5)
+
+
+def test_helpers_of_a_later_quantisation_are_followed() -> None:
+    class Float(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(3, 8, 1)
+            self.d = nn.Conv2d(16, 4, 1)
+            self.f = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            f, a, c = self.f, self.a(x), self.c(x)
+            return f.add(self.b(f.add_relu(a, c)), self.d(f.cat([f.mul(a, c), a], 1)))
+
+    torch.manual_seed(0)
+    model = randomised(Float())
+    plan = cpx.plan(model, X, 0.5)
+    assert plan.kept["a.weight"][0].numel() == 4
+    assert relative_error(run(plan.apply(model), X), run(zeroed(model, plan), X)) < 1e-12
 
 
 def test_parameters_that_are_not_plain_tensors_are_refused() -> None:

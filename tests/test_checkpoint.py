@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import signal
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,10 +20,13 @@ from torch import nn
 
 import chanprune_ext as cpx
 from chanprune_ext import checkpoint
-from chanprune_ext.atomic_files import write_atomically
+from chanprune_ext.atomic_files import check_writable, write_atomically, write_text
 from chanprune_ext.checkpoint import load, load_weights, save
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, OutputError
 from chanprune_ext.models import CifarResNet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def small_net(seed: int = 0) -> CifarResNet:
@@ -103,6 +108,87 @@ def test_overlapping_views_are_stored_apart(tmp_path: Path) -> None:
 
     save(Views(), tmp_path / "a.safetensors")
     assert_same_state(load(tmp_path / "a.safetensors", Views()), Views())
+
+
+def test_other_views_of_a_stored_tensor_are_stored_apart(tmp_path: Path) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+            self.register_buffer("flat", self.layer.weight.data.view(-1))
+
+    model = Flat()
+    save(model, tmp_path / "a.safetensors")
+    assert_same_state(load(tmp_path / "a.safetensors", Flat()), model)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_of_a_wrapped_model_the_one_inside_is_saved(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    pruned = cpx.prune(small_net(), torch.zeros(1, 3, 32, 32), ratio=0.5)
+    save(wrap(pruned), tmp_path / "a.safetensors")
+    assert_same_state(load(tmp_path / "a.safetensors", small_net(1)), pruned)
+
+
+class Counting(nn.Linear):
+    """Keeps a number beside its weights."""
+
+    calls = 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.calls])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.calls = int(state[0])
+
+
+def test_extra_state_reaches_the_module(tmp_path: Path) -> None:
+    model = nn.Sequential(Counting(2, 2))
+    model[0].calls = 7
+    save(model, tmp_path / "a.safetensors")
+    assert load(tmp_path / "a.safetensors", nn.Sequential(Counting(2, 2)))[0].calls == 7
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    assert load_weights(nn.Sequential(Counting(2, 2)), tmp_path / "a.pt")[0].calls == 7
+
+
+def test_a_model_on_the_meta_device_can_not_hold_weights(tmp_path: Path) -> None:
+    save(small_net(), tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        empty = CifarResNet(8, width=4)
+    for read in (load, lambda path, model: load_weights(model, path)):
+        with pytest.raises(InvalidArgumentError, match="on the meta device, which holds no values"):
+            read(tmp_path / "a.safetensors", empty)
+
+
+def test_links_stay_and_what_they_lead_to_is_written(tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "a.safetensors", tmp_path / "latest.safetensors"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):
+        save(small_net(), link)
+        assert link.is_symlink()
+        assert_same_state(load(target, small_net(1)), small_net())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        *("a.safetensors", "elsewhere", "latest.safetensors")
+    ]
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "hello")
+        assert os.read(reader, 100) == b"hello"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="it is a folder"):
+        check_writable(tmp_path / "folder")
+    check_writable(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_an_existing_file_is_replaced_with_ordinary_permissions(tmp_path: Path) -> None:
@@ -262,15 +348,18 @@ def test_the_first_difference_to_the_architecture_is_named(tmp_path: Path) -> No
         load_weights(small_net(), path)
 
 
-@pytest.mark.parametrize("form", ["plain", "state_dict", "model", "module."])
+@pytest.mark.parametrize(
+    "form", ["plain", "state_dict", "model_state_dict", "model", "module.", "_orig_mod.", "args"]
+)
 def test_weights_in_the_usual_wrappings(tmp_path: Path, form: str) -> None:
     source = small_net(0)
     state = dict(source.state_dict())
-    if form == "module.":
+    if form.endswith("."):
         state = {form + name: value for name, value in state.items()}
-    torch.save(
-        state if form in ("plain", "module.") else {form: state, "epoch": 3}, tmp_path / "w.pth"
-    )
+    content = state if form == "plain" or form.endswith(".") else {form: state, "epoch": 3}
+    if form == "args":  # as torchvision's training script has them
+        content = {"model": state, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "w.pth")
     target = small_net(1)
     assert load_weights(target, tmp_path / "w.pth") is target
     assert_same_state(source, target)
@@ -310,8 +399,9 @@ def test_wrong_weights_change_nothing(tmp_path: Path) -> None:
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     torch.save(small_net(), tmp_path / "whole.pt")
-    with pytest.raises(CheckpointError, match=r"save model\.state_dict\(\) alone"):
+    with pytest.raises(CheckpointError, match=r"save model\.state_dict\(\) alone") as caught:
         load_weights(small_net(), tmp_path / "whole.pt")
+    assert str(caught.value).isprintable()
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"cut\.pt: can't be read as weights"):
         load_weights(small_net(), tmp_path / "cut.pt")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from image_files import jpeg, write_shards, write_tar
+from image_files import jpeg, write_folder, write_shards, write_tar
 from typer.testing import CliRunner, Result
 
 import chanprune_ext as cpx
 from chanprune_ext.checkpoint import load, save
 from chanprune_ext.cli import app
+from chanprune_ext.cli.image_options import classes_of_test, open_images
 from chanprune_ext.cli.model_spec import build_model, parse_arguments, parse_ratios, parse_shape
-from chanprune_ext.errors import ChanpruneError, InvalidArgumentError
+from chanprune_ext.errors import ChanpruneError, DataError, InvalidArgumentError
 from chanprune_ext.models import CifarResNet, resnet20
 from chanprune_ext.report import RunReport, Stage, load_report, write_report
 
@@ -38,6 +41,20 @@ def broken():
     raise OSError("disk on fire")
 
 constant = 3
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(9, 6), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, ids):
+        return self.head(self.inner(self.embedding(ids)).relu())
+
+def of_size(edge):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * (edge // 4) ** 2, 2)
+    )
 """
 
 
@@ -140,9 +157,104 @@ def test_prune_compensate_recover_evaluate_on_data(tmp_path: Path, narrow_weight
     assert any(width.after < width.before for width in report.widths)
     assert (tmp_path / "report" / "report.html").exists()
 
-    evaluated = succeed("evaluate", *common, "--weights", better)
+    record = tmp_path / "new" / "evaluated.json"
+    evaluated = succeed("evaluate", *common, "--weights", better, "--json", record)
     accuracy = output.split("after: top-1 ")[1].split(" (n")[0]
     assert accuracy in evaluated
+    found = json.loads(record.read_text())
+    assert (found["top1"], found["n"], found["weights"]) == (recovered.accuracy, 360, better.name)
+    # The recovered file says what it was built from, as the pruned one does.
+    verified = succeed("verify", better, "--weights", narrow_weights)
+    assert "as a CifarResNet of the plan's widths" in verified
+    assert "tensors were changed after the cut" in " ".join(verified.split())
+
+
+def test_verify_says_what_it_could_not_do(tmp_path: Path, narrow_weights: Path) -> None:
+    assert "neither rebuilt nor run" in succeed("verify", narrow_weights)
+    asked = ("verify", narrow_weights, "--weights", narrow_weights)
+    assert "--model: needed" in fail(*asked)
+    assert "forward" in succeed(*asked, "--model", "resnet20", *NARROW, "--input", "1x1x8x8")
+
+
+def test_prune_and_sensitivity_take_images_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sized_networks.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    images = {
+        f"{split}/{'ab'[i % 2]}/{i}.jpg": jpeg(i, 96, 96)
+        for split in ("train", "test")
+        for i in range(6)
+    }
+    write_folder(tmp_path / "images", images)
+    model = ("sized_networks:of_size", "--model-arg", "edge=96", "--data", "images")
+    out = ("--out", "small.safetensors")
+    # Fewer images than compensation usually draws, and of the size of the input.
+    assert succeed("prune", *model, *out, "--input-shape", "1,3,96,96").count("(n = 6)") == 3
+    size = ("--image-size", 96)
+    assert succeed("prune", *model, *out, *size, "--resize", 96).count("(n = 6)") == 3
+    message = fail("prune", *model, *out, *size, "--input", "1x3x224x224")
+    assert "--data: expected images of 3x224x224" in message
+    message = fail("prune", *model, *out, *size, "--calibration-images", 7)
+    assert "--calibration-images: expected at most 6" in message
+
+    curves = ("sensitivity", *model, *size, "--ratios", 0.5, "--out", "curves.json")
+    assert "6 images" in succeed(*curves, "--compensate", 6)
+    assert "--compensate: expected at most 6" in fail(*curves, "--compensate", 7)
+    assert "6 images" in succeed(*curves, "--criterion", "taylor")
+
+
+def test_torch_logs_nothing_of_a_forward_that_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "quiet_networks.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    model = ("quiet_networks:of_size", "--model-arg", "edge=96")
+    fail("prune", *model, "--input", "1x3x224x224", "--out", "small.safetensors")
+    assert not caplog.records
+
+
+def test_prune_takes_inputs_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token_networks.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    out = ("--out", "small.safetensors")
+    assert "--input: needed for" in fail("prune", "token_networks:Tokens", *out)
+    succeed("prune", "token_networks:Tokens", "--input", "1x7:int64", *out)
+    assert "returns 1x7x9" in succeed("verify", "small.safetensors")
+    # Models named by a package need none.
+    succeed("prune", "resnet20", "--model-arg", "width=4", *out)
+    assert "returns 1x10" in succeed("verify", "small.safetensors")
+
+
+def test_prune_by_threshold_and_kind(tmp_path: Path, narrow_weights: Path) -> None:
+    out, record = tmp_path / "small.safetensors", tmp_path / "new" / "found.json"
+    common = ("prune", "resnet20", *NARROW, "--weights", narrow_weights, "--input", "1x1x8x8")
+    pruned = (*common, "--threshold", "0.9", "--kinds", "hidden", "--out", out, "--json", record)
+    succeed(*pruned)
+    found = json.loads(record.read_text())
+    cut = {g["kind"] for g in found["groups"] if g["width_after"] < g["width_before"]}
+    assert cut == {"hidden"}
+    assert found["options"]["threshold"] == 0.9
+    assert found["params"][1] < found["params"][0]
+    assert found["accuracy"] == {}
+    assert "give either ratio or threshold" in fail(*pruned, "--ratio", "0.5")
+    assert "kinds must be some of" in fail(*common, "--kinds", "heart", "--out", out)
+
+
+@pytest.mark.parametrize("criterion", ["elimination", "fluctuation", "taylor"])
+def test_prune_by_what_images_say(tmp_path: Path, narrow_weights: Path, criterion: str) -> None:
+    out, record = tmp_path / "small.safetensors", tmp_path / "found.json"
+    common = ("prune", "resnet20", *NARROW, "--weights", narrow_weights, "--out", out)
+    asked = (*common, "--criterion", criterion)
+    succeed(*asked, "--data", "digits", "--calibration-images", 32, "--json", record)
+    found = json.loads(record.read_text())
+    assert found["criterion"] == criterion
+    assert list(found["accuracy"]) == ["original", "pruned", "compensated"]
+    assert found["accuracy"]["pruned"]["n"] == 360
+    message = fail(*asked, "--input", "1x1x8x8")
+    assert f"--criterion: {criterion!r} is made of training images" in message
 
 
 def test_recover_and_evaluate_read_shards(tmp_path: Path) -> None:
@@ -184,11 +296,12 @@ def test_recover_keeps_its_recipe(tmp_path: Path, narrow_weights: Path) -> None:
     common = ("recover", *model, "--weights", small, "--teacher-weights", narrow_weights, *data)
     mix = ("--loss", "kd=1", "--loss", "features=0.5", "--mixup", "0.2", "--epochs", "1")
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    succeed(*common, *mix, "--batch-size", "512", "--out", first)
+    succeed(*common, *mix, "--batch-size", "512", "--seed", "3", "--out", first)
     recipe = json.loads((tmp_path / "first.recipe.json").read_text())
     assert recipe["losses"] == {"kd": 1.0, "features": 0.5}
     assert (recipe["mixup"], recipe["epochs"], recipe["batch_size"]) == (0.2, 1, 512)
     succeed(*common, "--recipe", tmp_path / "first.recipe.json", "--out", second)
+    assert json.loads((tmp_path / "second.recipe.json").read_text())["seed"] == 3
     one, two = (load(path, resnet20(in_channels=1, width=4)) for path in (first, second))
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name])
@@ -332,7 +445,6 @@ def test_mistakes_read_as_one_message(
     out = ("--out", "out.safetensors")
 
     assert "no model named 'resnet21'" in fail("prune", "resnet21", *out)
-    assert "--input-shape: needed without --data" in fail("prune", "resnet20", *out)
     assert "1.5" in fail("prune", *narrow, "--ratio", "1.5", *out)
     assert "nothing.*" in fail("prune", *narrow, "--ratios", "nothing.*=0.5", *out)
     assert "expected glob=ratio" in fail("prune", *narrow, "--ratios", "0.5", *out)
@@ -345,6 +457,61 @@ def test_mistakes_read_as_one_message(
     assert "nowhere.npz" in fail("evaluate", "resnet20", "--data", "nowhere.npz")
     assert "cannot be read" in fail("report", "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", narrow_weights.name]
+
+
+def test_a_result_that_can_not_be_written_shows_before_the_work(
+    tmp_path: Path, narrow_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    for command, work in (
+        *(("prune", "plan"), ("recover", "train_back")),
+        *(("evaluate", "measure"), ("sensitivity", "measure")),
+    ):
+        monkeypatch.setattr(sys.modules[f"chanprune_ext.cli.{command}"], work, worked)
+    (tmp_path / "folder").mkdir()
+    common = (*NARROW, "--weights", narrow_weights, "--data", "digits")
+    for command, option in (
+        *(("prune", "--out"), ("recover", "--out"), ("sensitivity", "--out")),
+        ("evaluate", "--json"),
+    ):
+        message = fail(command, "resnet20", *common, option, tmp_path / "folder")
+        assert "it is a folder" in message
+    shut = fail("export", narrow_weights, "--out", "/proc/a.pt2")
+    assert "/proc: no file can be made there" in shut
+
+
+def test_paths_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    out = tmp_path / "run[x]" / "a[" / "b]" / "m.safetensors"
+    model = ("resnet20", *NARROW, "--input-shape", "1,1,8,8", "--ratio", "0.5")
+    assert f"model: {out}" in succeed("prune", *model, "--out", out)
+    assert "run[x]/a[/b]/m" in succeed("verify", out).replace("\n", "")
+
+
+def test_terminals_that_know_ascii_alone(narrow_weights: Path) -> None:
+    arguments = ("evaluate", "resnet20", *NARROW, "--weights", narrow_weights, "--data", "digits")
+    result = CliRunner(charset="ascii").invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"top-1 +\d+\.\d+ \? \d", result.output)
+
+
+def test_test_images_are_labelled_as_the_training_images(tmp_path: Path) -> None:
+    train = write_folder(tmp_path / "train", {f"{c}/0.jpg": jpeg(0) for c in "abc"})
+    test = write_folder(tmp_path / "test", {f"{c}/0.jpg": jpeg(0) for c in "ac"})
+    classes = classes_of_test(str(train), str(test), None)
+    assert open_images(str(test), "test", classes).labels.tolist() == [0, 2]
+    write_folder(test, {"d/0.jpg": jpeg(0)})
+    with pytest.raises(DataError, match=r"'d' .* the 3 names of the training images"):
+        open_images(str(test), "test", classes)
+    assert classes_of_test(str(train), "digits", None) is None
+    assert classes_of_test("digits", str(test), None) is None
+    common = ("evaluate", "resnet20", "--data", test, "--image-size", "32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert "warning: the model has 10 classes, the images 3" in run(*common).stderr
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghij"))
+    succeed(*common, "--class-file", tmp_path / "classes.txt")
 
 
 def test_debug_lets_the_error_through() -> None:
@@ -406,5 +573,5 @@ def test_grammar_of_options() -> None:
 
 @pytest.mark.parametrize("text", ["", "1,,3", "1,-3", "0,3", "a,b", "1.5"])
 def test_shapes_that_are_none(text: str) -> None:
-    with pytest.raises(ChanpruneError, match="--input-shape"):
+    with pytest.raises(ChanpruneError, match="--input"):
         parse_shape(text)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from typer.main import get_command
 
 import chanprune_ext as cpx
@@ -54,6 +56,20 @@ def test_objects_of_the_reference_exist() -> None:
             module, _, name = path.rpartition(".")
             importlib.import_module(module)
             assert hasattr(sys.modules[module], name), path
+
+
+def test_the_criterion_of_ones_own_does_what_it_says() -> None:
+    page = ROOT / "docs" / "criteria.md"
+    (block,) = [b for b in blocks(page, "python") if "def largest_weight" in b]
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        torch.zeros(1, 3, 4, 4),
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([0.1, -3, 2, 0.2]).view(4, 1, 1, 1).expand(4, 3, 1, 1))
+    names = {"cpx": cpx, "torch": torch, "model": model, "x": x}
+    exec(block, names)  # noqa: S102 - of our own documentation
+    assert names["plan"].kept["0.weight"][0].tolist() == [1, 2]
 
 
 @pytest.mark.slow

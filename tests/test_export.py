@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +121,58 @@ def test_a_batch_that_must_stay_is_told(tmp_path: Path) -> None:
     found = export(FixedBatch().eval(), torch.randn(2, 8), tmp_path / "a.pt2")
     assert not found.dynamic_batch
     assert "batch size" in found.note
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".ts"])
+def test_a_batch_that_a_script_can_not_change_is_told(tmp_path: Path, suffix: str) -> None:
+    found = export(FixedBatch().eval(), torch.randn(2, 8), tmp_path / f"a{suffix}")
+    assert not found.dynamic_batch
+    assert found.note
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x).masked_fill(torch.arange(6) > 3, float("-inf"))
+
+
+def test_logits_masked_by_infinity_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Masked().eval(), torch.randn(2, 8)
+    assert export(model, x, tmp_path / "a.pt2").error < 1e-6
+    assert model.calls == 0  # left as it was
+    with torch.no_grad():
+        finite = model(x).clone()
+    finite[0, 0] += 1
+    monkeypatch.setattr(EXPORT, "_run_program", lambda path, inputs: [finite])
+    with pytest.raises(ExportError, match="computes something else"):
+        export(model, x, tmp_path / "a.pt2", dynamic_batch=False)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".ts"])
+def test_a_really_full_disk_is_told(tmp_path: Path, suffix: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(OutputError, match="has room"):
+            export(small(), torch.randn(1, 3, 8, 8), tmp_path / f"a{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_link_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.ts").symlink_to(tmp_path / "elsewhere" / "b.ts")
+    export(small(), torch.randn(1, 3, 8, 8), tmp_path / "a.ts")
+    assert (tmp_path / "a.ts").is_symlink()
+    assert torch.jit.load(tmp_path / "elsewhere" / "b.ts")(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
 
 def test_keyword_and_several_inputs(tmp_path: Path) -> None:

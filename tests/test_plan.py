@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ def test_groups_params_and_macs() -> None:
 
 def test_table() -> None:
     text = str(cpx.plan(net(), IMAGES, 0.5))
-    assert re.search(r"^a\s+hidden\s+a\s+8\s+4\s*$", text, re.MULTILINE)
+    assert re.search(r"^a\s+hidden\s+8\s+4$", text, re.MULTILINE)
     assert "params: 706 -> 247 (x0.350)" in text
     assert "4 channels of 'fc.weight' are kept: the model's output" in text
 
@@ -235,6 +236,15 @@ def test_another_class() -> None:
         plan.apply(Other())
 
 
+def test_a_plan_fits_a_copy_whose_class_torch_has_named_anew() -> None:
+    model = nn.Sequential(torch.fx.symbolic_trace(net())).eval()
+    plan = cpx.plan(model, IMAGES, 0.5)
+    fellow = copy.deepcopy(model)
+    assert type(fellow[0]).__name__ != type(model[0]).__name__
+    plan.apply(fellow, inplace=True)
+    assert fellow[0].a.out_channels == 4
+
+
 def test_other_parts() -> None:
     plan = cpx.plan(net(), IMAGES, 0.5)
     model = net()
@@ -300,11 +310,20 @@ def test_ratio_out_of_range(ratio: Any) -> None:
         ({"ratios": {3: 0.5}}, "ratios"),
         ({"ratios": [0.5]}, "ratios"),
         ({"ignore": [3]}, "ignore"),
+        ({"ignore": 3}, "ignore must be a str or several of them, got 3"),
+        ({"kinds": 3}, "kinds must be a str or several of them, got 3"),
+        ({"criterion": None}, "criterion must be the name of a criterion.*got None"),
+        ({"outputs": "logits"}, "outputs must be a function.*got 'logits'"),
+        ({"outputs": lambda out: out.logits}, "outputs raised AttributeError.*a Tensor: "),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         cpx.plan(net(), IMAGES, **options)
+
+
+def test_nothing_to_ignore() -> None:
+    assert cpx.plan(net(), IMAGES, ignore=None).options["ignore"] == []
 
 
 @pytest.mark.parametrize(
@@ -354,6 +373,12 @@ def test_models_that_cannot_be_followed() -> None:
         cpx.plan(nn.Sequential(torch.compile(net())), IMAGES)
     with pytest.raises(InvalidArgumentError, match="prune the eager model"):
         cpx.plan(torch.jit.trace(net(), IMAGES), IMAGES)
+    scripted = torch.jit.script(nn.Conv2d(3, 3, 1))
+    traced = torch.jit.trace(nn.ReLU(), IMAGES)
+    frozen = torch.jit.freeze(torch.jit.script(nn.Conv2d(3, 3, 1).eval()))
+    for part in (scripted, traced, frozen):
+        with pytest.raises(InvalidArgumentError, match=r"'0' is a scripted.*put the eager module"):
+            cpx.plan(nn.Sequential(part, net()), IMAGES)
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3))
     with pytest.raises(
         InvalidArgumentError, match=r"lazy parameter '0.weight'.*run the model once"

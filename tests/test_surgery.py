@@ -424,6 +424,16 @@ def test_optimizer_of_another_model_is_refused() -> None:
         plan.apply(model, inplace=True, optimizer=other)
 
 
+def test_what_is_no_optimizer_or_no_model_is_refused() -> None:
+    model, inputs = made()
+    plan = plan_for(model, inputs)
+    with unchanged(model), pytest.raises(InvalidArgumentError, match=r"optimizer must be .*got 3"):
+        plan.apply(model, inplace=True, optimizer=3)  # type: ignore[arg-type]
+    for use in (plan.apply, plan.check):
+        with pytest.raises(InvalidArgumentError, match=r"model must be .*got NoneType"):
+            use(None)  # type: ignore[arg-type]
+
+
 def test_optimizer_state_of_unknown_shape_is_refused() -> None:
     model, inputs = made()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

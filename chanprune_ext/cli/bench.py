@@ -6,14 +6,15 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from chanprune_ext.atomic_files import make_folder, write_text
+from chanprune_ext.atomic_files import check_writable, write_text
 from chanprune_ext.bench import BACKENDS
 from chanprune_ext.bench import bench as measure
 from chanprune_ext.cli.bench_tables import module_table, row_table
 from chanprune_ext.cli.options import Device, InputShapes, ModelArguments, SavedFile
+from chanprune_ext.cli.run_printing import announcement
 from chanprune_ext.cli.saved_model import open_saved
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.report import environment
 
 __all__ = ["bench"]
@@ -57,9 +58,9 @@ def bench(
     device: Device = "auto",
 ) -> None:
     """Measures latency, throughput and memory against the original, and where the time goes."""
-    console = Console()
+    console = plain_console()
     if json_out is not None:
-        make_folder(json_out.parent)
+        check_writable(json_out)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -73,7 +74,7 @@ def bench(
             backends=backend or BACKENDS,
             seconds=seconds,
             channels_last=channels_last,
-            say=lambda line: console.print(f"[bold cyan]>[/] {line}"),
+            say=lambda line: console.print(announcement(line)),
         )
     finally:
         torch.set_num_threads(before)
@@ -86,11 +87,11 @@ def bench(
         style="dim",
     )
     for name, reason in found.skipped.items():
-        console.print(f"{name}: left out: {reason}", style="yellow", soft_wrap=True, markup=False)
+        console.print(f"{name}: left out: {reason}", style="yellow", soft_wrap=True)
     if layers:
         console.print(module_table(found, layers))
     for hint in found.hints:
-        console.print(f"hint: {hint}", style="green", soft_wrap=True, markup=False)
+        console.print(f"hint: {hint}", style="green", soft_wrap=True)
     if json_out is not None:
         facts = {"model": saved.spec, "file": file.name, "environment": environment()}
         write_text(json_out, json.dumps({**facts, **found.to_dict()}, indent=1) + "\n")

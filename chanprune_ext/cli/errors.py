@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from chanprune_ext.cli.terminal import plain_console, print_what_can_be_printed
 from chanprune_ext.errors import ChanpruneError
 
 if TYPE_CHECKING:
@@ -33,15 +34,31 @@ class ErrorReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the chosen sub-command."""
+        print_what_can_be_printed()
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         try:
-            with _warnings_as_lines():
+            with _warnings_as_lines(), _torch_silent():
                 return super().invoke(ctx)
         except ChanpruneError as error:
             message = Text.assemble(("error: ", "bold red"), (str(error), "red"))
-            Console(stderr=True).print(message, soft_wrap=True)
+            plain_console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(_EXIT_CODE) from error
+
+
+@contextlib.contextmanager
+def _torch_silent() -> Iterator[None]:
+    """Keeps torch from logging, traceback and all, what a forward on fake tensors raises.
+
+    The analysis catches that, and tries on or tells it in its message.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    usual = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(usual)
 
 
 @contextlib.contextmanager
@@ -52,7 +69,7 @@ def _warnings_as_lines() -> Iterator[None]:
         def show(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> None:
             if _PACKAGE in Path(filename).parents:
                 line = Text.assemble(("warning: ", "bold yellow"), (str(message), "yellow"))
-                Console(stderr=True).print(line, soft_wrap=True)
+                plain_console(stderr=True).print(line, soft_wrap=True)
             else:
                 usual(message, category, filename, *where, **more)
 

@@ -1,24 +1,35 @@
 """``chanprune evaluate``: accuracy of a model on labelled images."""
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from chanprune_ext.cli.image_options import ImageSize, PresetName, Resize, open_images
+from chanprune_ext.atomic_files import check_writable, write_text
+from chanprune_ext.cli.image_options import (
+    ImageSize,
+    PresetName,
+    Resize,
+    open_images,
+    warn_of_missing_classes,
+)
 from chanprune_ext.cli.loading import load_model, place
 from chanprune_ext.cli.options import (
     DATA_HELP,
     BatchSize,
     ClassFile,
     Device,
+    JsonOut,
     ModelArguments,
     ModelSpec,
     Weights,
 )
 from chanprune_ext.cli.tables import facts_table
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import evaluate as measure
+from chanprune_ext.report import environment
 
 __all__ = ["evaluate"]
 
@@ -34,16 +45,33 @@ def evaluate(
     image_size: ImageSize = None,
     resize: Resize = None,
     batch_size: BatchSize = 128,
+    json_out: JsonOut = None,
     device: Device = "auto",
 ) -> None:
     """Measures top-1 and top-5 accuracy, with sample size and standard error."""
+    console = plain_console()
+    if json_out is not None:
+        check_writable(json_out)
     network = load_model(model, model_arg, weights, device)
     images = open_images(data, split, class_file, preset, image_size, resize)
     found = measure(network, images, batch_size=batch_size, device=place(device))
+    warn_of_missing_classes(network, images, class_file)
     facts = {
         "top-1": format_accuracy(found.top1, found.standard_error),
         "top-5": format_accuracy(found.top5),
         "loss": f"{found.loss:.4f}",
         "images": f"{found.n:,}",
     }
-    Console().print(facts_table(facts))
+    console.print(facts_table(facts))
+    if json_out is not None:
+        record = {
+            "model": model,
+            "weights": None if weights is None else weights.name,
+            "data": data,
+            "split": split,
+            "environment": environment(),
+            **asdict(found),
+            "standard_error": found.standard_error,
+        }
+        write_text(json_out, json.dumps(record, indent=1) + "\n")
+        console.print(f"json: {json_out}", soft_wrap=True)

@@ -66,7 +66,7 @@ def _zeros(text: str, dtype: torch.dtype = torch.float32) -> Tensor:
                 f"{text!r}"
             )
         dtype = found
-    return torch.zeros(parse_shape(shape, "--input"), dtype=dtype)
+    return torch.zeros(parse_shape(shape), dtype=dtype)
 
 
 def _timm_size(model: Any) -> tuple[int, ...]:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from chanprune_ext.atomic_files import make_folder
+from chanprune_ext.atomic_files import check_writable
 from chanprune_ext.cli.options import (
     Device,
     InputShapes,
@@ -17,6 +16,7 @@ from chanprune_ext.cli.options import (
 )
 from chanprune_ext.cli.saved_model import open_saved
 from chanprune_ext.cli.tables import facts_table
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.export import export as write
 from chanprune_ext.export import format_of
 from chanprune_ext.quantities import format_bytes
@@ -54,10 +54,10 @@ def export(
 ) -> None:
     """Writes a pruned model as ONNX, torch.export program or TorchScript, and checks the file."""
     kind = format_of(out) if format_ is None else format_.value
-    make_folder(out.parent)
+    check_writable(out)
     saved = open_saved(file, model, model_arg, None, shapes, device)
     found = write(saved.pruned, saved.inputs, out, format=kind, dynamic_batch=not fixed_batch)
-    console = Console()
+    console = plain_console()
     facts = {
         "file": found.path,
         "format": found.format,
@@ -67,4 +67,4 @@ def export(
     }
     console.print(facts_table(facts))
     if found.note:
-        console.print(f"note: {found.note}", style="yellow", soft_wrap=True, markup=False)
+        console.print(f"note: {found.note}", style="yellow", soft_wrap=True)

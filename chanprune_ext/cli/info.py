@@ -4,9 +4,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from chanprune_ext.cli.tables import facts_table
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.ops import build_info
 
 __all__ = ["info"]
@@ -34,4 +34,4 @@ def info(
         "CUDA toolkit": facts["cuda_toolkit"],
         "CUDA architectures": ", ".join(facts["cuda_archs"] or ()) or None,
     }
-    Console().print(facts_table({name: value for name, value in shown.items() if value}))
+    plain_console().print(facts_table({name: value for name, value in shown.items() if value}))

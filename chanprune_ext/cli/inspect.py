@@ -2,18 +2,17 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from chanprune_ext.atomic_files import make_folder, write_text
+from chanprune_ext.atomic_files import check_writable, write_text
 from chanprune_ext.cli.example_inputs import example_inputs
 from chanprune_ext.cli.model_spec import build_model, parse_arguments
-from chanprune_ext.cli.options import ModelArguments, ModelSpec
+from chanprune_ext.cli.options import JsonOut, ModelArguments, ModelSpec
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.errors import AnalysisError
 from chanprune_ext.explanation import cause
 from chanprune_ext.inspection import Inspection, inspect_model
@@ -44,13 +43,12 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    json_out: Annotated[
-        Path | None,
-        typer.Option("--json", help="Also write the findings, as JSON.", show_default=False),
-    ] = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Shows which channels of a model go together, and what freezes the others."""
-    console = Console()
+    console = plain_console()
+    if json_out is not None:
+        check_writable(json_out)
     network = build_model(model, parse_arguments(model_arg or ()), on_meta=True)
     inputs = example_inputs(model, network, shapes or ())
     start = time.perf_counter()
@@ -67,7 +65,7 @@ def inspect(
     seconds = time.perf_counter() - start
     if layer:
         for name in layer:
-            console.print(str(found.explain(name)), markup=False, highlight=False, soft_wrap=True)
+            console.print(str(found.explain(name)), highlight=False, soft_wrap=True)
     else:
         console.print(group_table(found, model))
         if found.frozen:
@@ -79,7 +77,6 @@ def inspect(
             soft_wrap=True,
         )
     if json_out is not None:
-        make_folder(json_out.parent)
         text = json.dumps({"model": model, **found.to_dict()}, indent=1)
         write_text(json_out, text)
         console.print(f"json: {json_out}", soft_wrap=True)

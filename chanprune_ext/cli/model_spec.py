@@ -85,7 +85,7 @@ def parse_ratios(pairs: Sequence[str]) -> dict[str, float]:
     return ratios
 
 
-def parse_shape(text: str, option: str = "--input-shape") -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
     """Reads a shape such as ``1,3,224,224`` or ``1x3x224x224``.
 
     Raises:
@@ -94,7 +94,7 @@ def parse_shape(text: str, option: str = "--input-shape") -> tuple[int, ...]:
     parts = text.replace("x", ",").split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InvalidArgumentError(
-            f"{option}: expected positive integers like 1,3,224,224, got {text!r}"
+            f"--input: expected positive integers like 1,3,224,224, got {text!r}"
         )
     return tuple(int(part) for part in parts)
 

@@ -11,8 +11,9 @@ __all__ = [
     "ClassFile",
     "Data",
     "Device",
-    "InputShape",
+    "ExampleInputs",
     "InputShapes",
+    "JsonOut",
     "ModelArguments",
     "ModelSpec",
     "OutFile",
@@ -64,11 +65,14 @@ Weights = Annotated[
     ),
 ]
 Data = Annotated[str | None, typer.Option(help=DATA_HELP, show_default=False)]
-InputShape = Annotated[
-    str | None,
+ExampleInputs = Annotated[
+    list[str] | None,
     typer.Option(
-        metavar="N,C,H,W",
-        help="Shape of the example input; taken from the data where they are given.",
+        "--input",
+        "--input-shape",
+        metavar="SHAPE[:DTYPE]",
+        help="Shape of an input, like 1x3x224x224 or 1x16:int64; once for each input. Default: "
+        "that of the images of --data, or what is usual for a model named by a package.",
         show_default=False,
     ),
 ]
@@ -81,6 +85,10 @@ InputShapes = Annotated[
         "what the plan in the file was made with.",
         show_default=False,
     ),
+]
+JsonOut = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the findings, as JSON.", show_default=False),
 ]
 PlainModel = Annotated[
     str | None,

@@ -1,49 +1,53 @@
 """``chanprune prune``: a trained model in, a smaller one out."""
 
+import json
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from chanprune_ext.allocation import Budget
-from chanprune_ext.atomic_files import make_folder
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.atomic_files import check_writable, write_text
 from chanprune_ext.checkpoint import save
-from chanprune_ext.cli.image_options import PresetName, TestData, open_images
+from chanprune_ext.cli.calibration import CriterionName, criterion_of, images_to_draw
+from chanprune_ext.cli.example_inputs import example_inputs
+from chanprune_ext.cli.image_options import (
+    ImageSize,
+    PresetName,
+    Resize,
+    TestData,
+    classes_of_test,
+    open_images_like,
+)
 from chanprune_ext.cli.loading import load_model
-from chanprune_ext.cli.model_spec import parse_arguments, parse_ratios, parse_shape
+from chanprune_ext.cli.model_spec import parse_ratios
 from chanprune_ext.cli.options import (
     ClassFile,
     Data,
     Device,
-    InputShape,
+    ExampleInputs,
+    JsonOut,
     ModelArguments,
     ModelSpec,
     OutFile,
     Seed,
     Weights,
 )
+from chanprune_ext.cli.saved_model import built_from
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.compensation import compensate
 from chanprune_ext.data import calibration_batches
-from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.plan import PruningPlan
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import format_accuracy
-from chanprune_ext.recovery import evaluate
+from chanprune_ext.recovery import Evaluation, evaluate
+from chanprune_ext.report import environment
 
 __all__ = ["prune"]
-
-
-class CriterionName(str, Enum):
-    """Criteria that need nothing but the weights."""
-
-    L1 = "l1"
-    L2 = "l2"
-    LINF = "linf"
-    BN_SCALE = "bn_scale"
-    FPGM = "fpgm"
-    RANDOM = "random"
 
 
 class Scope(str, Enum):
@@ -71,11 +75,22 @@ def prune(
         ),
     ] = None,
     criterion: Annotated[
-        CriterionName, typer.Option(help="What makes a channel important.")
+        CriterionName,
+        typer.Option(
+            help="What makes a channel important; from elimination on judged by the training "
+            "images of --data."
+        ),
     ] = CriterionName.L1,
     scope: Annotated[
         Scope, typer.Option(help="Rank channels within each group, or all against all.")
     ] = Scope.LOCAL,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Remove every channel whose score is below this, instead of a ratio or budget.",
+            show_default=False,
+        ),
+    ] = None,
     macs: Annotated[
         float | None,
         typer.Option(help="Budget: share of the multiply-accumulates to keep.", show_default=False),
@@ -88,7 +103,7 @@ def prune(
         float | None,
         typer.Option(
             help="Budget: share of the measured time of a forward to keep, on this device with "
-            "--input-shape as the shape that is timed.",
+            "--input as the shape that is timed.",
             show_default=False,
         ),
     ] = None,
@@ -105,17 +120,34 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    input_shape: InputShape = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Prune only groups of this kind: heads, head_dim, residual, mlp or hidden; may be "
+            "repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    shapes: ExampleInputs = None,
     data: Data = None,
     class_file: ClassFile = None,
     test_data: TestData = None,
     preset: PresetName = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
     calibration_images: Annotated[
-        int, typer.Option(min=0, help="Unlabelled images for compensation; 0 leaves it out.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Training images for compensation, unlabelled; 0 leaves it out.",
+            show_default="512, or all there are",
+        ),
+    ] = None,
     plan_out: Annotated[
         Path | None, typer.Option(help="Also write the plan, as JSON.", show_default=False)
     ] = None,
+    json_out: JsonOut = None,
     check_numbers: Annotated[
         bool,
         typer.Option("--check-numbers", help="Compare with the zeroed original in float64."),
@@ -124,55 +156,89 @@ def prune(
     device: Device = "auto",
 ) -> None:
     """Removes channels; with --data also compensates, and measures accuracy before and after."""
-    console = Console()
+    console = plain_console()
     network = load_model(model, model_arg, weights, device)
     place = next(network.parameters()).device
-    images = None
+    looks = (class_file, preset, image_size, resize)
+    inputs = example_inputs(model, network, shapes) if shapes else None
+    shape = None if inputs is None else tuple(tensors_in(inputs)[0].shape[1:])
+    test = training = None
     if test_data is not None or data is not None:
-        images = open_images(test_data or data or "", "test", class_file, preset)
-    if input_shape is not None:
-        shape = parse_shape(input_shape)
-    elif images is not None:
-        shape = (1, *images.shape)
-    else:
-        raise InvalidArgumentError(
-            "--input-shape: needed without --data; give the shape of one input, like 1,3,224,224"
-        )
+        classes = classes_of_test(data, test_data, class_file)
+        test = open_images_like(shape, test_data or data or "", "test", classes, *looks[1:])
+        shape = test.shape
+    drawn = 0
+    if data is not None and calibration_images != 0:
+        training = open_images_like(shape, data, "train", *looks)
+        drawn = images_to_draw(calibration_images, training, "--calibration-images")
+    if inputs is None and test is not None:
+        inputs = torch.zeros(1, *test.shape, device=place)
+    elif inputs is None:
+        inputs = example_inputs(model, network, ())
+    for path in (out, plan_out, json_out):
+        if path is not None:
+            check_writable(path)
     fractions = (macs, params, latency, file_size)
     budget = None if fractions == (None,) * 4 else Budget(*fractions)
-    for folder in {path.parent for path in (out, plan_out) if path is not None}:
-        make_folder(folder)
+    rest_stays = ratios and (ratio, threshold, budget) == (None,) * 3
     made = plan(
         network,
-        torch.zeros(shape, device=place),
-        0.0 if ratios and ratio is None and budget is None else ratio,
+        inputs,
+        0.0 if rest_stays else ratio,
         ratios=parse_ratios(ratios or ()),
-        criterion=criterion.value,
+        criterion=criterion_of(criterion, training, drawn, seed),
         scope=scope.value,
+        threshold=threshold,
         budget=budget,
         round_to=round_to,
         ignore=ignore or (),
+        kinds=kinds,
         seed=seed,
     )
-    console.print(str(made), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(made), highlight=False, soft_wrap=True)
     pruned = made.apply(network, verify="numeric" if check_numbers else "replay")
-    if images is not None:
-        console.print(f"original:    {measured(network, images)}")
-        console.print(f"pruned:      {measured(pruned, images)}")
-        if calibration_images and data is not None:
-            training = open_images(data, "train", class_file, preset)
-            batches = calibration_batches(training, calibration_images, seed=seed)
+    found: dict[str, Evaluation] = {}
+    if test is not None:
+        found["original"] = measured("original", network, test)
+        found["pruned"] = measured("pruned", pruned, test)
+        if training is not None:
+            batches = calibration_batches(training, drawn, seed=seed)
             compensate(pruned, network, [batch.to(place) for batch in batches])
-            console.print(f"compensated: {measured(pruned, images)}")
-    built_from = {"model": model, "arguments": parse_arguments(model_arg or ())}
-    save(pruned, out, built_from=built_from)
+            found["compensated"] = measured("compensated", pruned, test)
+    save(pruned, out, built_from=built_from(model, model_arg))
     console.print(f"model: {out}", soft_wrap=True)
     if plan_out is not None:
         made.save(plan_out)
         console.print(f"plan: {plan_out}", soft_wrap=True)
+    if json_out is not None:
+        facts = {"model": model, "file": out.name, "environment": environment()}
+        text = json.dumps({**facts, **record(made, found)}, indent=1)
+        write_text(json_out, text + "\n")
+        console.print(f"json: {json_out}", soft_wrap=True)
 
 
-def measured(model: torch.nn.Module, images: torch.utils.data.Dataset) -> str:  # type: ignore[type-arg]
-    """Top-1 accuracy as people read it."""
+def measured(
+    stage: str,
+    model: torch.nn.Module,
+    images: torch.utils.data.Dataset,  # type: ignore[type-arg]
+) -> Evaluation:
+    """Accuracy, and a line that tells it."""
     found = evaluate(model, images)
-    return f"top-1 {format_accuracy(found.top1, found.standard_error)} (n = {found.n:,})"
+    top1 = format_accuracy(found.top1, found.standard_error)
+    plain_console().print(f"{stage + ':':<12} top-1 {top1} (n = {found.n:,})")
+    return found
+
+
+def record(made: PruningPlan, found: dict[str, Evaluation]) -> dict[str, Any]:
+    """What was removed, and the accuracy of every stage, as plain numbers."""
+    return {
+        "params": [made.params_before, made.params_after],
+        "macs": [made.macs_before, made.macs_after],
+        "criterion": made.criterion,
+        "options": dict(made.options),
+        "groups": [asdict(group) for group in made.groups],
+        "accuracy": {
+            stage: {**asdict(accuracy), "standard_error": accuracy.standard_error}
+            for stage, accuracy in found.items()
+        },
+    }

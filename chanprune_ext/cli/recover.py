@@ -2,13 +2,12 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from torch import nn
 
-from chanprune_ext.atomic_files import make_folder
+from chanprune_ext.atomic_files import check_writable, make_folder
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.image_options import (
     AutoAugmentation,
@@ -19,6 +18,7 @@ from chanprune_ext.cli.image_options import (
     Repeats,
     Resize,
     TestData,
+    classes_of_test,
     open_images,
     open_training_images,
 )
@@ -31,9 +31,10 @@ from chanprune_ext.cli.options import (
     ModelSpec,
     OutFile,
     Precision,
-    Seed,
 )
 from chanprune_ext.cli.run_printing import INTERRUPTED, command_line, print_interruption
+from chanprune_ext.cli.saved_model import built_from
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.data import Augmentation
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.jobs.recovery_report import recovery_report
@@ -107,7 +108,8 @@ def recover(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Settings of an earlier run, its .recipe.json; options given here override them.",
+            help="Settings of an earlier run, its .recipe.json; options given here override them. "
+            "What the images are and how they are augmented is not among them: give that again.",
             show_default=False,
         ),
     ] = None,
@@ -243,9 +245,14 @@ def recover(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that decode images, for each that trains.")
-    ] = 0,
-    seed: Seed = 0,
+        int | None,
+        typer.Option(
+            min=0, help="Processes that decode images, for each that trains", show_default="0"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything that is drawn at random", show_default="0")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Trains a pruned model back to accuracy; writes it, and beside it the recipe of the run.
@@ -275,10 +282,12 @@ def recover(
         "freeze_batch_norm": freeze_batch_norm,
         "sync_batch_norm": sync_batch_norm,
         "shard": shard,
+        "workers": workers,
+        "seed": seed,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     start = Recipe() if recipe is None else Recipe.load(recipe)
-    chosen = start.changed(**settings, workers=workers, seed=seed)
+    chosen = start.changed(**settings)
     several = launched_processes() > 1
     # Of several processes each finds its own GPU; until then its networks stay off all of them.
     home = "cpu" if several else device
@@ -292,11 +301,14 @@ def recover(
         erasing=random_erasing,
         repeats=repeats,
     )
-    training = open_training_images(data, class_file, preset, image_size, augmentation, seed)
+    training = open_training_images(data, class_file, preset, image_size, augmentation, chosen.seed)
     # a place that cannot be written shows now and not after the training
-    for folder in {out.parent} if report is None else {out.parent, report}:
-        make_folder(folder)
-    test = open_images(test_data or data, "test", class_file, preset, image_size, resize)
+    check_writable(out)
+    check_writable(recipe_beside(out))
+    if report is not None:
+        make_folder(report)
+    classes = classes_of_test(data, test_data, class_file)
+    test = open_images(test_data or data, "test", classes, preset, image_size, resize)
     try:
         result = train_back(
             student,
@@ -319,7 +331,7 @@ def recover(
     first = is_first_process()
     leave_processes()
     if first:
-        _finish(student, out, result)
+        _finish(student, out, result, built_from(model, model_arg))
         if report is not None:
             made = recovery_report(
                 student.to(place(device)),
@@ -330,15 +342,15 @@ def recover(
                 command=command_line(),
                 file_bytes=out.stat().st_size,
             )
-            Console().print(f"report: {write_report(made, report)}", soft_wrap=True)
+            plain_console().print(f"report: {write_report(made, report)}", soft_wrap=True)
 
 
-def _finish(student: nn.Module, out: Path, result: RecoveryResult) -> None:
-    """Writes the model and its recipe, and says what was reached."""
-    save(student, out)
-    record = out.with_suffix(".recipe.json")
+def _finish(student: nn.Module, out: Path, result: RecoveryResult, origin: dict[str, Any]) -> None:
+    """Writes the model, what it was built from and its recipe, and says what was reached."""
+    save(student, out, built_from=origin)
+    record = recipe_beside(out)
     result.recipe.save(record)
-    console = Console()
+    console = plain_console()
     kept = result.before if result.kept_epoch == 0 else result.history[result.kept_epoch - 1].val
     for name, found in (("before", result.before), ("after", kept)):
         if found is not None:
@@ -346,6 +358,11 @@ def _finish(student: nn.Module, out: Path, result: RecoveryResult) -> None:
             console.print(f"{name}: top-1 {accuracy} (n = {found.n:,})")
     console.print(f"model: {out}", soft_wrap=True)
     console.print(f"recipe: {record}", soft_wrap=True)
+
+
+def recipe_beside(out: Path) -> Path:
+    """Where the settings of a run are written."""
+    return out.with_suffix(".recipe.json")
 
 
 def parse_losses(texts: list[str]) -> dict[str, float]:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from chanprune_ext.cli.tables import stage_table
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.report import load_report, write_report
 
 __all__ = ["report"]
@@ -23,6 +23,6 @@ def report(
 ) -> None:
     """Prints the table of a saved run and writes its HTML page again."""
     saved = load_report(run)
-    console = Console()
+    console = plain_console()
     console.print(stage_table(saved.stages, saved.title))
     console.print(f"report: {write_report(saved, out or run.parent)}", soft_wrap=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from chanprune_ext.cli.options import DATA_HELP, ClassFile, Precision, Seed
 from chanprune_ext.cli.run_printing import command_line, run_and_print, say
 from chanprune_ext.cli.tables import trial_table
+from chanprune_ext.cli.terminal import plain_console
 
 __all__ = ["reproduce"]
 
@@ -105,8 +105,8 @@ def reproduce(
             ),
             earlier=load_trials(folder / "trials.json", inputs) if resume else (),
         )
-        Console().print(trial_table(baseline, n, results, found.title))
-        Console().print(
+        plain_console().print(trial_table(baseline, n, results, found.title))
+        plain_console().print(
             f"n = {n:,}; original with one standard error, the others "
             + (f"with the standard deviation over {draws} draws" if draws > 1 else "from one draw"),
             style="dim",
@@ -114,7 +114,7 @@ def reproduce(
         if results:
             made = trial_report(found.title, command, baseline, n, results, found.references)
             page = write_report(made, folder / "without-training")
-            Console().print(f"report: {page}", soft_wrap=True)
+            plain_console().print(f"report: {page}", soft_wrap=True)
     if epochs:
         options: dict[str, Any] = {
             "recover_epochs": epochs,

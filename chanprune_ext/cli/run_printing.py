@@ -7,16 +7,24 @@ import sys
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from chanprune_ext.cli.tables import stage_table
+from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.jobs.pipeline import Job, run_job
 from chanprune_ext.recovery import RecoveryInterrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["INTERRUPTED", "command_line", "print_interruption", "run_and_print"]
+__all__ = [
+    "INTERRUPTED",
+    "announcement",
+    "command_line",
+    "print_interruption",
+    "run_and_print",
+    "say",
+]
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
@@ -26,7 +34,7 @@ def run_and_print(job: Job, out: Path, *, resume: bool | None = None) -> None:
 
     ``resume`` is as for :func:`chanprune_ext.jobs.pipeline.run_job`.
     """
-    console = Console()
+    console = plain_console()
     try:
         report = run_job(job, out, command=command_line(), say=say, resume=resume)
     except RecoveryInterrupted as interruption:
@@ -39,7 +47,7 @@ def run_and_print(job: Job, out: Path, *, resume: bool | None = None) -> None:
     console.print(f"latency: {report.conditions}", style="dim")
     console.print("x: MACs and speed relative to the original", style="dim")
     for note in report.notes:
-        console.print(note, style="dim", highlight=False, markup=False)
+        console.print(note, style="dim", highlight=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
@@ -49,12 +57,17 @@ def print_interruption(interruption: RecoveryInterrupted, option: str) -> None:
         f"interrupted after update {interruption.update} of {interruption.updates}; go on with "
         f"the same command and {option}"
     )
-    Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+    plain_console(stderr=True).print(message, soft_wrap=True, highlight=False)
 
 
 def say(line: str) -> None:
     """Announces a step."""
-    Console().print(f"[bold cyan]>[/] {line}")
+    plain_console().print(announcement(line))
+
+
+def announcement(line: str) -> Text:
+    """How a step is announced."""
+    return Text.assemble((">", "bold cyan"), " ", line)
 
 
 def command_line() -> str:

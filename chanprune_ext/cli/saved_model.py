@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["SavedModel", "names_plain_model", "open_saved"]
+__all__ = ["SavedModel", "built_from", "names_plain_model", "open_saved"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def open_saved(
         ChanpruneError: The file is damaged or foreign, or belongs to another model.
     """
     target = place(device)
-    built = _built_from(file)
+    built = _read_built_from(file)
     given = parse_arguments(arguments or ())
     if spec is None:
         spec, given = built.get("model"), {**built.get("arguments", {}), **given}
@@ -91,12 +91,17 @@ def open_saved(
     return SavedModel(plain, pruned, _on(inputs, target, _dtype_of(pruned)), spec)
 
 
+def built_from(spec: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """What a saved file says of the plain model, for :func:`open_saved` to read again."""
+    return {"model": spec, "arguments": parse_arguments(arguments or ())}
+
+
 def names_plain_model(file: Path) -> bool:
     """Whether a file says what it was pruned from."""
-    return "model" in _built_from(file)
+    return "model" in _read_built_from(file)
 
 
-def _built_from(file: Path) -> dict[str, Any]:
+def _read_built_from(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(read_description(file).get("built_from", "{}"))
     except ValueError as error:

@@ -7,10 +7,23 @@ from typing import Annotated
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from chanprune_ext.atomic_files import make_folder
+from chanprune_ext.atomic_files import check_writable, make_folder
+from chanprune_ext.cli.calibration import (
+    CriterionName,
+    criterion_of,
+    images_to_draw,
+    labelled_batches,
+    needs_images,
+)
+from chanprune_ext.cli.image_options import (
+    ImageSize,
+    PresetName,
+    Resize,
+    open_images,
+    open_images_like,
+)
 from chanprune_ext.cli.loading import load_model
 from chanprune_ext.cli.options import (
     DATA_HELP,
@@ -22,14 +35,14 @@ from chanprune_ext.cli.options import (
     Seed,
     Weights,
 )
-from chanprune_ext.cli.prune import CriterionName
 from chanprune_ext.cli.run_printing import command_line
-from chanprune_ext.data import calibration_batches, make_loader, open_dataset
+from chanprune_ext.cli.terminal import plain_console
+from chanprune_ext.data import calibration_batches
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.pruning import plan
 from chanprune_ext.recovery import evaluate
 from chanprune_ext.report import RunReport, Stage, environment, write_report
-from chanprune_ext.sensitivity import Sensitivity
+from chanprune_ext.sensitivity import Sensitivity, told_apart
 from chanprune_ext.sensitivity import sensitivity as measure
 
 __all__ = ["sensitivity"]
@@ -42,11 +55,15 @@ def sensitivity(
     weights: Weights = None,
     model_arg: ModelArguments = None,
     class_file: ClassFile = None,
+    preset: PresetName = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
     ratios: Annotated[
         str, typer.Option(metavar="R,R,...", help="Shares of a group to remove, rising.")
     ] = "0.25,0.5,0.75",
     criterion: Annotated[
-        CriterionName, typer.Option(help="Orders the channels.")
+        CriterionName,
+        typer.Option(help="Orders the channels; from elimination on by training images."),
     ] = CriterionName.L1,
     images: Annotated[int, typer.Option(min=1, help="Test images to measure on.")] = 256,
     compensate: Annotated[
@@ -67,30 +84,33 @@ def sensitivity(
     device: Device = "auto",
 ) -> None:
     """Measures how accuracy and outputs suffer when one group of channels alone is cut."""
-    console = Console()
+    console = plain_console()
     network = load_model(model, model_arg, weights, device)
     place = next(network.parameters()).device
-    test = open_dataset(data, "test", class_file=class_file)
-    for folder in {path for path in (out.parent, report) if path is not None}:
-        make_folder(folder)
-    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for inputs, labels in make_loader(test, batch_size, shuffle=True, seed=seed):
-        left = images - sum(len(y) for _, y in batches)
-        if left <= 0:
-            break
-        batches.append((inputs[:left].to(place), labels[:left]))
+    test = open_images(data, "test", class_file, preset, image_size, resize)
+    check_writable(out)
+    if report is not None:
+        make_folder(report)
+    training, drawn = None, 0
+    if compensate or needs_images(criterion):
+        training = open_images_like(
+            test.shape, data, "train", class_file, preset, image_size, resize
+        )
+        drawn = images_to_draw(compensate or None, training, "--compensate")
+    ranking = criterion_of(criterion, training, drawn, seed)
     calibration = None
-    if compensate:
-        training = open_dataset(data, "train", class_file=class_file)
-        drawn = calibration_batches(training, compensate, seed=seed)
-        calibration = [batch.to(place) for batch in drawn]
+    if training is not None and compensate:
+        unlabelled = calibration_batches(training, drawn, seed=seed)
+        calibration = [batch.to(place) for batch in unlabelled]
+    chosen = labelled_batches(test, images, batch_size, seed)
+    batches = [(inputs.to(place), labels) for inputs, labels in chosen]
     example = torch.zeros(1, *test.shape, device=place)
     found = measure(
         network,
         example,
         batches,
         ratios=parse_numbers(ratios),
-        criterion=criterion.value,
+        criterion=ranking,
         calibration=calibration,
         seed=seed,
     )
@@ -147,7 +167,8 @@ def curve_table(found: Sensitivity) -> Table:
     table.add_column("width", justify="right")
     for ratio in found.ratios:
         table.add_column(f"-{100 * ratio:g} %", justify="right", no_wrap=True)
-    for curve in found.curves:
+    names = told_apart([(curve.group, curve.kind) for curve in found.curves])
+    for name, curve in zip(names, found.curves, strict=True):
         cells = []
         for point in range(len(found.ratios)):
             parts = [
@@ -156,5 +177,5 @@ def curve_table(found: Sensitivity) -> Table:
                 if c is not None
             ]
             cells.append(" / ".join(parts))
-        table.add_row(curve.group, str(curve.width), *cells)
+        table.add_row(name, str(curve.width), *cells)
     return table

@@ -88,7 +88,11 @@ def facts_table(facts: Mapping[str, object]) -> Table:
 
 def check_table(checks: Sequence[Check], title: str) -> Table:
     """One row a check: how it went, its name, what was found."""
-    marks = {True: "[green]ok[/]", False: "[bold red]failed[/]", None: "[yellow]-[/]"}
+    marks = {
+        True: Text("ok", "green"),
+        False: Text("failed", "bold red"),
+        None: Text("-", "yellow"),
+    }
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, show_header=False
     )

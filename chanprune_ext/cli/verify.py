@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from chanprune_ext.atomic_files import write_text
+from chanprune_ext.atomic_files import check_writable, write_text
 from chanprune_ext.cli.options import Device, InputShapes, ModelArguments, PlainModel, SavedFile
 from chanprune_ext.cli.saved_model import names_plain_model, open_saved
 from chanprune_ext.cli.tables import check_table
-from chanprune_ext.file_checks import check_file, check_model
+from chanprune_ext.cli.terminal import plain_console
+from chanprune_ext.file_checks import Check, check_file, check_model
 
 __all__ = ["verify"]
 
@@ -35,14 +35,18 @@ def verify(
 
     Ends with exit code 1 where a check failed.
     """
-    console = Console()
+    console = plain_console()
+    if json_out is not None:
+        check_writable(json_out)
     checks = check_file(file)
     whole = all(check.passed is not False for check in checks)
-    known = model is not None or (whole and names_plain_model(file))
-    if whole and known:
+    known = whole and (model is not None or names_plain_model(file))
+    if whole and (known or weights is not None or model_arg or shapes):
         saved = open_saved(file, model, model_arg, weights, shapes, device)
         original = weights is not None
         checks += check_model(saved.plain, saved.pruned, saved.inputs, original=original)
+    elif whole:
+        checks.append(Check("rebuilt", None, "neither rebuilt nor run"))
     console.print(check_table(checks, str(file)))
     if whole and not known:
         console.print(

@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import DataError
 from .decoding import decoded
+from .layout import is_hidden, layout_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +34,6 @@ __all__ = ["ImageArchive", "ImageEntries", "ImageEntry", "decode", "is_archive"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
 
 
 def is_archive(path: Path) -> bool:
@@ -98,37 +91,49 @@ class ImageEntries(Sequence[ImageEntry]):
 class ImageArchive:
     """Index of an image set laid out as ``[wrapper/][split/]class/image``.
 
+    Hidden files and folders, whose names begin with a dot, are left out.
+
+    Attributes:
+        entries (ImageEntries): the images.
+        empty_classes (list[str]): class folders that hold no image in any split.
+        unsorted (list[str]): split folders whose images are in no class folder; left out.
+
     Args:
         path (Path): directory or tar archive (plain, gzip, bzip2 or xz).
 
     Raises:
-        DataError: the file is missing, truncated or no tar archive, or holds no image in a class
-            folder.
+        DataError: the file is missing, truncated or no tar archive, holds no image in a class
+            folder, or one whose class can't be told.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.is_dir():
-            names = _names_below(path)
+            names, folders = _found_below(path)
             self._blob: Path | None = None
-            self._spans = np.empty((0, 2), np.int64)
+            self._spans = np.empty((len(names), 0), np.int64)
         else:
-            names = self._index_tar()
+            names, folders = self._index_tar()
         self._fd: tuple[int, int] | None = None
-        self.entries = _entries(names)
-        if not self.entries:
+        if not any("/" in name.removeprefix("./") for name in names):
             raise DataError(
                 f"{path}: no image found in a class folder; expected [split/]class/image with one "
                 f"of the suffixes {', '.join(IMAGE_SUFFIXES)}"
             )
+        kinds, self.empty_classes, self.unsorted = layout_of(str(path), names, folders)
+        known = [(name, kind) for name, kind in zip(names, kinds, strict=True) if kind is not None]
+        self._spans = self._spans[[kind is not None for kind in kinds]]
+        self.entries = ImageEntries([name for name, _ in known], [kind for _, kind in known])
 
-    def _index_tar(self) -> list[str]:
+    def _index_tar(self) -> tuple[list[str], list[str]]:
         try:
             self._blob = self._inflated() if self.path.suffix.lower() != ".tar" else self.path
             with tarfile.open(self._blob, "r:") as archive:
+                members = [member for member in archive if not is_hidden(member.name)]
+                folders = [member.name for member in members if member.isdir()]
                 found = sorted(
                     (member.name, member.offset_data, member.size)
-                    for member in archive
+                    for member in members
                     if member.isreg() and not member.issparse() and _is_image(member.name)
                 )
                 with self._blob.open("rb") as file:
@@ -142,7 +147,7 @@ class ImageArchive:
             ) from error
         spans = [(offset, size) for _, offset, size in found]
         self._spans = np.array(spans, np.int64).reshape(-1, 2)
-        return [name for name, _, _ in found]
+        return [name for name, _, _ in found], folders
 
     def _inflated(self) -> Path:
         """Decompresses the archive into a temporary file that lives as long as this object."""
@@ -205,42 +210,24 @@ def _close_file(descriptor: int, owner: int) -> None:
 
 
 def _is_image(name: str) -> bool:
-    leaf = name.rsplit("/", 1)[-1]
-    return leaf.lower().endswith(IMAGE_SUFFIXES) and not leaf.startswith(".")
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _names_below(folder: Path) -> list[str]:
-    """Paths of all images, relative to the folder, sorted; links are followed."""
-    names = []
-    for root, _, files in os.walk(folder, followlinks=True):
-        below = os.path.relpath(root, folder)
-        names += [f"{below}/{file}" for file in files if _is_image(file)]
-    return sorted(name.removeprefix("./") for name in names)
-
-
-def _entries(names: Sequence[str]) -> ImageEntries:
-    """Tells wrapper, split and class folders apart; none when an image lies in no class folder."""
-    split_paths = [[part for part in name.split("/") if part != "."] for name in names]
-    if not split_paths:
-        return ImageEntries((), ())
-    depth = 0
-    while (
-        all(len(parts) - depth >= 3 for parts in split_paths)
-        and len({parts[depth] for parts in split_paths}) == 1
-        and split_paths[0][depth] not in SPLIT_NAMES
-    ):
-        depth += 1
-    has_splits = all(
-        parts[depth] in SPLIT_NAMES and len(parts) - depth >= 3 for parts in split_paths
-    )
-    kinds = []
-    for parts in split_paths:
-        split = SPLIT_NAMES[parts[depth]] if has_splits else None
-        rest = parts[depth + has_splits :]
-        if len(rest) < 2:
-            return ImageEntries((), ())
-        kinds.append((split, rest[0]))
-    return ImageEntries(names, kinds)
+def _found_below(top: Path) -> tuple[list[str], list[str]]:
+    """Paths of all images, sorted, and of all folders, relative to ``top``; links are followed."""
+    names, folders = [], []
+    around: dict[str, frozenset[str]] = {str(top): frozenset()}
+    for root, inner, files in os.walk(str(top), followlinks=True):
+        place, outer = os.path.realpath(root), around.pop(root)
+        if place in outer:  # a link back to where it is in
+            inner.clear()
+            continue
+        inner[:] = [name for name in inner if not is_hidden(name)]
+        around.update({f"{root.rstrip('/')}/{name}": outer | {place} for name in inner})
+        below = os.path.relpath(root, top)
+        folders.append(below)
+        names += [f"{below}/{file}" for file in files if _is_image(file) and not is_hidden(file)]
+    return sorted(name.removeprefix("./") for name in names), folders
 
 
 def decode(archive: ImageArchive, position: int) -> Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["decoded"]
 
@@ -31,7 +35,7 @@ def decoded(data: bytes, name: str) -> Tensor:
         Tensor[3, H, W]: uint8 RGB. Strided as the decoder left it, which is NHWC.
 
     Raises:
-        DataError: the bytes are no complete image.
+        DataError: the bytes are no complete image, or one whose values have no known range.
     """
     if data[:2] == _JPEG:
         try:
@@ -41,10 +45,10 @@ def decoded(data: bytes, name: str) -> Tensor:
             return decode_jpeg(encoded, mode=ImageReadMode.RGB)
         except (RuntimeError, ImportError, DeprecationWarning):
             pass  # a broken image; or a torchvision without decoders, which it is about to drop
-    from PIL import Image
+    import PIL.Image
 
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = _eight_bits(PIL.Image.open(io.BytesIO(data))).convert("RGB")
     except (
         OSError,
         SyntaxError,
@@ -54,7 +58,21 @@ def decoded(data: bytes, name: str) -> Tensor:
         EOFError,
         struct.error,
         zlib.error,
-        Image.DecompressionBombError,
+        PIL.Image.DecompressionBombError,
     ) as error:
         raise DataError(f"{name} is no readable image ({error})") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image) -> Image:
+    """Grey images of more bits brought to 8; Pillow would cut their values off at 255."""
+    import PIL.Image
+
+    # Older releases of Pillow read the 16 bits of a PNG into 32.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        return PIL.Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"pixels of mode {image.mode}, 32 bits, have no known range; convert them to 8 or 16"
+        )
+    return image

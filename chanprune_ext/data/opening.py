@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import DataError, InvalidArgumentError
 from .archive import ImageArchive, decode, is_archive
-from .class_names import class_names
+from .class_names import ClassFile, class_names
 from .files import FileImages
 from .sets import ImageDataset, TensorImages, require_positive
 from .shard_files import count_images, find_shards, is_shard_pattern
@@ -26,7 +26,7 @@ from .unreadable import UnreadableImages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["open_dataset"]
+__all__ = ["class_folders", "open_dataset", "takes_size"]
 
 DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
 SMALL_EDGE = 64  # images up to this many pixels a side are decoded once and kept in memory
@@ -41,7 +41,7 @@ def open_dataset(
     resize: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_file: str | os.PathLike[str] | None = None,
+    class_file: ClassFile | None = None,
     seed: int = 0,
     preset: Preset | None = None,
 ) -> ImageDataset:
@@ -73,9 +73,10 @@ def open_dataset(
         mean (Sequence[float], optional): subtracted from pixels on the scale 0 to 1, one value a
             channel. Default: ImageNet's for colour, 0.5 otherwise, the set's own for digits.
         std (Sequence[float], optional): what the difference is divided by, likewise.
-        class_file (str or PathLike, optional): text file with one class folder name a line, in
-            label order, or ``"imagenet"`` for the ids of ILSVRC 2012. Default: labels follow the
-            sorted folder names.
+        class_file (str, PathLike or Sequence[str], optional): text file with one class folder name
+            a line, in label order, or ``"imagenet"`` for the ids of ILSVRC 2012; or the names
+            themselves, such as the ``class_names`` of the training images for a test set that may
+            lack some. Default: labels follow the sorted folder names.
         seed (int): seed of the augmentation. Default: 0.
         preset (Preset, optional): what the weights expect; sets size, resize, mean and std where
             these are not given, and the interpolation. Default: None.
@@ -86,7 +87,8 @@ def open_dataset(
         names them; more than one in a hundred is an error.
 
     Raises:
-        DataError: the data are missing, truncated, empty, or labelled outside the classes.
+        DataError: the data are missing, truncated, empty, or labelled outside the classes, or it
+            can't be told what class an image is of.
         InvalidArgumentError: an argument is outside what is described above.
     """
     if split not in ("train", "val", "test"):
@@ -103,7 +105,7 @@ def open_dataset(
         looks = _looks(size or 224, resize, mean, std, interpolation)
         shards = count_images(find_shards(name, split))
         return ShardedImages(shards, class_file, looks, augment, seed)
-    if path.is_dir() or (path.is_file() and is_archive(path)):
+    if _is_folder_or_archive(path):
         archive = ImageArchive(path)
         return _from_archive(
             archive, split, augment, size, resize, mean, std, class_file, seed, interpolation
@@ -128,6 +130,34 @@ def open_dataset(
         )
     mean, std = _normalisation(images.shape[1], mean, std)
     return TensorImages(images, labels, classes, mean, std, augment, seed, pad, flip)
+
+
+def takes_size(spec: str | os.PathLike[str]) -> bool:
+    """Whether the images of a set are scaled: in folders, archives and shards they are."""
+    return is_shard_pattern(os.fspath(spec)) or _is_folder_or_archive(Path(spec))
+
+
+def class_folders(spec: str | os.PathLike[str]) -> tuple[str, ...] | None:
+    """Classes of a set whose labels follow its folders, without opening the images; None if none.
+
+    Raises:
+        DataError: as for :func:`open_dataset`.
+    """
+    name, path = os.fspath(spec), Path(spec)
+    if is_shard_pattern(name):
+        shards = count_images(find_shards(name, "train"))
+        if any(shard.labels or not shard.counted for shard in shards):
+            return None
+        return class_names(name, frozenset().union(*(shard.classes for shard in shards)), None)
+    if not _is_folder_or_archive(path):
+        return None
+    archive = ImageArchive(path)
+    folders = (folder for _, folder in archive.entries.kinds)
+    return class_names(name, folders, None, archive.empty_classes)
+
+
+def _is_folder_or_archive(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and is_archive(path))
 
 
 def _normalisation(
@@ -168,18 +198,22 @@ def _cifar10(root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
 def _npz(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     part = "train" if split == "train" else "test"
+    wanted = (f"{part}_images", f"{part}_labels")
+    labels_of_both = ("train_labels", "test_labels")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in (f"{part}_images", f"{part}_labels")}
-            other = f"{'test' if part == 'train' else 'train'}_labels"
-            everything = [arrays[f"{part}_labels"], *([file[other]] if other in file else [])]
-    except KeyError as error:
-        raise DataError(
-            f"{path}: no array {error}; expected {part}_images, {part}_labels"
-        ) from None
+            names = list(file)
+            arrays = {key: file[key] for key in {*wanted, *labels_of_both} if key in file}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise DataError(f"{path}: not a complete .npz file ({error}); copy it again") from error
-    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    missing = [key for key in wanted if key not in arrays]
+    if missing:
+        raise DataError(
+            f"{path}: no array {missing[0]!r}; expected {' and '.join(wanted)}, found "
+            f"{', '.join(names) or 'none'}"
+        )
+    everything = [arrays[key] for key in labels_of_both if key in arrays]
+    images, labels = (arrays[key] for key in wanted)
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
@@ -211,13 +245,13 @@ def _from_archive(
     resize: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    class_file: str | os.PathLike[str] | None,
+    class_file: ClassFile | None,
     seed: int,
     interpolation: str,
 ) -> ImageDataset:
     kinds, kind_of = archive.entries.kinds, archive.entries.kind_of
     folders = (name for _, name in kinds)
-    classes = class_names(str(archive.path), folders, class_file)
+    classes = class_names(str(archive.path), folders, class_file, archive.empty_classes)
     rank = {name: label for label, name in enumerate(classes)}
     wanted = _wanted_split(archive, split)
     chosen = np.array([split == wanted for split, _ in kinds])
@@ -266,8 +300,10 @@ def _wanted_split(archive: ImageArchive, split: str) -> str | None:
     for candidate in (split, stand_in):
         if candidate in archive.splits:
             return candidate
+    unsorted = "".join(f"; {top}/ holds images in no class folder" for top in archive.unsorted)
     raise DataError(
-        f"{archive.path}: no folder for split {split!r}; found {', '.join(sorted(archive.splits))}"
+        f"{archive.path}: no folder for split {split!r}; found "
+        f"{', '.join(sorted(archive.splits))}{unsorted}"
     )
 
 

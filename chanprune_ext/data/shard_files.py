@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from .archive import IMAGE_SUFFIXES, SPLIT_NAMES
+from .archive import IMAGE_SUFFIXES
+from .layout import SPLIT_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

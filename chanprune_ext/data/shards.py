@@ -19,14 +19,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import DataError
 from ..seeds import generator_of, mixed
-from .class_names import class_names, read_class_file
+from .class_names import ClassFile, class_names, read_class_file
 from .decoding import decoded
 from .files import EncodedImages, collated
 from .shard_files import class_of, read_shard
 from .unreadable import watched
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
 
     from .shard_files import EncodedSample, Shard
@@ -57,7 +56,7 @@ class ShardedImages(EncodedImages, IterableDataset[tuple[Tensor, int]]):
     def __init__(
         self,
         shards: Sequence[Shard],
-        class_file: str | os.PathLike[str] | None,
+        class_file: ClassFile | None,
         preset: Preset,
         augment: bool | Augmentation = False,
         seed: int = 0,
@@ -140,9 +139,7 @@ class ShardedImages(EncodedImages, IterableDataset[tuple[Tensor, int]]):
         )
 
 
-def _names(
-    source: str, shards: Sequence[Shard], class_file: str | os.PathLike[str] | None
-) -> tuple[str, ...]:
+def _names(source: str, shards: Sequence[Shard], class_file: ClassFile | None) -> tuple[str, ...]:
     counted = all(shard.counted for shard in shards)
     if not counted:
         if class_file is None:

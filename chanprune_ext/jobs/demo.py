@@ -31,7 +31,8 @@ def digits_job(
         torch.manual_seed(seed)
         model = resnet20(in_channels=train.shape[0])
     common: dict[str, Any] = {"batch_size": 64, "seed": seed, "progress": progress}
-    recover(model, train=train, epochs=train_epochs, lr=0.1, warmup=1.0, **common)
+    warmup = min(1.0, train_epochs / 2)  # of a single epoch, half
+    recover(model, train=train, epochs=train_epochs, lr=0.1, warmup=warmup, **common)
     return Job(
         title="ResNet-20 on handwritten digits, half of all channels",
         model=model,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import FuncFormatter
 
+from ..sensitivity import told_apart
 from .chart_style import GRID, INK, MUTED, add_tip, as_svg, new_figure, stage_color
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ def _panel(
     rising: bool,
 ) -> None:
     ratios = [0.0, *data["ratios"]]
+    names = told_apart([(curve["group"], curve.get("kind", "")) for curve in data["curves"]])
     order = sorted(range(len(values)), key=lambda i: sum(values[i]), reverse=rising)
     for rank, number in reversed(list(enumerate(order))):
-        curve = data["curves"][number]
         named = rank < _NAMED
         colour = stage_color(rank + 1) if named else MUTED
-        label = curve["group"] if named else None
+        label = names[number] if named else None
         (line,) = axes.plot(
             ratios,
             values[number],
@@ -76,7 +77,7 @@ def _panel(
         points = ", ".join(
             f"{r:.0%}: {v:.3g}" for r, v in zip(data["ratios"], values[number][1:], strict=True)
         )
-        add_tip(line, f"{name}-{number}", f"{curve['group']} ({points})", tips)
+        add_tip(line, f"{name}-{number}", f"{names[number]} ({points})", tips)
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     axes.set_xlabel("share of the group removed")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import pickle
+import tarfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,8 +85,11 @@ def test_npz_of_grey_images_without_a_channel_axis(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_images": None}, "no array 'test_images"),
-        ({"test_labels": None}, "no array 'test_labels"),
+        (
+            {"test_images": None},
+            r"no array 'test_images'; expected test_images and test_labels, found train_images, ",
+        ),
+        ({"test_labels": None}, "no array 'test_labels'; expected"),
         ({"test_images": np.zeros((5, 8, 8, 3))}, r"test_images: expected .*uint8.*got float64"),
         ({"test_images": np.zeros((5, 8), np.uint8)}, r"got uint8 \[5, 8\]"),
         ({"test_images": np.zeros((0, 8, 8, 3), np.uint8)}, "non-empty"),
@@ -200,6 +204,14 @@ def test_default_scaling_keeps_the_margin_of_imagenet(tmp_path: Path) -> None:
     [
         ({"readme.txt": b"x"}, "no image found in a class folder"),
         ({"x.png": png(1)}, "no image found in a class folder"),
+        ({"train/a/x.png": png(1), "train/x.png": png(1)}, r"train/x\.png lies in no class folder"),
+        (
+            {"train/a/x.png": png(1), "docs/b/x.png": png(1)},
+            r"b/x\.png lies in no .* of train",
+        ),
+        ({"s/train/a/x.png": png(1), "s/x.png": png(1)}, r"s/x\.png lies in no class folder"),
+        ({"train/x.png": png(1), "Test/x.png": png(1)}, "/ holds images in no class folder"),
+        ({"train/a/x.png": png(1), "val/x.png": png(1)}, "val/ holds images in no class folder"),
         ({"a/x.png": b"\x89PNG but not really"}, r"a/x\.png is no readable image"),
         ({"a/x.png": png(1)[:50]}, r"a/x\.png is no readable image"),
     ],
@@ -211,6 +223,65 @@ def test_bad_folders_and_archives_are_explained(
         open_dataset(write_folder(tmp_path / "tree", files))
     with pytest.raises(DataError, match=message):
         open_dataset(write_tar(tmp_path / "a.tar", files))
+
+
+def test_split_folders_however_they_are_written(tmp_path: Path) -> None:
+    names = ("Set/Train/a/0.png", "Set/Train/b/1.png", "Set/Valid/b/2.png", "Set/test/3.png")
+    root = write_folder(tmp_path / "tree", dict.fromkeys(names, png(1)))
+    for spec in (root, write_tar(tmp_path / "a.tar", dict.fromkeys(names, png(1)))):
+        train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
+        assert train.class_names == test.class_names == ("a", "b")
+        # The unsorted images of Set/test are left out; those of Set/Valid stand in.
+        assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1], [1])
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, {"bus/0.png": png(1), "train/1.png": png(2)})
+    assert open_dataset(root, "test").class_names == ("bus", "train")
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_a_class_folder_without_images_shifts_no_label(tmp_path: Path, kind: str) -> None:
+    spec = write_folder(tmp_path / "set", {"a/0.png": png(1), "c/0.png": png(2)})
+    (spec / "b").mkdir()
+    if kind == "archive":
+        spec = tmp_path / "set.tar"
+        with tarfile.open(spec, "w") as archive:
+            archive.add(tmp_path / "set", "set")
+    with pytest.raises(DataError, match=r"class folder 'b' .* holds no image"):
+        open_dataset(spec)
+    assert open_dataset(spec, class_file=("a", "b", "c")).labels.tolist() == [0, 2]
+
+
+def test_an_empty_class_of_one_split_is_known_from_another(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, {"train/a/0.png": png(1), "train/b/0.png": png(2)})
+    write_folder(root, {"val/b/0.png": png(3)})
+    (root / "val" / "a").mkdir()
+    assert open_dataset(root, "val").labels.tolist() == [1]
+
+
+def test_hidden_folders_and_links_in_a_circle_hold_no_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, {"a/0.png": png(1), "b/0.png": png(2)})
+    write_folder(root, {".ipynb_checkpoints/0.png": png(3), ".trash/c/0.png": png(4)})
+    (root / "a" / "loop").symlink_to("..")
+    found = open_dataset(root)
+    assert (found.class_names, found.labels.tolist()) == (("a", "b"), [0, 1])
+
+
+def test_grey_images_of_more_than_8_bits(tmp_path: Path) -> None:
+    def encoded(values: np.ndarray, kind: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, kind)
+        return buffer.getvalue()
+
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for kind in ("png", "tiff"):
+        root = write_folder(tmp_path, {f"{kind}/a/0.{kind}": encoded(ramp.astype(np.uint16), kind)})
+        pixels = open_dataset(root / kind, **UNIT)[0][0][0]
+        assert torch.allclose(pixels, torch.from_numpy(ramp / 65535).float(), atol=0.5 / 255 + 1e-6)
+    write_folder(tmp_path, {"f/a/0.tiff": encoded((ramp / 65535).astype(np.float32), "tiff")})
+    with pytest.raises(DataError, match="pixels of mode F, 32 bits, have no known range"):
+        open_dataset(tmp_path / "f")
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])

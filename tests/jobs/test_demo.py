@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,13 @@ def test_layer_widths_of_linear_and_convolution_layers() -> None:
     before = nn.Sequential(nn.Conv1d(1, 6, 1), nn.ReLU(), nn.Linear(6, 3))
     after = nn.Sequential(nn.Conv1d(1, 4, 1), nn.ReLU(), nn.Linear(4, 3))
     assert layer_widths(before, after) == (LayerWidth("0", 6, 4), LayerWidth("2", 3, 3))
+
+
+def test_the_demo_may_train_for_one_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("chanprune_ext.jobs.demo.recover", lambda _, **given: asked.update(given))
+    digits_job(train_epochs=1)
+    assert 0 < asked["warmup"] < asked["epochs"] == 1
 
 
 @pytest.mark.slow

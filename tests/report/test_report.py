@@ -116,6 +116,14 @@ def read_page(page: str) -> PageReader:
     return reader
 
 
+def test_one_epoch_is_one_and_the_speed_says_what_it_is() -> None:
+    report = example_report()
+    assert "2 epochs." in render_html(report)
+    page = render_html(replace(report, history=report.history[:1]))
+    assert "1 epoch." in page
+    assert "10.0 ms → 6.25 ms; median of paired ratios" in page
+
+
 def test_json_round_trip(tmp_path: Path) -> None:
     report = example_report()
 
