@@ -58,7 +58,7 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.a(x)).flatten(2).transpose(1, 2)
-        x = x * torch.sigmoid(x.mean(2, keepdim=True))
+        x = x * torch.sigmoid(x.mean(2, keepdim=True) + x.max(2, keepdim=True).values)
         query, key = (nn.functional.layer_norm(p(x), p.weight.shape[:1]) for p in (self.q, self.k))
         mixed = nn.functional.scaled_dot_product_attention(query, key, self.v(x))
         return self.out(mixed.mean(1))

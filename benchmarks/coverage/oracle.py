@@ -184,7 +184,8 @@ def _mapped(output: Any, change: Any) -> Any:
         return change(output)
     if isinstance(output, (tuple, list)):
         items = [_mapped(v, change) for v in output]
-        return items if isinstance(output, list) else tuple(items)
+        named = type(output).__module__ == "torch.return_types"
+        return type(output)(items) if named or isinstance(output, list) else tuple(items)
     return output
 
 

@@ -36,6 +36,7 @@ def digits_job(
     return Job(
         title="ResNet-20 on handwritten digits, half of all channels",
         model=model,
+        built_from={"model": "resnet20", "arguments": {"in_channels": train.shape[0]}},
         train=train,
         test=open_dataset("digits", "test"),
         calibration=calibration_batches(train, 512, seed=seed),

@@ -57,6 +57,8 @@ class Job:
     Attributes:
         title: Heading of the report.
         model: The trained classifier; it is not changed.
+        built_from: How the command line names its architecture, with ``model`` and ``arguments``,
+            for files that say what they were made from.
         train: Images to recover on.
         test: Images every accuracy is measured on; nothing is chosen by them.
         calibration: Unlabelled batches for compensation, none of them from ``test``.
@@ -74,6 +76,7 @@ class Job:
 
     title: str
     model: nn.Module
+    built_from: Mapping[str, Any]
     train: ImageDataset
     test: ImageDataset
     calibration: Sequence[Tensor]
@@ -126,7 +129,7 @@ def run_job(
     def keep(name: str, model: nn.Module) -> None:
         """Writes a model as soon as it is there: what comes after it can take hours, and fail."""
         path = out / f"{name.replace(' ', '-').lower()}.safetensors"
-        save(model, path)
+        save(model, path, built_from=job.built_from)
         models[name], file_bytes[name] = model, path.stat().st_size
 
     made, compensated, compensation_note = _compensated(job, folder, say)

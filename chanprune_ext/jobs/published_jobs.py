@@ -100,6 +100,7 @@ def cifar10_resnet56_job(
     return Job(
         title="ResNet-56 on CIFAR-10, half of the multiply-accumulates",
         model=model,
+        built_from={"model": "resnet56", "arguments": {}},
         train=train,
         test=open_dataset(data, "test"),
         calibration=calibration,
@@ -163,6 +164,7 @@ def imagenet_mobilenetv2_job(
     return Job(
         title="MobileNetV2 on ImageNet, hidden channels -30 %",
         model=trained_mobilenet_v2(weights),
+        built_from={"model": "torchvision:mobilenet_v2", "arguments": {}},
         train=train,
         test=images.test(),
         calibration=calibration,

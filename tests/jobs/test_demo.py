@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from chanprune_ext.checkpoint import load
+from chanprune_ext.cli.saved_model import names_plain_model
 from chanprune_ext.data import calibration_batches, open_dataset
 from chanprune_ext.errors import InvalidArgumentError, OutputError
 from chanprune_ext.jobs.demo import digits_job
@@ -39,6 +40,7 @@ def small_job() -> Job:
     return Job(
         title="A small job",
         model=small_network(),
+        built_from={"model": "resnet20", "arguments": {"in_channels": 1}},
         train=train,
         test=open_dataset("digits", "test"),
         calibration=calibration_batches(train, 64),
@@ -102,6 +104,7 @@ def test_stages_are_what_the_files_hold(
     for stage, name in zip(report.stages, MODEL_FILES, strict=True):
         model = load(out / f"{name}.safetensors", small_network())
         assert evaluate(model, small_job.test).top1 == stage.accuracy
+        assert names_plain_model(out / f"{name}.safetensors")  # bench and export need no more
         assert sum(parameter.numel() for parameter in model.parameters()) == stage.params
         assert (out / f"{name}.safetensors").stat().st_size == stage.file_bytes
         assert stage.samples == 360

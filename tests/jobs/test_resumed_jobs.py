@@ -34,6 +34,7 @@ def job() -> Job:
     return Job(
         title="A job",
         model=CifarResNet(8, in_channels=1, width=4).eval(),
+        built_from={},
         train=train,
         test=open_dataset("digits", "test"),
         calibration=calibration_batches(train, 64),
