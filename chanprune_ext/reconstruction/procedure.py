@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..analysis.call_trace import record_calls
 from ..analysis.calls import run_model, tensors_in
 from ..compensation.batches import first_samples, read_batches, sample_count, split_batches
-from ..compensation.checks import check_networks, kept_of, rescalings_of
+from ..compensation.checks import check_networks, inputs_of, kept_of, rescalings_of
 from ..compensation.ledger import Ledger
 from ..compensation.memory import free_memory
 from ..compensation.outputs import DeviationMeter, forward, output_tensors
@@ -142,7 +142,7 @@ def reconstruct(
     slow = in_software(device.type, amp)
     if slow is not None:
         warnings.warn(f"{slow}; leave amp out", UserWarning, stacklevel=2)
-    items = read_batches(batches, original, device=device, inputs=made_by.inputs)
+    items = read_batches(batches, original, device=device, inputs=inputs_of(pruned, made_by))
     ledger = Ledger()
     with _surroundings(pruned, original, device, seed):
         data = split_batches(items, original, held_back=held_back, batch_size=batch_size)
