@@ -180,8 +180,8 @@ def test_compiles_in_one_graph(native_device, backend):
     assert torch.equal(gradient, expected)
 
 
-def test_compiles_where_the_length_depends_on_data(monkeypatch, native_device):
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_where_the_length_depends_on_data(native_device):
     mask = torch.tensor([True, False, True, True])
 
     def narrow(w):
