@@ -158,11 +158,13 @@ def test_rounds_out_of_range(residual, rounds):
 
 def test_half_precision_networks_gain_too(residual):
     original, pruned, plan = (m.bfloat16() if isinstance(m, nn.Module) else m for m in residual)
-    x, fresh = images(240).bfloat16(), images(60, seed=1).bfloat16()
-    errors = []
-    for rounds in (0, 1):
-        net = copy.deepcopy(pruned)
-        compensate(net, original, x, plan=plan, progress=False, joint_rounds=rounds)
-        assert net.stem.weight.dtype == torch.bfloat16
-        errors.append(error(net, original, fresh))
+    errors = [0.0, 0.0]
+    # Of one draw, rounding of the weights to bfloat16 may cost as much as there is to gain.
+    for seed in range(4):
+        x, fresh = images(240, seed=2 * seed).bfloat16(), images(60, seed=2 * seed + 1)
+        for rounds in (0, 1):
+            net = copy.deepcopy(pruned)
+            compensate(net, original, x, plan=plan, progress=False, joint_rounds=rounds)
+            assert net.stem.weight.dtype == torch.bfloat16
+            errors[rounds] += error(net.float(), copy.deepcopy(original).float(), fresh)
     assert errors[1] < errors[0]
