@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chanprune_ext.atomic_files import make_folder, write_text
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-__all__ = ["JobFolder", "refuse_unfinished", "require_same"]
+__all__ = ["JobFolder", "read_json", "refuse_unfinished", "require_same"]
+
+T = TypeVar("T")
 
 RECORD = "job.json"
 _CHECKPOINT_EVERY = 1000  # updates; an epoch of ImageNet takes many of them
@@ -51,13 +53,14 @@ class JobFolder:
         self._keeps = resume is not None
         if not self._keeps:
             return
-        earlier = read_record(path)
-        if resume and earlier is not None:
+        if not resume:
+            refuse_unfinished(path)
+        earlier = read_record(path) if resume else None
+        if earlier is None:
+            self._drop_checkpoints()
+        else:
             require_same(path / RECORD, earlier["inputs"], self._inputs)
             self.done, self.finished = earlier["done"], earlier["finished"]
-        else:
-            refuse_unfinished(path)
-            self._drop_checkpoints()
         self._write()
 
     def did(self, step: str, note: str = "") -> None:
@@ -96,12 +99,20 @@ def read_record(path: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: It is damaged.
     """
-    file = path / RECORD
+    keys = ("inputs", "done", "finished")
+    return read_json(path / RECORD, lambda found: {key: found[key] for key in keys})
+
+
+def read_json(file: Path, take: Callable[[Any], T]) -> T | None:
+    """What ``take`` makes of an earlier job's file; None where there is no file.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {key: found[key] for key in ("inputs", "done", "finished")}
+        return take(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read: {error!r}; delete it to begin anew"

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from chanprune_ext.atomic_files import write_text
 from chanprune_ext.compensation import compensate
 from chanprune_ext.data import make_loader
-from chanprune_ext.errors import CheckpointError
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import accuracy_error
 from chanprune_ext.report import environment
 
-from .job_folder import require_same
+from .job_folder import read_json, require_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -288,16 +287,10 @@ def load_trials(path: Path, inputs: Mapping[str, Any]) -> list[TrialResult]:
         CheckpointError: The file is damaged.
         InvalidArgumentError: The results depend on other inputs.
     """
-    if not path.exists():
+    found = read_json(path, lambda d: (dict(d["inputs"]), [_result_from(r) for r in d["trials"]]))
+    if found is None:
         return []
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        earlier = dict(document["inputs"])
-        results = [_result_from(values) for values in document["trials"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error!r}; delete it to begin anew"
-        ) from error
+    earlier, results = found
     require_same(path, earlier, inputs)
     return results
 
