@@ -208,7 +208,9 @@ SlicePlan plan_slice_channels(const std::vector<Tensor>& tensors, const Optional
     }
     const bool channels_last = is_channels_last(source_sizes, tensor.strides());
     pack_strides(sizes, channels_last, &strides);
-    plan.results.push_back(maker.strided(ndim, sizes.data(), strides.data(), tensor.scalar_type()));
+    const AtenTensorHandle result =
+        maker.strided_handle(ndim, sizes.data(), strides.data(), tensor.scalar_type());
+    plan.results.push_back(result);
     if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) {
       continue;
     }
@@ -219,7 +221,9 @@ SlicePlan plan_slice_channels(const std::vector<Tensor>& tensors, const Optional
                                  : torch::headeronly::MemoryFormat::ChannelsLast3d));
       describe_source(plan.kept_alive.back(), channels_last, &task);
     }
-    task.destination = static_cast<char*>(plan.results.back().data_ptr());
+    void* destination = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(result, &destination));
+    task.destination = static_cast<char*>(destination);
     simplify(ndim == 1, row_list, &task);
     plan.tasks.push_back(task);
   }

@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "tensor_handles.h"
+
 namespace chanprune {
 
 // The copy that makes one result, in bytes so that every dtype is the same job.
@@ -31,7 +33,7 @@ struct SliceTask {
 };
 
 struct SlicePlan {
-  std::vector<torch::stable::Tensor> results;
+  TensorHandles results;
   std::vector<SliceTask> tasks;  // results without elements have none
   std::vector<torch::stable::Tensor> kept_alive;
 };
@@ -45,5 +47,16 @@ using OptionalTensors = std::vector<std::optional<torch::stable::Tensor>>;
 // Result i has shape [R, C, ...]; it is channels_last where tensors[i] is, else contiguous.
 SlicePlan plan_slice_channels(const std::vector<torch::stable::Tensor>& tensors,
                               const OptionalTensors& rows, const OptionalTensors& cols);
+
+// The operator as the dispatcher calls it, around the kernels of one device.
+template <TensorHandles (*Run)(const std::vector<torch::stable::Tensor>& tensors,
+                               const OptionalTensors& rows, const OptionalTensors& cols)>
+void boxed_slice_channels(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+  using torch::stable::detail::to;
+  const auto tensors = to<std::vector<torch::stable::Tensor>>(stack[0]);
+  const auto rows = to<OptionalTensors>(stack[1]);
+  const auto cols = to<OptionalTensors>(stack[2]);
+  stack[0] = Run(tensors, rows, cols).release();
+}
 
 }  // namespace chanprune

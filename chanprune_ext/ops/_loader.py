@@ -6,6 +6,7 @@ import importlib
 import os
 import warnings
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +14,15 @@ from torch._C import _are_functorch_transforms_active, _functorch
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 __all__ = [
     "CPU_MODULE",
     "CUDA_MODULE",
     "LoadedModule",
+    "differentiates",
     "inside_transform",
     "native_available",
     "native_disabled",
@@ -26,6 +30,7 @@ __all__ = [
 ]
 
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _BUILD_NEEDS = "setuptools>=77, pybind11 and ninja"  # as in pyproject.toml
 
 
@@ -92,17 +97,23 @@ def _load_all() -> tuple[LoadedModule, LoadedModule]:
 CPU_MODULE, CUDA_MODULE = _load_all()
 
 
-def native_available(device: torch.device) -> bool:
-    """Whether compiled kernels serve tensors of `device`; meta tensors go through the fakes."""
-    if device.type == "cuda":
-        return CUDA_MODULE.loaded
-    return CPU_MODULE.loaded and device.type in ("cpu", "meta")
+def native_available(tensor: Tensor) -> bool:
+    """Whether compiled kernels serve tensors like `tensor`; meta tensors go through the fakes."""
+    # Not by tensor.device.type: making that text takes a good part of a small call.
+    if tensor.is_cpu or tensor.is_meta:
+        return CPU_MODULE.loaded
+    return tensor.is_cuda and CUDA_MODULE.loaded
 
 
 def inside_transform() -> bool:
     """Whether torch.func or forward-mode differentiation runs: custom operators know neither."""
     level: int = forward_ad._current_level  # noqa: SLF001
     return _are_functorch_transforms_active() or level >= 0
+
+
+def differentiates(tensors: Iterable[Tensor]) -> bool:
+    """Whether autograd records what is done with any of `tensors`."""
+    return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))
 
 
 def works_in_place(tensor: Tensor) -> bool:

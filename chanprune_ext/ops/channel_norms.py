@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops._loader import (
+    CPU_MODULE,
+    differentiates,
+    inside_transform,
+    native_available,
+)
 from chanprune_ext.ops.accumulation import accumulation_dtype, widened
 from chanprune_ext.ops.tensor_checks import check_dense
 
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["channel_norms", "channel_norms_reference"]
 
 _OPS = torch.ops.chanprune
-_REQUIRES_GRAD = attrgetter("requires_grad")
 _MAX_DIMS = 64  # of torch's own reductions too; see csrc/channel_norms.cpp
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,7 +84,7 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
     if not weights and not dims:
         return []
     compiling = torch.compiler.is_compiling()
-    native = len(weights) > 0 and native_available(weights[0].device)
+    native = len(weights) > 0 and native_available(weights[0])
     if native and not compiling:
         native = not inside_transform()
     if not native or compiling or weights[0].is_meta:
@@ -91,7 +94,7 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float = 1.0
         return list(_OPS.channel_norms(weights, list(dims), float(p)))
     try:
         norms: list[Tensor]
-        if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, weights)):
+        if differentiates(weights):
             norms = _OPS.channel_norms.default(weights, list(dims), float(p))
         else:
             with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python

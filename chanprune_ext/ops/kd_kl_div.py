@@ -170,8 +170,8 @@ def kd_kl_div(
 def _reference_only(student: Tensor) -> bool:
     """Whether the kernels cannot serve here: not built, or a torch.func transform is running."""
     if torch.compiler.is_compiling():
-        return not native_available(student.device)
-    return inside_transform() or not native_available(student.device)
+        return not native_available(student)
+    return inside_transform() or not native_available(student)
 
 
 def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,12 @@ import torch
 from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
+from chanprune_ext.ops._loader import (
+    CPU_MODULE,
+    differentiates,
+    inside_transform,
+    native_available,
+)
 from chanprune_ext.ops.tensor_checks import check_dense, check_is_tensor
 
 if TYPE_CHECKING:
@@ -58,8 +63,10 @@ def _check_values(
             )
 
 
-def _is_host_list(index: Tensor) -> bool:
-    return isinstance(index, torch.Tensor) and index.dtype is torch.int64 and index.is_cpu
+def _is_ready(index: Tensor | None) -> bool:
+    return index is None or (
+        isinstance(index, torch.Tensor) and index.dtype is torch.int64 and index.is_cpu
+    )
 
 
 def _normalise(
@@ -70,7 +77,7 @@ def _normalise(
             f"{name} should hold one entry per tensor, got {len(indices)} for "
             f"{len(tensors)} tensors"
         )
-    if all(index is None or _is_host_list(index) for index in indices):
+    if all(map(_is_ready, indices)):
         return list(indices)  # the usual case, whose other properties the kernel checks
     lists: list[Tensor | None] = []
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
@@ -115,7 +122,7 @@ def slice_channels(
     if not tensors:
         return []
     compiling = torch.compiler.is_compiling()
-    native = native_available(tensors[0].device) and (compiling or not inside_transform())
+    native = native_available(tensors[0]) and (compiling or not inside_transform())
     if not native or compiling or tensors[0].is_meta:
         _check_tensors(tensors)
         _check_indices("rows", row_lists, tensors)
@@ -126,10 +133,13 @@ def slice_channels(
             _check_all(row_lists, col_lists, tensors)
         return slice_channels_reference(tensors, row_lists, col_lists)
     try:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return list(_OPS.slice_channels.default(tensors, row_lists, col_lists))
-        with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
-            return list(_OPS.slice_channels.default(tensors, row_lists, col_lists))
+        results: list[Tensor]
+        if differentiates(tensors):
+            results = _OPS.slice_channels.default(tensors, row_lists, col_lists)
+        else:
+            with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
+                results = _OPS.slice_channels.default(tensors, row_lists, col_lists)
+        return results
     except RuntimeError:
         # The kernel checks every index before it copies; the culprit is named only on failure.
         _check_tensors(tensors)

@@ -23,8 +23,9 @@ constexpr int64_t kUnitColumns = 8192;
 constexpr ChannelNormLimits kLimits = {65536, 65536, kUnitColumns, 64, kStreams};
 // A row is summed in lanes over this many elements, then in float64: short float32 chains.
 constexpr int64_t kRowChunk = 4096;
-constexpr int kValues = 1024;      // rows reduced in one call
-constexpr int64_t kGrain = 32768;  // elements worth a thread
+constexpr int kValues = 1024;           // rows reduced in one call
+constexpr int64_t kShareValues = 8192;  // partial values joined together
+constexpr int64_t kGrain = 32768;       // elements worth a thread
 
 CHANPRUNE_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 CHANPRUNE_INLINE double magnitude(double x) { return __builtin_fabs(x); }
@@ -217,21 +218,69 @@ void run_unit(const ChannelNormTask& task, const ChannelNormUnit& unit, double* 
   }
 }
 
-// Joins the partial values of a split task in a fixed order.
+// Channels [first, first + count) of a split task.
+struct Channels {
+  const ChannelNormTask* task;
+  int64_t first;
+  int64_t count;  // at most kValues
+};
+
+// Joins their partial values in a fixed order, piece by piece: sums of several channels are under
+// way at a time.
 template <NormKind Kind, typename A>
-void finish_task(const ChannelNormTask& task, const double* partials) {
-  A* result = static_cast<A*>(task.result);
-  for (int64_t c = 0; c < task.channels; ++c) {
-    double total = 0;
-    for (int64_t piece = 0; piece < task.pieces; ++piece) {
-      const double* values =
-          partials + task.partial_start + piece * task.width + c * task.group_stride;
+void finish_channels(const Channels& channels, const double* partials) {
+  const ChannelNormTask& task = *channels.task;
+  double totals[kValues];
+  std::fill_n(totals, channels.count, 0.0);
+  for (int64_t piece = 0; piece < task.pieces; ++piece) {
+    const double* values =
+        partials + task.partial_start + piece * task.width + channels.first * task.group_stride;
+    for (int64_t c = 0; c < channels.count; ++c) {
+      double total = totals[c];
       for (int64_t j = 0; j < task.group; ++j) {
         total = join<Kind>(total, values[j]);
       }
+      totals[c] = total;
+      values += task.group_stride;
     }
-    result[c] = static_cast<A>(finish<Kind>(total));
   }
+  A* const result = static_cast<A*>(task.result) + channels.first;
+  for (int64_t c = 0; c < channels.count; ++c) {
+    result[c] = static_cast<A>(finish<Kind>(totals[c]));
+  }
+}
+
+template <NormKind Kind>
+void finish_tasks(const ChannelNormPlan& plan, const double* partials) {
+  std::vector<Channels> shares;
+  std::vector<int64_t> starts;  // partial values of the shares before it
+  shares.reserve(plan.units.size());
+  starts.reserve(plan.units.size());
+  int64_t total = 0;
+  for (const ChannelNormTask& task : plan.tasks) {
+    if (task.partial_start < 0) {
+      continue;
+    }
+    const int64_t per_channel = task.pieces * task.group;
+    const int64_t step = std::clamp<int64_t>(kShareValues / per_channel, 1, kValues);
+    for (int64_t first = 0; first < task.channels; first += step) {
+      const int64_t count = std::min(step, task.channels - first);
+      shares.push_back({&task, first, count});
+      starts.push_back(total);
+      total += count * per_channel;
+    }
+  }
+  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    auto s =
+        static_cast<size_t>(std::lower_bound(starts.begin(), starts.end(), begin) - starts.begin());
+    for (; s < shares.size() && starts[s] < end; ++s) {
+      if (static_cast<ElementKind>(shares[s].task->dtype) == ElementKind::kDouble) {
+        finish_channels<Kind, double>(shares[s], partials);
+      } else {
+        finish_channels<Kind, float>(shares[s], partials);
+      }
+    }
+  });
 }
 
 template <NormKind Kind>
@@ -268,24 +317,9 @@ void run(const ChannelNormPlan& plan) {
       }
     }
   });
-  if (plan.partial_count == 0) {
-    return;
+  if (plan.partial_count > 0) {
+    finish_tasks<Kind>(plan, partials.get());
   }
-  const auto tasks = static_cast<int64_t>(plan.tasks.size());
-  torch::stable::parallel_for(
-      0, tasks, 1 + kGrain * tasks / (1 + plan.partial_count), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          const ChannelNormTask& task = plan.tasks[static_cast<size_t>(t)];
-          if (task.partial_start < 0) {
-            continue;
-          }
-          if (static_cast<ElementKind>(task.dtype) == ElementKind::kDouble) {
-            finish_task<Kind, double>(task, partials.get());
-          } else {
-            finish_task<Kind, float>(task, partials.get());
-          }
-        }
-      });
 }
 
 TensorHandles channel_norms_cpu(const std::vector<torch::stable::Tensor>& weights,

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cpu/simd.h"
 #include "cpu/window_gather.h"
@@ -265,8 +266,8 @@ struct Unit {
   int64_t start;  // bytes written by the units before it
 };
 
-std::vector<torch::stable::Tensor> slice_channels_cpu(std::vector<torch::stable::Tensor> tensors,
-                                                      OptionalTensors rows, OptionalTensors cols) {
+TensorHandles slice_channels_cpu(const std::vector<torch::stable::Tensor>& tensors,
+                                 const OptionalTensors& rows, const OptionalTensors& cols) {
   SlicePlan plan = plan_slice_channels(tensors, rows, cols);
   std::vector<RowCopier> copiers;
   std::vector<Unit> units;
@@ -291,12 +292,12 @@ std::vector<torch::stable::Tensor> slice_channels_cpu(std::vector<torch::stable:
                 std::min(copier.task.rows, unit->first_row + copier.rows_per_unit));
     }
   });
-  return plan.results;
+  return std::move(plan.results);
 }
 
 }  // namespace
 }  // namespace chanprune
 
 STABLE_TORCH_LIBRARY_IMPL(chanprune, CPU, m) {
-  m.impl("slice_channels", TORCH_BOX(&chanprune::slice_channels_cpu));
+  m.impl("slice_channels", &chanprune::boxed_slice_channels<&chanprune::slice_channels_cpu>);
 }

@@ -52,11 +52,11 @@ class IndexLists {
   std::map<std::pair<const int64_t*, int64_t>, int64_t> offsets_;
 };
 
-std::vector<torch::stable::Tensor> slice_channels_cuda(std::vector<torch::stable::Tensor> tensors,
-                                                       OptionalTensors rows, OptionalTensors cols) {
+TensorHandles slice_channels_cuda(const std::vector<torch::stable::Tensor>& tensors,
+                                  const OptionalTensors& rows, const OptionalTensors& cols) {
   SlicePlan plan = plan_slice_channels(tensors, rows, cols);
   if (plan.tasks.empty()) {
-    return plan.results;
+    return std::move(plan.results);
   }
   const LaunchScope scope(tensors[0]);
   // The index lists come first in the buffer, then the tables that hold their device addresses: so
@@ -95,12 +95,12 @@ std::vector<torch::stable::Tensor> slice_channels_cuda(std::vector<torch::stable
                         table_at<const WordUnit>(tables, units_at),
                         static_cast<int64_t>(units.size()), scope.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return plan.results;
+  return std::move(plan.results);
 }
 
 }  // namespace
 }  // namespace chanprune
 
 STABLE_TORCH_LIBRARY_IMPL(chanprune, CUDA, m) {
-  m.impl("slice_channels", TORCH_BOX(&chanprune::slice_channels_cuda));
+  m.impl("slice_channels", &chanprune::boxed_slice_channels<&chanprune::slice_channels_cuda>);
 }

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import hypothesis
 import pytest
+import torch
 
 from chanprune_ext.ops._loader import CPU_MODULE, native_available
-
-if TYPE_CHECKING:
-    import torch
 
 # Examples reach the kernels through hypothesis; a fixed, printed seed keeps failures repeatable.
 hypothesis.settings.register_profile(
@@ -27,5 +23,5 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture
 def native_device(device: torch.device) -> torch.device:
     """A device whose kernels are built; a GPU without the CUDA module is a failure, not a skip."""
-    assert native_available(device), f"no native kernels for {device}"
+    assert native_available(torch.empty(0, device=device)), f"no native kernels for {device}"
     return device

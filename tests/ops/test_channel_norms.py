@@ -344,3 +344,13 @@ def test_meta_tensors():
     assert norm.device.type == "meta"
     assert norm.shape == (3,)
     assert norm.dtype == torch.float32
+
+
+# Columns of which so many partial values are left that several shares of channels are joined.
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("shape", [(300, 700, 3, 3), (130, 3000), (70, 1025, 1, 2)])
+def test_partial_values_of_many_channels(native_device, shape, p):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(native_device)
+    (norms,) = channel_norms([weight], [1], p)
+    expected = exact(weight.cpu(), 1, p)
+    torch.testing.assert_close(norms.cpu().double(), expected, rtol=TOLERANCE[weight.dtype], atol=0)
