@@ -18,7 +18,7 @@ from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["copied", "copies_plainly", "keeps_to_itself"]
 
@@ -43,16 +43,20 @@ def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -
         for value in module.__dict__.values():
             if type(value) in _ATOMS or (type(value) in _HOLDERS and not value):
                 continue
+            for function in _scripted_in(value):
+                memo[id(function)] = function
             for tensor in tensors_in(value):
                 if not tensor.is_leaf:
                     memo.setdefault(id(tensor), tensor.detach().clone())
     given = frozenset(memo)
     try:
-        _copy_plain(modules, memo)
+        _copy_plain(modules_of(model), memo)
         result: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
+        where = f" in {error.place}" if isinstance(error, _NotCopiedError) else ""
+        cause = error.__cause__ if isinstance(error, _NotCopiedError) else error
         raise InvalidArgumentError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); prune it with "
+            f"the model cannot be copied ({type(cause).__name__}{where}: {cause}); prune it with "
             f"inplace=True, or remove what cannot be copied from it first"
         ) from error
     parameters = [p for module in modules for p in module._parameters.values()]  # noqa: SLF001
@@ -62,6 +66,21 @@ def copied(model: nn.Module, replacements: Mapping[int, Tensor] | None = None) -
             if parameter.grad is not None:
                 memo[id(parameter)].grad = parameter.grad.clone()
     return result
+
+
+class _NotCopiedError(Exception):
+    """What an attribute holds cannot be copied; ``place`` says which, the cause why."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.place = place
+
+
+def _scripted_in(value: Any) -> list[Any]:
+    """Scripted functions that an attribute holds: nothing but code, as any other function."""
+    items = value.values() if isinstance(value, dict) else value
+    items = items if type(value) in (list, tuple, dict) else (value,)
+    return [item for item in items if isinstance(item, torch.jit.ScriptFunction)]
 
 
 # What every module has for itself: mostly empty dicts of hooks.
@@ -155,16 +174,18 @@ def _only_completes(setstate: Any) -> bool:
     return where.startswith("torch.nn.modules.") and not where.endswith(".rnn")
 
 
-def _copy_plain(modules: list[nn.Module], memo: dict[int, Any]) -> None:
+def _copy_plain(modules: Sequence[tuple[str, nn.Module]], memo: dict[int, Any]) -> None:
     """Copy the modules that have no ways of their own, into ``memo``.
 
     That is what ``copy.deepcopy`` does with them, which takes thousands of calls for the empty
     dicts of hooks that every module has.
     """
-    plain = [m for m in modules if copies_plainly(m)]
-    for module in plain:
+    plain = [(path, m) for path, m in modules if copies_plainly(m)]
+    for _, module in plain:
         memo[id(module)] = object.__new__(type(module))
-    for module in plain:
+    # Those inside first: one with ways of its own in between, such as a torch.fx.GraphModule, looks
+    # at the copies of what it holds.
+    for path, module in reversed(plain):
         target = memo[id(module)].__dict__
         for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]
             kind = type(value)
@@ -173,7 +194,11 @@ def _copy_plain(modules: list[nn.Module], memo: dict[int, Any]) -> None:
             elif name in _OWN and kind in _HOLDERS and not value:
                 target[name] = kind()
             else:
-                target[name] = _copied_value(value, memo)
+                try:
+                    target[name] = _copied_value(value, memo)
+                except Exception as error:
+                    where = f"of '{path}'" if path else "of the model itself"
+                    raise _NotCopiedError(f"attribute '{name}' {where}") from error
 
 
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:

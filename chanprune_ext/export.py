@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from chanprune_ext.analysis.calls import run_model, tensors_in
-from chanprune_ext.analysis.stand_ins import substitute, tensors_of
+from chanprune_ext.analysis.stand_ins import fake_tensors_silent, substitute, tensors_of
 from chanprune_ext.atomic_files import is_special, written_to
 from chanprune_ext.errors import ExportError, InvalidArgumentError, OutputError
 from chanprune_ext.module_modes import evaluating, without_cache
-from chanprune_ext.module_tree import modules_of
+from chanprune_ext.module_tree import modules_of, plain_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,7 +76,9 @@ def export(
     batch of another size where it takes any, and must agree with torch.
 
     Args:
-        model: Any model that ``torch.export`` takes, on the device of the inputs.
+        model: Any model that ``torch.export`` takes, on the device of the inputs. Of one that
+            DataParallel, DistributedDataParallel or torch.compile has wrapped, the one inside is
+            written.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
         path: The file; an existing one is replaced, or of a link what it leads to. ONNX models
             of 2 GB and more keep their weights in ``<path>.data``.
@@ -99,7 +101,7 @@ def export(
             f"path: expected the path of a file, got {type(path).__name__}; call "
             "export(model, example_inputs, path)"
         )
-    path = Path(path)
+    path, model = Path(path), plain_module(model)
     kind = format_of(path) if format is None else format
     if kind not in FORMATS:
         raise InvalidArgumentError(f"format must be one of {FORMATS}, got {kind!r}")
@@ -381,6 +383,7 @@ def _ready(model: nn.Module) -> Iterator[None]:
         without_cache(model),
         torch.no_grad(),
         _buffers_kept(model),
+        fake_tensors_silent(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

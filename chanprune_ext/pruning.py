@@ -64,7 +64,8 @@ def plan(
         criterion: ``"l1"``, ``"l2"``, ``"linf"``, ``"bn_scale"``, ``"fpgm"``, ``"random"``, or a
             function ``(model, groups, seed)`` returning one array of scores per group.
         scope: ``"local"`` removes the ratio from each group; ``"global"`` ranks all channels
-            together, scores divided by their group's mean.
+            together, scores divided by their group's mean. Of equal scores every group loses the
+            same share.
         ratios: Glob on the names of the modules that make a group's channels -> ratio; a later
             glob overrides an earlier one. Beside a budget these groups lose just that, and the
             others what the budget still asks for.
@@ -76,7 +77,8 @@ def plan(
 
             Only one of ``ratio``, ``threshold`` and ``budget`` may be given; ``ignore`` and
             ``max_ratio`` go with each of them, ``ratios`` with ``ratio`` and ``budget``.
-        round_to: Make kept widths multiples of this where a group is wide enough.
+        round_to: Make kept widths multiples of this where a group is wide enough. One that has no
+            smaller multiple stays whole, and the plan's ``frozen`` says so.
         ignore: Globs on the names of modules whose channels must all stay.
         kinds: Prune only groups of these kinds: ``"heads"`` (whole attention heads), ``"head_dim"``
             (the width of every head), ``"residual"`` (channels that one path adds to another),

@@ -7,10 +7,10 @@ point is also measured after compensation, which slices and refits a copy of the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,8 @@ class GroupCurve(Curve):
         producers: All modules that make them.
         width: Channels of that module in the group.
         removed: Channels removed at each point.
-        compensated: The same after compensation, where that was asked for.
+        compensated: The same after compensation, where that was asked for; None too where a size
+            ties the channels to those of other groups, so that no plan removes them alone.
         kind: What the channels are, one of the ``kinds`` of :func:`chanprune_ext.plan`; empty in
             files of earlier versions.
     """
@@ -202,7 +203,7 @@ def sensitivity(
         criterion: Orders the channels: the lowest-scored go first.
         calibration: Unlabelled inputs, others than ``batches``: each point is also measured after
             :func:`chanprune_ext.compensate` on them. Costs one compensation of the network for each
-            point. Default: None, not done.
+            point; left out for groups that can't be pruned alone. Default: None, not done.
         seed: Seed of criteria that draw numbers.
         progress: Draw a progress bar on a terminal. Default: True.
 
@@ -241,13 +242,15 @@ def sensitivity(
                     _restore(work, originals, slices)
                 removed.append(len(units) * group.multiplicity)
                 if calibration is not None:
-                    pruned = _pruned(model, example_inputs, analysis, group, units, scores)
-                    if pruned is not None:
-                        compensate(pruned, model, calibration, progress=False)
-                    with evaluating(pruned or work), torch.no_grad():
-                        compensated.append(meter.point(pruned or work))
+                    # A tied group may be removed alone at some ratios only.
+                    with contextlib.suppress(NothingToPruneError):
+                        pruned = _pruned(model, example_inputs, analysis, group, units, scores)
+                        if pruned is not None:
+                            compensate(pruned, model, calibration, progress=False)
+                        with evaluating(pruned or work), torch.no_grad():
+                            compensated.append(meter.point(pruned or work))
                 advance(group.name)
-            after = _curve(compensated) if compensated else None
+            after = _curve(compensated) if len(compensated) == len(ratios) else None
             curves.append(
                 GroupCurve(
                     **vars(_curve(plain)),
@@ -340,25 +343,12 @@ def _pruned(
     """A copy of the model without some units of one group; None if there is nothing to remove."""
     if not len(units):
         return None
-    selection = Selection(
-        ratio=len(units) / group.units,
-        ratios={},
-        scope="local",
-        threshold=None,
-        budget=None,
-        round_to=1,
-        ignore=(),
-        max_ratio=0.9,
-    )
-    # By their indices: a name may stand for several groups.
-    others = [g.index for g in analysis.groups if g is not group]
-    made = plan_of_scores(
-        analysis, model, example_inputs, scores, selection, "sensitivity", 0, whole=others
-    )
+    selection = Selection.of_groups({group.index: len(units) / group.units})
+    made = plan_of_scores(analysis, model, example_inputs, scores, selection, "sensitivity", 0)
     return made.apply(model)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bar(points: int, progress: bool) -> Iterator[Callable[[str], None]]:
     """Advances a progress bar by one point of a named group."""
     if not progress or not sys.stderr.isatty():

@@ -17,9 +17,11 @@ from typer.testing import CliRunner, Result
 import chanprune_ext as cpx
 from chanprune_ext.checkpoint import load, save
 from chanprune_ext.cli import app
-from chanprune_ext.cli.image_options import classes_of_test, open_images
+from chanprune_ext.cli.image_options import open_images
 from chanprune_ext.cli.model_spec import build_model, parse_arguments, parse_ratios, parse_shape
+from chanprune_ext.data.opening import classes_of_test
 from chanprune_ext.errors import ChanpruneError, DataError, InvalidArgumentError
+from chanprune_ext.jobs.published import ImageNetImages
 from chanprune_ext.models import CifarResNet, resnet20
 from chanprune_ext.report import RunReport, Stage, load_report, write_report
 
@@ -204,6 +206,56 @@ def test_prune_and_sensitivity_take_images_of_any_size(
     assert "6 images" in succeed(*curves, "--criterion", "taylor")
 
 
+def test_images_that_the_model_does_not_take_are_told_in_one_line(
+    tmp_path: Path, narrow_weights: Path
+) -> None:
+    out = tmp_path / "small.safetensors"
+    narrow = ("resnet20", *NARROW)
+    succeed("prune", *narrow, "--weights", narrow_weights, "--input", "1x1x8x8", "--out", out)
+    colours = write_folder(
+        tmp_path / "images",
+        {f"{s}/{c}/{i}.jpg": jpeg(i) for s in ("train", "test") for c in "ab" for i in range(2)},
+    )
+    images = ("--data", colours, "--image-size", 16)
+    told = "--data: the model does not run on images of 3x16x16, expected 1x8x8 ("
+    again = ("--out", tmp_path / "again.safetensors")
+    for command in (
+        ("evaluate", *narrow, "--weights", out, *images),
+        ("recover", *narrow, "--weights", out, *images, *again, "--epochs", 1),
+        ("prune", *narrow, "--weights", out, *images, *again),
+        ("sensitivity", *narrow, "--weights", out, *images, "--out", tmp_path / "curves.json"),
+    ):
+        message = fail(*command)
+        assert message.strip().startswith(f"error: {told}")
+        assert "--image-size scales images" in message
+    message = fail("evaluate", "resnet20", "--data", "digits")
+    assert "images of 1x8x8, expected 3x32x32 (" in message
+
+
+def test_arguments_of_the_model_are_those_of_its_file(tmp_path: Path, narrow_weights: Path) -> None:
+    small, smaller = tmp_path / "small.safetensors", tmp_path / "smaller.safetensors"
+    narrow = ("prune", "resnet20", *NARROW, "--weights", narrow_weights, "--input", "1x1x8x8")
+    succeed(*narrow, "--out", small)
+    assert "360" in succeed("evaluate", "resnet20", "--weights", small, "--data", "digits")
+    succeed("prune", "resnet20", "--weights", small, "--input", "1x1x8x8", "--out", smaller)
+    assert "returns 1x10" in succeed("verify", smaller)
+    message = fail("evaluate", "resnet32", "--weights", small, "--data", "digits")
+    assert "made for another model" in message
+
+
+def test_messages_name_the_options_to_change(tmp_path: Path, narrow_weights: Path) -> None:
+    narrow, out = ("resnet20", *NARROW), ("--out", tmp_path / "out.safetensors")
+    assert fail("prune", *narrow, "--input", "1x3x8x8", *out).strip().endswith("that is --input")
+    weighted = ("recover", *narrow, "--weights", narrow_weights, "--data", "digits", *out)
+    assert "here that is --teacher-weights" in fail(*weighted, "--loss", "kd=1")
+    assert "here that is --checkpoints" in fail(*weighted, "--resume", "auto")
+    assert "is a file; name the model that it holds" in fail("inspect", narrow_weights)
+    missing = tmp_path / "missing.safetensors"
+    message = fail("export", missing, "--out", tmp_path / "out.pt2")
+    assert "damaged" not in message
+    assert message.count("missing.safetensors") == 2  # as a file, and in the system's words
+
+
 def test_torch_logs_nothing_of_a_forward_that_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -329,6 +381,7 @@ def test_report_renders_a_saved_run_again(tmp_path: Path) -> None:
     page.unlink()
 
     assert "90.0 ± 1.0 %" in succeed("report", tmp_path / "report.json")
+    assert "90.0 ± 1.0 %" in succeed("report", tmp_path)
     assert page.exists()
 
 
@@ -501,6 +554,10 @@ def test_test_images_are_labelled_as_the_training_images(tmp_path: Path) -> None
     test = write_folder(tmp_path / "test", {f"{c}/0.jpg": jpeg(0) for c in "ac"})
     classes = classes_of_test(str(train), str(test), None)
     assert open_images(str(test), "test", classes).labels.tolist() == [0, 2]
+    # The published job labels them likewise.
+    images = ImageNetImages(str(train), str(test))
+    assert images.test().labels.tolist() == [0, 2]
+    assert images.training().labels.tolist() == [0, 1, 2]
     write_folder(test, {"d/0.jpg": jpeg(0)})
     with pytest.raises(DataError, match=r"'d' .* the 3 names of the training images"):
         open_images(str(test), "test", classes)

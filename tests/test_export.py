@@ -108,6 +108,18 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     assert torch.allclose(torch.from_numpy(result), small()(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".ts"])
+def test_of_a_wrapped_model_the_one_inside_is_written(tmp_path: Path, suffix: str) -> None:
+    model, x = small().eval(), torch.randn(2, 3, 8, 8)
+    wrapped = torch.compile(nn.DataParallel(model), backend="eager")
+    found = export(wrapped, x, tmp_path / f"small{suffix}")
+    assert found.dynamic_batch, found.note
+    program = (
+        torch.export.load(found.path).module() if suffix == ".pt2" else torch.jit.load(found.path)
+    )
+    assert {name for name, _ in program.named_parameters()} == dict(model.named_parameters()).keys()
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

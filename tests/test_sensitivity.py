@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import chanprune_ext as cpx
-from chanprune_ext.errors import CheckpointError, InvalidArgumentError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError, NothingToPruneError
 from chanprune_ext.models import resnet20
 from chanprune_ext.sensitivity import Sensitivity, sensitivity
 
@@ -191,3 +191,31 @@ def test_as_many_go_as_a_plan_takes() -> None:
     net, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(6, 4)
     (curve,) = sensitivity(net, x, x, ratios=(0.5,)).curves
     assert curve.removed == (5 - cpx.prune(net, x, 0.5)[0].out_features,)
+
+
+class TiedBySize(nn.Module):
+    """Two layers whose channels are counted by one number that follows both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.reads_a, self.reads_b = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([self.a(x), self.b(x)], 1)
+        first, second = y.chunk(2, 1)
+        return (self.reads_a(first) + torch.relu(self.reads_b(second))).mean((2, 3))
+
+
+def test_a_group_that_is_tied_to_another_has_a_curve_without_compensation() -> None:
+    torch.manual_seed(0)
+    net, x = TiedBySize().eval(), torch.randn(16, 3, 4, 4)
+    with pytest.raises(NothingToPruneError):  # halves stay equal: neither goes alone
+        cpx.plan(net, x[:1], 0.0, ratios={"a": 0.5})
+    found = sensitivity(net, x[:1], x, ratios=(0.5,), calibration=torch.randn(32, 3, 4, 4))
+    curves = {curve.group: curve for curve in found.curves}
+    assert {"a", "b"} <= curves.keys()
+    for name in ("a", "b"):
+        assert curves[name].error[0] > 0
+        assert curves[name].compensated is None
+    assert Sensitivity.from_dict(found.to_dict()) == found

@@ -18,6 +18,7 @@ from .selection import (
     NORMALISATIONS,
     Goal,
     active_groups,
+    fewest_units,
     group_ratios,
     is_named,
     why_nothing,
@@ -70,11 +71,11 @@ def allocate(
         return _meet_budget(analysis, scores, selection, active, parameter_names, fixed)
     if selection.threshold is not None:
         wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
-        least = {g.index: _floor(g, selection) for g in active}
+        least = fewest_units(active, selection)
         wanted = {i: max(w, least[i]) for i, w in wanted.items()}
     elif selection.scope == "global":
         pool = [g for g in active if not is_named(g, selection)]
-        least = {g.index: _floor(g, selection) for g in pool}
+        least = fewest_units(pool, selection)
         wanted = {**by_ratio, **_global_counts(pool, scores, selection, selection.ratio)}
     else:
         least, wanted = {}, by_ratio
@@ -104,10 +105,6 @@ def _select(
     return removed
 
 
-def _floor(group: CouplingGroup, selection: Selection) -> float:
-    return max(1.0, np.ceil(group.units * (1 - selection.max_ratio)))
-
-
 def _global_counts(
     pool: Sequence[CouplingGroup],
     scores: Sequence[np.ndarray],
@@ -126,27 +123,45 @@ def _global_counts(
     """
     if not pool:
         return {}
-    ranked = np.concatenate(
-        [
-            _normalised(scores[g.index], selection.normalise)
-            / (1.0 if savings is None else max(savings[g.index], 1e-12))
-            for g in pool
-        ]
-    )
-    owner = np.concatenate([np.full(g.units, k) for k, g in enumerate(pool)])
-    order = np.argsort(ranked, kind="stable")
-    goal = int(np.floor(ratio * len(ranked) + 0.5))
-    spare = np.array([g.units - _floor(g, selection) for g in pool])
+    ranked = [
+        _normalised(scores[g.index], selection.normalise)
+        / (1.0 if savings is None else max(savings[g.index], 1e-12))
+        for g in pool
+    ]
+    owners = _owners_in_order(ranked)
+    goal = int(np.floor(ratio * len(owners) + 0.5))
+    least = fewest_units(pool, selection)
+    spare = np.array([g.units - least[g.index] for g in pool])
     taken = np.zeros(len(pool), dtype=int)
     count = 0
-    for position in order:
+    for k in owners:
         if count >= goal:
             break
-        k = owner[position]
         if taken[k] < spare[k]:
             taken[k] += 1
             count += 1
     return {g.index: float(g.units - taken[k]) for k, g in enumerate(pool)}
+
+
+def _owners_in_order(ranked: Sequence[np.ndarray]) -> np.ndarray:
+    """The group of each unit, lowest scores first.
+
+    Of equal scores all groups lose the same share side by side, and none all of its own first. What
+    differs by round-off counts as equal.
+    """
+    keys, shares = [], []
+    for score in ranked:
+        mantissa, exponent = np.frexp(score.astype(float))
+        key = np.ldexp(np.round(mantissa, 10), exponent)
+        _, first, kind, counts = np.unique(
+            np.sort(key), return_index=True, return_inverse=True, return_counts=True
+        )
+        keys.append(np.sort(key))
+        shares.append((np.arange(len(key)) - first[kind] + 0.5) / counts[kind])
+    owner = np.repeat(np.arange(len(ranked)), [len(score) for score in ranked])
+    # Of equal shares the earlier group comes first: the sort is stable.
+    order: np.ndarray = owner[np.lexsort((np.concatenate(shares), np.concatenate(keys)))]
+    return order
 
 
 def _normalised(score: np.ndarray, how: str) -> np.ndarray:
@@ -169,7 +184,7 @@ def _meet_budget(
     """
     goals = _goals(analysis, selection, parameter_names)
     free = [g for g in active if g.index not in fixed]
-    least = {g.index: _floor(g, selection) for g in free}
+    least = fewest_units(free, selection)
     savings: dict[int, float] | None = None
 
     def counts(ratio: float) -> dict[int, float]:

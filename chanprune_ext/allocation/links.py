@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from chanprune_ext.analysis.equations import AttributeKey
     from chanprune_ext.analysis.tracer import Slots
 
-__all__ = ["pinned_groups", "solve_linked_counts"]
+__all__ = ["pinned_groups", "rounded_count", "rounded_whole", "solve_linked_counts"]
 
 Buckets = dict[int, list[tuple[np.ndarray, int]]]
 
@@ -43,34 +43,63 @@ class _Linear:
         self.fixed: set[AttributeKey] = set()
         self.attributes = {key: self.units + i for i, key in enumerate(found)}
         self.values = np.r_[np.ones(self.units), np.array(list(found.values()), dtype=float)]
+        # Coefficients of all constants: not to be changed. Networks have thousands of units, and
+        # most of their sizes depend on none of them.
+        self.nothing = np.zeros(len(self.values))
+        self.nothing.flags.writeable = False
+        self.counted: dict[int, tuple[np.ndarray, np.ndarray, float] | None] = {}
+        self.none = np.empty(0, dtype=np.int64)
         for equation in equations:
             size = self.size(equation.slots) if isinstance(equation.expr, Attribute) else None
-            if size is not None and not size[0].any():
+            if size is not None and self.stays(size[0]):
                 self.fixed.add(attribute_key(equation.expr))  # type: ignore[arg-type]
 
     def size(self, slots: Slots) -> tuple[np.ndarray, float] | None:
-        """Coefficients and constant; None where two active groups multiply."""
+        """Coefficients, not to be changed, and constant; None where two active groups multiply."""
+        counted = self._counted(slots)
+        if counted is None:
+            return None
+        units, times, constant = counted
+        if not len(units):
+            return self.nothing, constant
         coefficients = np.zeros(len(self.values))
+        coefficients[units] = times
+        return coefficients, constant
+
+    def units_of(self, slots: Slots) -> np.ndarray:
+        """The units that a dimension is made of, rising; none if some of it stays for certain."""
+        counted = self._counted(slots)
+        return self.none if counted is None or counted[2] else counted[0]
+
+    def _counted(self, slots: Slots) -> tuple[np.ndarray, np.ndarray, float] | None:
+        """Units of a dimension, how many indices each has, and how many have none."""
+        # Slot arrays live as long as the trace: their identity is a safe key.
+        if id(slots) not in self.counted:
+            self.counted[id(slots)] = self._count(slots)
+        return self.counted[id(slots)]
+
+    def _count(self, slots: Slots) -> tuple[np.ndarray, np.ndarray, float] | None:
         resolved = self.analysis.trace.store.resolve(slots)
         if not len(resolved):
-            return coefficients, float(slots.shape[1])
+            return self.none, self.none, float(slots.shape[1])
         owners = np.where(resolved > 0, self.unit_of_label[resolved], -1)
         top = owners.max(axis=0)
-        if ((owners >= 0) & (owners != top)).any():
+        if len(owners) > 1 and ((owners >= 0) & (owners != top)).any():
             return None
-        np.add.at(coefficients, top[top >= 0], 1.0)
-        return coefficients, float((top < 0).sum())
+        used = top[top >= 0]
+        units, times = np.unique(used, return_counts=True)
+        return units, times, float(len(top) - len(used))
 
     def of(self, expr: Expr) -> tuple[np.ndarray, float] | None:
         """An expression as a linear function; None where it is not one."""
         if isinstance(expr, Dim):
             return self.size(expr.slots)
-        coefficients = np.zeros(len(self.values))
         if isinstance(expr, Const):
-            return coefficients, float(expr.value)
+            return self.nothing, float(expr.value)
         if isinstance(expr, Attribute):
             if attribute_key(expr) in self.fixed:
-                return coefficients, float(expr.value)
+                return self.nothing, float(expr.value)
+            coefficients = np.zeros(len(self.values))
             coefficients[self.attributes[attribute_key(expr)]] = 1.0
             return coefficients, 0.0
         quotient = expr.left if isinstance(expr.left, Op) and expr.left.symbol == "//" else None
@@ -80,28 +109,41 @@ class _Linear:
         if left is None or right is None:
             return None
         part = expr.right if isinstance(expr.right, Attribute) else None
-        if part is not None and attribute_key(part) not in self.bound and left[0].any():
+        if part is not None and attribute_key(part) not in self.bound and not self.stays(left[0]):
             # Of two unknowns that multiply, a number of parts keeps its value unless told.
-            right = (coefficients, float(part.value)) if expr.symbol in ("*", "//") else right
+            right = (self.nothing, float(part.value)) if expr.symbol in ("*", "//") else right
         if expr.symbol in "+-":
             sign = 1.0 if expr.symbol == "+" else -1.0
-            return left[0] + sign * right[0], left[1] + sign * right[1]
-        if not right[0].any() and right[1]:
+            total = left[1] + sign * right[1]
+            return (left[0] if self.stays(right[0]) else left[0] + sign * right[0]), total
+        if self.stays(right[0]) and right[1]:
             if expr.symbol == "*":
-                return left[0] * right[1], left[1] * right[1]
+                return self._times(left[0], right[1]), left[1] * right[1]
             if expr.symbol == "//":
-                return left[0] / right[1], left[1] / right[1]
-        if not left[0].any() and expr.symbol == "*":
-            return right[0] * left[1], right[1] * left[1]
+                share = left[0] if left[0] is self.nothing else left[0] / right[1]
+                return share, left[1] / right[1]
+        if self.stays(left[0]) and expr.symbol == "*":
+            return self._times(right[0], left[1]), right[1] * left[1]
         return None
+
+    def stays(self, coefficients: np.ndarray) -> bool:
+        """Whether a function depends on no unknown."""
+        return coefficients is self.nothing or not coefficients.any()
+
+    def _times(self, coefficients: np.ndarray, factor: float) -> np.ndarray:
+        return coefficients if coefficients is self.nothing else coefficients * factor
 
     def rows(self) -> list[np.ndarray]:
         """Rows r that keep their product with the unknowns: every linear link between sizes."""
         rows: dict[bytes, np.ndarray] = {}
         for equation in self.analysis.trace.equations:
             found = self.row(equation)
-            if found is not None and np.abs(found).max(initial=0.0) > 1e-9:
-                rows.setdefault(np.round(found, 6).tobytes(), found)
+            if found is None or found is self.nothing:
+                continue
+            if np.abs(found).max(initial=0.0) > 1e-9:
+                rounded = np.round(found, 6)
+                used = np.flatnonzero(rounded)
+                rows.setdefault(used.tobytes() + rounded[used].tobytes(), found)
         return self._binding(list(rows.values()))
 
     def _binding(self, rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -130,8 +172,8 @@ class _Linear:
         expr = equation.expr
         whole = self.of(expr)
         if whole is not None:
-            return whole[0] - target[0]
-        if isinstance(expr, Op) and expr.symbol == "//" and not target[0].any():
+            return whole[0] if target[0] is self.nothing else whole[0] - target[0]
+        if isinstance(expr, Op) and expr.symbol == "//" and self.stays(target[0]):
             # a // b stays what it is: a follows b.
             left, right = self.of(expr.left), self.of(expr.right)
             if left is not None and right is not None:
@@ -190,7 +232,7 @@ def pinned_groups(analysis: Analysis, active: Sequence[CouplingGroup]) -> dict[i
     """
     linear = _Linear(analysis, active)
     rows = [(equation, linear.row(equation)) for equation in analysis.trace.equations]
-    links = [(equation, row) for equation, row in rows if row is not None]
+    links = [(e, row) for e, row in rows if row is not None and row is not linear.nothing]
     free = np.ones(len(linear.values), dtype=bool)
     found: dict[int, Equation] = {}
     progress = True
@@ -211,6 +253,34 @@ def pinned_groups(analysis: Analysis, active: Sequence[CouplingGroup]) -> dict[i
                 if not free[own].any():
                     found.setdefault(group.index, equation)
     return found
+
+
+def rounded_whole(
+    analysis: Analysis,
+    active: Sequence[CouplingGroup],
+    least: Mapping[int, float],
+    round_to: int,
+) -> set[int]:
+    """Active groups without a smaller count that may be kept: they stay whole.
+
+    Linked groups are none of them: their counts are multiples only where that can be.
+
+    Args:
+        analysis: The model's groups and equations.
+        active: Groups that may shrink.
+        least: As for :func:`solve_linked_counts`.
+        round_to: Likewise.
+    """
+    narrow = {
+        g.index
+        for g in active
+        if rounded_count(g, 0.0, round_to, least.get(g.index, 1.0)) == g.units > 1
+    }
+    if not narrow:
+        return narrow
+    linear = _Linear(analysis, active)
+    components = _components(linear, active, linear.rows())
+    return narrow - {g.index for groups, own_rows in components if own_rows for g in groups}
 
 
 def _components(
@@ -298,10 +368,10 @@ def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarr
         if count >= analysis.trace.shapes[entry][dim]
     ]
     for slots in (*dims, *(equation.slots for equation in analysis.trace.equations)):
-        size = linear.size(slots)
-        if size is not None and size[1] == 0 and size[0].any() and not (size[0] != 0)[~owned].any():
-            row = (size[0] != 0).astype(float)
-            found.setdefault(row.tobytes(), row)
+        used = linear.units_of(slots)
+        if len(used) and owned[used].all() and used.tobytes() not in found:
+            found[used.tobytes()] = row = np.zeros(len(linear.values))
+            row[used] = 1.0
     return list(found.values())
 
 

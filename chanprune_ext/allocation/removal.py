@@ -14,8 +14,15 @@ from chanprune_ext.analysis.replay import DivergenceError, replay
 from chanprune_ext.errors import NothingToPruneError, VerificationError
 
 from .allocate import allocate
-from .links import pinned_groups
-from .selection import Selection, active_groups, asked_groups, group_ratios, rivals_of
+from .links import pinned_groups, rounded_whole
+from .selection import (
+    Selection,
+    active_groups,
+    asked_groups,
+    fewest_units,
+    group_ratios,
+    rivals_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,12 +61,16 @@ class Removal:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """Why a removal does not work: what said so, about which dimensions, and what would go."""
+    """Why a removal does not work: what said so, about which dimensions, and what would go.
+
+    ``alike`` are more places of one replay that say the same about other dimensions.
+    """
 
     event: Event
     slots: Sequence[Slots]
     error: VerificationError
     shrinking: frozenset[int]
+    alike: Sequence[DivergenceError] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class _Search:
         try:
             rescalings = replay(analysis, self.model, self.example_inputs, masks, attributes, sizes)
         except DivergenceError as error:
-            return _Refusal(error.where, error.slots, error, frozenset(units))
+            return _Refusal(error.where, error.slots, error, frozenset(units), error.alike())
         told = _kept_whole(analysis, self.selection, held, units)
         return Removal(units, masks, sizes, attributes, rescalings, told)
 
@@ -146,10 +157,14 @@ def verified_removal(
         if found is None:
             raise NothingToPruneError(_why_nothing(analysis, selection, held))
         culprits = _groups_in(analysis, found.slots) & found.shrinking
+        alike = found.alike if culprits else ()
         if not culprits:
             culprit = search.culprit(held)
             culprits = set() if culprit is None else {culprit}
         held.update(dict.fromkeys(culprits, found.event))
+        for place in alike:
+            others = _groups_in(analysis, place.slots) & found.shrinking - held.keys()
+            held.update(dict.fromkeys(others, place.where))
         if not culprits or len(held) == len(analysis.groups):
             raise found.error  # holding everything back does not help
 
@@ -253,6 +268,9 @@ def _kept_whole(
         active = active_groups(analysis, selection, frozenset(held))
         for group, tie in _tied(analysis, active, held):
             told[group.index] = _whole(group, tie.why, tie.event)
+        least = fewest_units(active, selection)
+        for index in rounded_whole(analysis, active, least, selection.round_to) - told.keys():
+            told[index] = _unrounded(analysis.groups[index], selection, least.get(index, 1.0))
     return tuple(frozen for i, frozen in told.items() if not rivals[i] & removed.keys())
 
 
@@ -265,3 +283,17 @@ def _whole(group: CouplingGroup, why: str, event: Event) -> Frozen:
         event.module,
         event.source,
     )
+
+
+def _unrounded(group: CouplingGroup, selection: Selection, least: float) -> Frozen:
+    """A group that ``round_to`` and ``max_ratio`` leave no smaller width."""
+    width = group.units * group.multiplicity
+    why = f"no smaller width is a multiple of round_to={selection.round_to}"
+    if least > 1:
+        fewest = int(least) * group.multiplicity
+        why = f"max_ratio={selection.max_ratio:g} leaves at least {fewest} of {width}, and {why}"
+        if selection.round_to == 1:
+            why = why.partition(", and")[0]
+    entry = next(m.entry for m in group.members if m.role == "out")
+    # What a user has asked for has no operation of its own, as an output has none.
+    return Frozen(entry, width, why, "output", entry.rpartition(".")[0], "arguments of plan")

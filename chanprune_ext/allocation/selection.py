@@ -14,7 +14,7 @@ import numpy as np
 from chanprune_ext.analysis.groups import KINDS
 from chanprune_ext.errors import InvalidArgumentError
 
-from .links import pinned_groups
+from .links import pinned_groups, rounded_whole
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +31,7 @@ __all__ = [
     "Selection",
     "active_groups",
     "asked_groups",
+    "fewest_units",
     "group_ratios",
     "is_named",
     "is_whole",
@@ -141,6 +142,7 @@ class Selection:
     kinds: tuple[str, ...] | None = None
     normalise: str = "mean"
     goals: tuple[Goal, ...] = ()  # beside those of the budget's macs and params
+    by_index: Mapping[int, float] | None = None  # ratios of groups, see :meth:`of_groups`
 
     def __post_init__(self) -> None:
         if not isinstance(self.ratios, Mapping):
@@ -182,6 +184,25 @@ class Selection:
         object.__setattr__(self, "ratios", {g: float(r) for g, r in self.ratios.items()})
         object.__setattr__(self, "round_to", int(self.round_to))
 
+    @classmethod
+    def of_groups(cls, ratios: Mapping[int, float]) -> Selection:
+        """Ratios of groups by their indices, nothing of the others: a name may stand for several.
+
+        Args:
+            ratios: Index of a group -> share of its channels to remove, in [0, 1).
+        """
+        return cls(
+            ratio=0.0,
+            ratios={},
+            scope="local",
+            threshold=None,
+            budget=None,
+            round_to=1,
+            ignore=(),
+            max_ratio=0.9,
+            by_index=ratios,
+        )
+
     def _check_globs(self) -> None:
         for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
             for glob in globs:
@@ -198,6 +219,7 @@ def _matches(names: Sequence[str], glob: str) -> bool:
 def group_ratios(analysis: Analysis, selection: Selection) -> dict[int, float]:
     """Every group's ratio: the default, or that of the last glob naming one of its producers."""
     ratios = {g.index: float(selection.ratio) for g in analysis.groups}
+    ratios.update(selection.by_index or {})
     frozen = {f.entry.rpartition(".")[0] or f.entry for f in analysis.frozen}
     for glob, ratio in selection.ratios.items():
         found = [g.index for g in analysis.groups if _matches(g.producers, glob)]
@@ -265,7 +287,7 @@ def active_groups(
 ) -> list[CouplingGroup]:
     """Groups that may shrink; of two factors of one dimension (groups x width) the finer one.
 
-    A factor that sizes keep whole gives way to the other one.
+    A factor that sizes or ``round_to`` keep whole gives way to the other one.
     """
     ratios = group_ratios(analysis, selection) if ratios is None else ratios
     rivals = rivals_of(analysis)
@@ -275,10 +297,25 @@ def active_groups(
     while True:
         chosen = _without_rivals(candidates, rivals, gave_way)
         contested = {g.index for g in chosen if rivals[g.index] & indices - gave_way} - gave_way
-        pinned = contested & pinned_groups(analysis, chosen).keys() if contested else contested
+        if not contested:
+            return chosen
+        least = fewest_units(chosen, selection)
+        whole = rounded_whole(analysis, chosen, least, selection.round_to)
+        pinned = contested & (pinned_groups(analysis, chosen).keys() | whole)
         if not pinned:
             return chosen
         gave_way |= pinned
+
+
+def fewest_units(groups: Sequence[CouplingGroup], selection: Selection) -> dict[int, float]:
+    """Group index -> the fewest units it may keep, for groups that ``max_ratio`` limits."""
+    if selection.scope == "local" and selection.threshold is None and selection.budget is None:
+        return {}
+    return {
+        g.index: max(1.0, np.ceil(g.units * (1 - selection.max_ratio)))
+        for g in groups
+        if not is_named(g, selection)
+    }
 
 
 def rivals_of(analysis: Analysis) -> dict[int, set[int]]:

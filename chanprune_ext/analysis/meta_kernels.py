@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from typing_extensions import Self
 
 from chanprune_ext.analysis.calls import CallMode, OperationMode, schema_name
@@ -301,6 +302,120 @@ def _cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
     return Lowered(_ATEN.cat.default, (list(tensors), dim), output, output)
 
 
+def _as_seen(view: Callable[..., Tensor], *args: Any) -> Tensor:
+    with torch._C._DisableTorchDispatch():  # noqa: SLF001 - its rule is applied by who asked for it
+        return view(*args)
+
+
+def _moves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a stand-in and whole numbers alone."""
+    return (
+        not kwargs
+        and len(args) > 1
+        and isinstance(args[0], Tensor)
+        and args[0].is_meta
+        and all(type(n) is int for n in args[1:])
+    )
+
+
+def _listed(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``(x, 2, 3)`` for ``(x, (2, 3))``."""
+    if len(args) == 2 and type(args[1]) in (tuple, list, torch.Size):
+        return args[0], *args[1]
+    return args
+
+
+@_on("view")
+def _view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(x, sizes)``."""
+    args = _listed(args)
+    if not _moves(args, kwargs):
+        return None
+    x, *sizes = args
+    output = _as_seen(Tensor.view, x, sizes)
+    return Lowered(_ATEN.view.default, (x, sizes), output, output)
+
+
+@_on("permute")
+def _permute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(x, dims)``."""
+    args = _listed(args)
+    if not _moves(args, kwargs):
+        return None
+    x, *dims = args
+    output = _as_seen(Tensor.permute, x, dims)
+    return Lowered(_ATEN.permute.default, (x, dims), output, output)
+
+
+@_on("transpose")
+def _transpose(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+    """Of ``(x, dim, dim)``."""
+    if len(args) != 3 or not _moves(args, kwargs):
+        return None
+    output = _as_seen(Tensor.transpose, *args)
+    return Lowered(_ATEN.transpose.int, args, output, output)
+
+
+# What torch makes of several operations. Where nobody asks for these, their result will do.
+_Outcome = Callable[[tuple[Any, ...], dict[str, Any]], "Tensor | None"]
+_OUTCOMES: dict[str, _Outcome] = {}
+
+
+def _results_in(*names: str) -> Callable[[_Outcome], _Outcome]:
+    def register(outcome: _Outcome) -> _Outcome:
+        _OUTCOMES.update(dict.fromkeys(names, outcome))
+        return outcome
+
+    return register
+
+
+@_results_in("matmul", "__matmul__", "bmm")
+def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Of (.., M, K) and (.., K, N), with the same dims in front."""
+    if kwargs or len(args) != 2 or not (_is_plain(args[0]) and _is_plain(args[1])):
+        return None
+    left, right = args
+    if left.dim() < 3 or left.dtype != right.dtype or left.shape[:-2] != right.shape[:-2]:
+        return None
+    if left.shape[-1] != right.shape[-2]:
+        return None
+    return _empty((*left.shape[:-1], right.shape[-1]), left)
+
+
+@_results_in("scaled_dot_product_attention")
+def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Of queries, keys and values with the same dims in front, without a mask or dropout."""
+    names = ("attn_mask", "dropout_p", "is_causal")
+    rest = {**dict(zip(names, args[3:], strict=False)), **kwargs}
+    if len(args) < 3 or len(args) > 6 or not rest.keys() <= {*names, "scale"}:
+        return None
+    if rest.get("attn_mask") is not None or rest.get("dropout_p", 0.0) != 0.0:
+        return None
+    query, key, value = args[:3]
+    if not all(_is_plain(t) and t.dim() == 4 and t.dtype == query.dtype for t in args[:3]):
+        return None
+    if not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return None
+    if query.shape[3] != key.shape[3] or key.shape[2] != value.shape[2]:
+        return None
+    return _empty((*query.shape[:3], value.shape[3]), query)
+
+
+@_results_in("roll")
+def _roll(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Of ``(x, shifts, dims)``, as many of these as of those."""
+    rest = {**dict(zip(("shifts", "dims"), args[1:], strict=False)), **kwargs}
+    if not args or len(args) > 3 or rest.keys() != {"shifts", "dims"} or not _is_plain(args[0]):
+        return None
+    shifts, dims = rest["shifts"], rest["dims"]
+    if type(shifts) not in (tuple, list) or type(dims) not in (tuple, list):
+        return None
+    rank = args[0].dim()
+    if len(shifts) != len(dims) or not dims or not all(-rank <= d < rank for d in dims):
+        return None
+    return _empty(args[0].shape, args[0])
+
+
 def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Of ``(vector, (M, K), (K, N))``."""
     if kwargs or len(args) != 3 or not _is_plain(args[1]):
@@ -316,8 +431,19 @@ def run_call(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     found = lowered(name, args, kwargs)
     if found is not None:
         return found.result
-    output = _unary(name, args, kwargs) if name.rstrip("_") in _UNARY else None
-    return func(*args, **kwargs) if output is None else output
+    outcome = _OUTCOMES.get(name)
+    if outcome is not None:
+        output = outcome(args, kwargs)
+    else:
+        output = _unary(name, args, kwargs) if name.rstrip("_") in _UNARY else None
+    if output is not None:
+        return output
+    mode = _get_current_dispatch_mode()
+    if type(mode) is not OperationMode:
+        return func(*args, **kwargs)
+    # What a call runs has no numbers of its own: nobody needs to hear of it.
+    with _pop_mode_temporarily():
+        return func(*args, **kwargs)
 
 
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanprune_ext.analysis.calls import results_of, source_place, steady_calls
+from chanprune_ext.analysis.calls import results_of, source_place, steady_calls, tensors_in
 from chanprune_ext.analysis.meta_kernels import MetaCalls
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
@@ -39,12 +39,31 @@ __all__ = ["DivergenceError", "patched_attributes", "replay", "set_attributes"]
 
 
 class DivergenceError(VerificationError):
-    """A replay left the traced path; ``slots`` are the dimensions made at that point."""
+    """A replay left the traced path.
+
+    Attributes:
+        where: The place.
+        slots: The dimensions made at that point.
+        later: Other places, further on, where it would have left the path by itself: found as if
+            all before had gone as predicted.
+    """
 
     def __init__(self, message: str, where: Event, slots: tuple[Slots, ...] = ()) -> None:
         super().__init__(message)
         self.where = where
         self.slots = slots
+        self.later: tuple[DivergenceError, ...] = ()
+
+    def alike(self) -> list[DivergenceError]:
+        """Later places on the same line of code, the first one of every other module.
+
+        What differs elsewhere in the code may follow from what has differed here.
+        """
+        found = {self.where.module: self}
+        for other in self.later:
+            if (other.where.op, other.where.source) == (self.where.op, self.where.source):
+                found.setdefault(other.where.module, other)
+        return list(found.values())[1:]
 
 
 def set_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> list[tuple[Any, str, Any]]:
@@ -89,6 +108,43 @@ class _ReplayMode(MetaCalls):
         self.sizes = sizes
         self.path = path
         self.factors: dict[int, float] = {}
+        # Without values, what comes next can be looked at as if all had gone as predicted.
+        self.goes_on = analysis.trace.substrate == "meta"
+        self.differences: list[DivergenceError] = []
+
+    def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index = self.next_index
+        try:
+            return super().call(name, func, args, kwargs)
+        except VerificationError:
+            raise
+        except Exception as error:
+            output = self.predicted_output(index, name, args, kwargs)
+            if output is None:
+                raise
+            self.differences.append(self.diverged(does_not_run(self.path.failed, error)))
+            return output
+
+    def predicted_output(
+        self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """What a call that fails was to make; None where that is not for certain one new tensor."""
+        if not self.goes_on or index >= len(self.calls) or self.calls[index].name != name:
+            return None
+        dtypes = {t.dtype for t in tensors_in((args, kwargs)) if t.is_floating_point()}
+        expected = self.calls[index].outputs
+        if len(expected) != 1 or len(dtypes) != 1 or name not in _MAKES_ONE:
+            return None
+        return self.stand_in(expected[0], dtypes.pop())
+
+    def stand_in(self, dims: tuple[Slots, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty([self.sizes.of(s) for s in dims], dtype=dtype, device="meta")
+
+    def differs(self, error: DivergenceError) -> None:
+        """Remember a difference, or stop at it."""
+        if not self.goes_on:
+            raise error
+        self.differences.append(error)
 
     def after(
         self, index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -110,26 +166,37 @@ class _ReplayMode(MetaCalls):
         if numbers != expected.numbers:
             factor = scale_factor(name, expected.numbers, numbers)
             if factor is None:
-                raise self.diverged(
-                    f"a number computed from a size has changed from {expected.numbers} to "
-                    f"{numbers}: {where}"
+                self.differs(
+                    self.diverged(
+                        f"a number computed from a size has changed from {expected.numbers} to "
+                        f"{numbers}: {where}"
+                    )
                 )
-            self.factors[index] = factor
+            else:
+                self.factors[index] = factor
         for before, now in zip_longest(expected.literals, literals_in(name, args, kwargs)):
             if before is not None and now != before:
-                raise self.diverged(
-                    f"an argument that depends on a size has changed from {before!r} to {now!r}: "
-                    f"{where}"
+                self.differs(
+                    self.diverged(
+                        f"an argument that depends on a size has changed from {before!r} to "
+                        f"{now!r}: {where}"
+                    )
                 )
+                break
         results = results_of(name, args, output)
         shapes = [tuple(t.shape) for t in results]
         predicted = [tuple([self.sizes.of(s) for s in dims]) for dims in expected.outputs]
         if shapes != predicted:
             if not self.follow_values(shapes, expected):
-                raise self.diverged(
+                error = self.diverged(
                     f"the pruned model makes shapes {shapes} where {predicted} was predicted: "
                     f"{where}"
                 )
+                # Only what is new can be put right: others may look at the tensor as it is.
+                if name not in _MAKES_ONE or len(expected.outputs) != 1 or output is not results[0]:
+                    raise error
+                self.differs(error)
+                return self.stand_in(expected.outputs[0], output.dtype)
             self.adrift = True
         return output
 
@@ -168,6 +235,27 @@ class _ReplayMode(MetaCalls):
         )
 
 
+# Calls whose result is one tensor that nobody has seen before.
+_MAKES_ONE = frozenset(
+    (
+        *(f"conv{d}d" for d in (1, 2, 3)),
+        *(f"conv_transpose{d}d" for d in (1, 2, 3)),
+        *("linear", "matmul", "__matmul__", "bmm", "baddbmm", "addmm", "mm", "einsum"),
+        *("scaled_dot_product_attention", "group_norm", "layer_norm", "batch_norm", "rms_norm"),
+        *("add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
+        *("__rmul__", "__truediv__", "pow", "cat", "concat", "concatenate", "stack", "pad"),
+        *("view", "reshape", "unflatten", "flatten", "expand", "narrow", "__getitem__", "permute"),
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat", "repeat_interleave"),
+        *("mean", "sum", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "interpolate"),
+    )
+)
+
+
+def does_not_run(module: str, error: Exception) -> str:
+    """The message of what a forward has raised."""
+    return f"the pruned model does not run, in module '{module}': {error}"
+
+
 def replay(
     analysis: Analysis,
     model: nn.Module,
@@ -202,11 +290,12 @@ def replay(
             with patched_attributes(model, attributes), mode:
                 call_substituted(model, tensors, inputs, prepare=set_widths)
         except VerificationError:
+            _raise_first(mode.differences)
             raise
         except Exception as error:
-            raise mode.diverged(
-                f"the pruned model does not run, in module '{path.failed}': {error}"
-            ) from error
+            _raise_first(mode.differences)
+            raise mode.diverged(does_not_run(path.failed, error)) from error
+        _raise_first(mode.differences)
         if mode.next_index != len(analysis.trace.calls) and not mode.adrift:
             raise mode.diverged(
                 f"the pruned model makes {mode.next_index} calls, before "
@@ -215,19 +304,29 @@ def replay(
     return _folded(analysis, model, example_inputs, mode.factors) if mode.factors else ()
 
 
+def _raise_first(differences: list[DivergenceError]) -> None:
+    """Raise the first of several differences, which knows of the others; nothing for none."""
+    if differences:
+        first, *later = differences
+        first.later = tuple(later)
+        raise first
+
+
 def _folded(
     analysis: Analysis, model: nn.Module, example_inputs: Any, factors: Mapping[int, float]
 ) -> tuple[Rescaling, ...]:
     rescalings, refused = fold_scales(model, example_inputs, analysis.trace.substrate, factors)
-    if refused is None:
-        return tuple(rescalings)
-    call = analysis.trace.calls[refused]
+    _raise_first([_not_folded(analysis.trace.calls[i], i, factors[i]) for i in refused])
+    return tuple(rescalings)
+
+
+def _not_folded(call: TracedCall, index: int, factor: float) -> DivergenceError:
     why = (
-        f"a number computed from a size would change by x{1 / factors[refused]:.4g} and cannot be "
+        f"a number computed from a size would change by x{1 / factor:.4g} and cannot be "
         f"folded into a weight"
     )
-    raise DivergenceError(
-        f"{why}: call {refused} ({call.name}) in '{call.module}'",
+    return DivergenceError(
+        f"{why}: call {index} ({call.name}) in '{call.module}'",
         Event(call.name, call.module, call.source, why),
         call.inputs[0],
     )

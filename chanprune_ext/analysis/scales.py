@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from chanprune_ext.analysis.calls import steady_calls, tensors_in
+from chanprune_ext.analysis.calls import results_of, steady_calls, tensors_in
 from chanprune_ext.analysis.meta_kernels import MetaCalls, run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
@@ -34,9 +34,9 @@ from chanprune_ext.analysis.stand_ins import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence, Set
 
-__all__ = ["Rescaling", "fold_scales", "scale_factor"]
+__all__ = ["Rescaling", "fold_scales", "scale_factor", "scaled_outputs"]
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -84,7 +84,7 @@ def fold_scales(
     example_inputs: Any,
     substrate: str,
     factors: Mapping[int, float],
-) -> tuple[list[Rescaling], int | None]:
+) -> tuple[list[Rescaling], list[int]]:
     """Find the parameters to multiply so that scaled calls give what they gave before.
 
     Args:
@@ -94,17 +94,73 @@ def fold_scales(
         factors: Index of a call -> what its first tensor must be multiplied by.
 
     Returns:
-        The rescalings, and the index of a call they cannot be found for (None: found for all).
+        The rescalings, and the calls they cannot be found for, each next to those before it.
     """
+    mode = _followed(model, example_inputs, substrate, factors)
+    refused: list[int] = []
+    while True:
+        rescalings, call = mode.rescalings()
+        if call is None:
+            return rescalings, refused
+        refused.append(call)
+        mode.pass_over(call)
+
+
+def scaled_outputs(
+    model: nn.Module,
+    example_inputs: Any,
+    substrate: str,
+    factors: Mapping[int, float],
+    calls: Iterable[int],
+) -> dict[int, Tensor]:
+    """What the outputs of calls are multiplied by once parameters are, and not yet made up for.
+
+    Args:
+        model: The unpruned model.
+        example_inputs: The inputs it was traced with.
+        substrate: The kind of tensors it was traced on.
+        factors: As for :func:`fold_scales`.
+        calls: Indices of the calls to look at.
+
+    Returns:
+        Index of a call -> float64 factors of its first output, which they are broadcast to; calls
+        whose outputs stay as they are have none.
+    """
+    mode = _followed(model, example_inputs, substrate, factors, frozenset(calls))
+    factor_of = mode.row_factors()[0]
+    found: dict[int, Tensor] = {}
+    for index, output in mode.watched.items():
+        ids = mode.ids.get(id(output))
+        if ids is None:
+            continue
+        narrow = ids[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in ids.stride())]
+        # Of elements that no row scales the number is -1: the last one.
+        values = torch.from_numpy(np.append(factor_of, np.nan))[narrow].nan_to_num(nan=1.0)
+        for dim in range(values.dim()):
+            first = values.narrow(dim, 0, 1)
+            values = first if bool((values == first).all()) else values
+        if bool((values != 1).any()):
+            found[index] = values
+    return found
+
+
+def _followed(
+    model: nn.Module,
+    example_inputs: Any,
+    substrate: str,
+    factors: Mapping[int, float],
+    watch: Set[int] = frozenset(),
+) -> _RowMode:
+    """The model run with row numbers in place of values."""
     with steady_calls(model), substrate_mode(substrate) as stand_in:
         tensors = {name: stand_in(t) for name, t in tensors_of(model).items()}
         inputs = substitute(example_inputs, stand_in)
-        mode = _RowMode(tensors, factors, substrate_device(substrate))
+        mode = _RowMode(tensors, factors, substrate_device(substrate), watch)
         with mode:
             output = call_substituted(model, tensors, inputs)
     for tensor in tensors_in(output):
         mode.leave(tensor)
-    return mode.rescalings()
+    return mode
 
 
 @dataclass(eq=False)
@@ -169,6 +225,7 @@ class _RowMode(MetaCalls):
         tensors: Mapping[str, Tensor],
         factors: Mapping[int, float],
         device: torch.device | None = None,
+        watch: Set[int] = frozenset(),
     ) -> None:
         super().__init__(device)
         self.entries = {id(t): name for name, t in tensors.items() if t.is_floating_point()}
@@ -178,6 +235,8 @@ class _RowMode(MetaCalls):
         self.alive: list[Any] = [tensors]
         self.exits: list[tuple[int | None, np.ndarray]] = []
         self.missing: list[int] = []
+        self.watch = watch
+        self.watched: dict[int, Tensor] = {}  # first outputs, which may be overwritten yet
 
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index = self.next_index
@@ -202,6 +261,9 @@ class _RowMode(MetaCalls):
                 for tensor in given:
                     self.leave(tensor)
             self._give(output, made)
+        results = results_of(name, args, output) if index in self.watch else []
+        if results:
+            self.watched[index] = results[0]
         return output
 
     def known(self, tensor: Any) -> bool:
@@ -247,29 +309,41 @@ class _RowMode(MetaCalls):
             self.alive.append(tensor)
             self.ids[id(tensor)] = ids.expand(tensor.shape)
 
-    def rescalings(self) -> tuple[list[Rescaling], int | None]:
-        """What to multiply, and a call for which nothing fits."""
-        if self.missing:
-            return [], self.missing[0]
+    def pass_over(self, call: int) -> None:
+        """Look no more at what one call asks for."""
+        self.missing = [index for index in self.missing if index != call]
+        self.exits = [(index, rows) for index, rows in self.exits if index != call]
+
+    def row_factors(self) -> tuple[np.ndarray, int | None]:
+        """Float64 (rows,) of what rows are multiplied by, NaN for 1; a call that nothing fits."""
         class_of = self.rows.classes()
         factor_of = np.full(len(class_of), np.nan)
         source = np.full(len(class_of), -1)
+        if self.missing:
+            return factor_of, self.missing[0]
         for index, rows in self.exits:
             if index is None:
                 continue
             found = class_of[rows[rows >= 0]]
             taken = ~np.isnan(factor_of[found])
             if (rows < 0).any() or (factor_of[found][taken] != self.factors[index]).any():
-                return [], index
+                return factor_of[class_of], index
             factor_of[found], source[found] = self.factors[index], index
         for index, rows in self.exits:
             found = class_of[rows[rows >= 0]]
             if index is None and (source[found] >= 0).any():
-                return [], int(source[found].max())
+                return factor_of[class_of], int(source[found].max())
+        return factor_of[class_of], None
+
+    def rescalings(self) -> tuple[list[Rescaling], int | None]:
+        """What to multiply, and a call for which nothing fits."""
+        factor_of, refused = self.row_factors()
+        if refused is not None:
+            return [], refused
         rescalings: list[Rescaling] = []
         ends = [*list(self.rows.starts.values())[1:], self.rows.count]
         for ((entry, dim), start), end in zip(self.rows.starts.items(), ends, strict=True):
-            factors = factor_of[class_of[start:end]]
+            factors = factor_of[start:end]
             for factor in np.unique(factors[~np.isnan(factors)]).tolist():
                 indices = torch.from_numpy(np.flatnonzero(factors == factor))
                 rescalings.append(Rescaling(entry, dim, indices, factor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.module_tree import modules_of, remembered
 
-__all__ = ["call_substituted", "substitute", "substrate_device", "substrate_mode", "tensors_of"]
+__all__ = [
+    "call_substituted",
+    "fake_tensors_silent",
+    "substitute",
+    "substrate_device",
+    "substrate_mode",
+    "tensors_of",
+]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -64,11 +72,27 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
         elif substrate == "fake":
             from torch._subclasses import FakeTensorMode
 
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with fake_tensors_silent(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
         else:
             # A copy: a training-mode forward moves the running statistics.
             yield lambda t: t.detach().clone()
+
+
+@contextlib.contextmanager
+def fake_tensors_silent() -> Iterator[None]:
+    """Keeps torch from logging, traceback and all, what a forward on fake tensors raises.
+
+    Who runs it catches that, and tries on or tells it in a message. The level of the logger is put
+    back.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    usual = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(usual)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

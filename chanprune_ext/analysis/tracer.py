@@ -44,6 +44,8 @@ Slots = np.ndarray  # int64 (k, n): k label slots for each of the n indices of o
 # The parameter that a tensor computed from parameters alone stands for: its entry, and for each dim
 # the parameter's dim (or None).
 Origin = tuple[str, tuple[int | None, ...]]
+# Of a tensor joined from parameters: each of these, and for each dim of the whole its own or None.
+Parts = tuple[tuple["Tensor", tuple[int | None, ...]], ...]
 # Two rows of slots that one operation made equal, column by column, and the event that says where.
 Join = tuple[int, Slots, Slots]
 
@@ -118,6 +120,7 @@ class Tracer:
     call_name: str = ""
     op_name: str = ""
     _states: dict[int, _State] = field(default_factory=dict)
+    _parts: dict[int, Parts] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)
     _overwritten: set[int] = field(default_factory=set)
     _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
@@ -157,6 +160,7 @@ class Tracer:
         if sizes != tensor.shape:
             raise AssertionError(f"{self.op_name}: slots {sizes} for shape {tuple(tensor.shape)}")
         self._alive.append(tensor)
+        self._parts.pop(id(tensor), None)
         zeros = tuple([not len(slots) for slots in dims])
         self._states[id(tensor)] = _State(tuple(dims), sizes, zeros, origin)
 
@@ -195,12 +199,26 @@ class Tracer:
         for tensor in tensors:
             self.freeze_tensor(tensor, "values leave torch")
 
+    def parts(self, tensor: Tensor) -> Parts:
+        """The parameters, and what is joined from such, that ``tensor`` is joined from."""
+        return self._parts.get(id(tensor), ())
+
+    def set_parts(self, tensor: Tensor, parts: Parts) -> None:
+        """Record :meth:`parts`, after :meth:`set`; what comes of no parameter is left out."""
+        known = tuple([p for p in parts if self.origin(p[0]) is not None or self.parts(p[0])])
+        if known:
+            self._parts[id(tensor)] = known
+
     def note_role(self, tensor: Tensor, dim: int, role: str) -> None:
         """Record that ``dim`` of a weight makes (``"out"``) or reads (``"in"``) channels."""
         origin = self.origin(tensor)
         if origin is not None and origin[1][dim] is not None:
             self.order.setdefault(origin[0])
             self.roles.setdefault((origin[0], int(origin[1][dim])), role)  # type: ignore[arg-type]
+        for part, dims in self.parts(tensor):
+            whose = dims[dim]
+            if whose is not None:
+                self.note_role(part, whose, role)
 
     # -- labels ----------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["ErrorReportingGroup"]
 
 _EXIT_CODE = 2
+# What messages of the library call arguments that have another name on the command line.
+_OPTIONS = {
+    "example_inputs": "--input",
+    "checkpoint_dir:": "--checkpoints",
+    "teacher:": "--teacher-weights",
+}
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -38,27 +43,18 @@ class ErrorReportingGroup(TyperGroup):
         if ctx.params.get("debug"):
             return super().invoke(ctx)
         try:
-            with _warnings_as_lines(), _torch_silent():
+            with _warnings_as_lines():
                 return super().invoke(ctx)
         except ChanpruneError as error:
-            message = Text.assemble(("error: ", "bold red"), (str(error), "red"))
+            message = Text.assemble(("error: ", "bold red"), (_with_options(str(error)), "red"))
             plain_console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(_EXIT_CODE) from error
 
 
-@contextlib.contextmanager
-def _torch_silent() -> Iterator[None]:
-    """Keeps torch from logging, traceback and all, what a forward on fake tensors raises.
-
-    The analysis catches that, and tries on or tells it in its message.
-    """
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    usual = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(usual)
+def _with_options(message: str) -> str:
+    """A message of the library, and which options the arguments in it stand for."""
+    options = [option for name, option in _OPTIONS.items() if name in message]
+    return f"{message.rstrip('.')}; here that is {options[0]}" if options else message
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ from chanprune_ext.cli.image_options import (
     ImageSize,
     PresetName,
     Resize,
+    images_that_fit,
     open_images,
     warn_of_missing_classes,
 )
-from chanprune_ext.cli.loading import load_model, place
+from chanprune_ext.cli.loading import load_model, model_arguments, place
 from chanprune_ext.cli.options import (
     DATA_HELP,
     BatchSize,
@@ -52,9 +53,11 @@ def evaluate(
     console = plain_console()
     if json_out is not None:
         check_writable(json_out)
-    network = load_model(model, model_arg, weights, device)
+    arguments = model_arguments(model, model_arg, weights)
+    network = load_model(model, arguments, weights, device)
     images = open_images(data, split, class_file, preset, image_size, resize)
-    found = measure(network, images, batch_size=batch_size, device=place(device))
+    with images_that_fit(network, model, images, data):
+        found = measure(network, images, batch_size=batch_size, device=place(device))
     warn_of_missing_classes(network, images, class_file)
     facts = {
         "top-1": format_accuracy(found.top1, found.standard_error),

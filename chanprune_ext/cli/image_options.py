@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+from torch import nn
 
+from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.cli.example_inputs import example_inputs
 from chanprune_ext.data import Augmentation, Preset, open_dataset
-from chanprune_ext.data.opening import class_folders, takes_size
-from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.data.opening import takes_size
+from chanprune_ext.errors import AnalysisError, ChanpruneError, InvalidArgumentError
 from chanprune_ext.module_modes import evaluating
+from chanprune_ext.plan import plans_of
+from chanprune_ext.plan_inputs import inputs_from
 from chanprune_ext.recovery.evaluation import device_of
 from chanprune_ext.recovery.outputs import input_dtype, logits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-    from torch import nn
 
     from chanprune_ext.data import ImageDataset
     from chanprune_ext.data.class_names import ClassFile
@@ -34,9 +39,8 @@ __all__ = [
     "Repeats",
     "Resize",
     "TestData",
-    "classes_of_test",
+    "images_that_fit",
     "open_images",
-    "open_images_like",
     "open_training_images",
     "warn_of_missing_classes",
 ]
@@ -96,18 +100,6 @@ Repeats = Annotated[
 ]
 
 
-def classes_of_test(
-    data: str | None, test_data: str | None, class_file: Path | None
-) -> ClassFile | None:
-    """What names the classes of the test images: the class file, or the training images' folders.
-
-    Test images elsewhere may lack a class, and would be labelled without it.
-    """
-    if class_file is not None or data is None or test_data is None or not takes_size(test_data):
-        return class_file
-    return class_folders(data)
-
-
 def open_images(
     data: str,
     split: str,
@@ -115,46 +107,99 @@ def open_images(
     preset: str | None = None,
     size: int | None = None,
     resize: int | None = None,
+    *,
+    like: tuple[int, ...] | None = None,
 ) -> ImageDataset:
-    """An image set without augmentation, as the weights expect it."""
-    looks = None if preset is None else Preset.of(preset)
-    return open_dataset(data, split, class_file=class_file, preset=looks, size=size, resize=resize)
-
-
-def open_images_like(
-    shape: tuple[int, ...] | None,
-    data: str,
-    split: str,
-    class_file: ClassFile | None,
-    preset: str | None = None,
-    size: int | None = None,
-    resize: int | None = None,
-) -> ImageDataset:
-    """An image set of what a model is analysed with: scaled to it, where no size is asked for.
+    """An image set without augmentation, as the weights expect it.
 
     Args:
-        shape: Of one input, without the batch; None for whatever the images are.
-        data: The set, and all that follows, as for :func:`open_images`.
+        data: The set.
         split: Which images.
         class_file: Names of the classes.
         preset: What the weights expect.
         size: Edge of the images.
         resize: Shorter side before the centre is cut out.
+        like: Shape of one input that a model is analysed with, without the batch: images are
+            scaled to it, where no size is asked for. Default: None, whatever the images are.
 
     Raises:
-        InvalidArgumentError: The images have another shape.
+        InvalidArgumentError: The images have another shape than ``like``.
     """
     free = size is None and preset is None and takes_size(data)
-    if shape is not None and free and len(shape) == 3 and shape[1] == shape[2]:
-        size = shape[1]
-    images = open_images(data, split, class_file, preset, size, resize)
-    if shape is not None and images.shape != shape:
-        found, expected = ("x".join(map(str, numbers)) for numbers in (images.shape, shape))
+    if like is not None and free and len(like) == 3 and like[1] == like[2]:
+        size = like[1]
+    looks = None if preset is None else Preset.of(preset)
+    images = open_dataset(
+        data, split, class_file=class_file, preset=looks, size=size, resize=resize
+    )
+    if like is not None and images.shape != like:
         raise InvalidArgumentError(
-            f"--data: expected images of {expected}, as --input or the test images have it, but "
-            f"those of {data!r} are {found}; leave --input out, or let --image-size agree with it"
+            f"--data: expected images of {size_text(like)}, as --input or the test images have it, "
+            f"but those of {data!r} are {size_text(images.shape)}; leave --input out, or let "
+            "--image-size agree with it"
         )
     return images
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """A shape as the options take it: ``3x224x224``."""
+    return "x".join(map(str, shape))
+
+
+@contextlib.contextmanager
+def images_that_fit(model: nn.Module, spec: str, images: ImageDataset, data: str) -> Iterator[None]:
+    """Where a model fails on images, says so if their size is the reason.
+
+    Args:
+        model: What runs on them.
+        spec: What it was built from.
+        images: The images.
+        data: Where they come from.
+
+    Raises:
+        InvalidArgumentError: It does not run on a single one of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ChanpruneError) and not isinstance(error, AnalysisError):
+            raise
+        reason = _refusal(model, images.shape)
+        if reason is None:
+            raise  # of something else
+        expected = _expected_size(model, spec)
+        expected = None if expected == images.shape else expected
+        advice = "--model-arg says what model it is"
+        if takes_size(data):
+            advice = f"--image-size scales images, {advice}"
+        raise InvalidArgumentError(
+            f"--data: the model does not run on images of {size_text(images.shape)}"
+            + (f", expected {size_text(expected)}" if expected else "")
+            + f" ({reason}); {advice}"
+        ) from error
+
+
+def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """Why a model does not run on an image of a shape, in a line; None if it does."""
+    sample = torch.zeros(1, *shape, dtype=input_dtype(model), device=device_of(model))
+    try:
+        with evaluating(model), torch.no_grad():
+            model(sample)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
+
+
+def _expected_size(model: nn.Module, spec: str) -> tuple[int, ...] | None:
+    """The images that a model was pruned with, or that are usual for it; None where unknown."""
+    plans = plans_of(model)
+    try:
+        inputs = inputs_from(plans[0].inputs) if plans else example_inputs(spec, model, ())
+    except InvalidArgumentError:
+        return None
+    shape = tuple(tensors_in(inputs)[0].shape[1:])
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return (layers[0].in_channels, *shape[1:]) if layers and len(shape) == 3 else None
 
 
 def warn_of_missing_classes(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from chanprune_ext.checkpoint import FORMAT, load, load_weights
+from chanprune_ext.checkpoint import FORMAT, load, load_weights, read_description
 from chanprune_ext.cli.model_spec import build_model, parse_arguments
-from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
 
-__all__ = ["load_model", "place"]
+__all__ = ["load_model", "model_arguments", "place", "read_built_from"]
 
 
 def place(device: str) -> torch.device:
@@ -38,14 +39,44 @@ def place(device: str) -> torch.device:
         ) from error
 
 
+def model_arguments(spec: str, pairs: Sequence[str] | None, weights: Path | None) -> dict[str, Any]:
+    """Arguments of a model's constructor: those given, and what its saved weights say of others.
+
+    Args:
+        spec: As :func:`build_model` takes it.
+        pairs: ``name=value`` pairs that were given.
+        weights: As for :func:`load_model`.
+
+    Raises:
+        ChanpruneError: A pair is none, or the file is damaged.
+    """
+    given = parse_arguments(pairs or ())
+    built = {} if weights is None or not is_saved_model(weights) else read_built_from(weights)
+    return {**built.get("arguments", {}), **given} if built.get("model") == spec else given
+
+
+def read_built_from(file: Path) -> dict[str, Any]:
+    """What a saved file says of the plain model: ``model`` and ``arguments``, or nothing.
+
+    Raises:
+        CheckpointError: It is damaged, or no such file.
+    """
+    description = read_description(file)
+    try:
+        found: dict[str, Any] = json.loads(description.get("built_from", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its description is damaged: {error}") from error
+    return found
+
+
 def load_model(
-    spec: str, arguments: Sequence[str] | None, weights: Path | None, device: str
+    spec: str, arguments: Mapping[str, Any], weights: Path | None, device: str
 ) -> nn.Module:
     """Builds a model and gives it its weights, which may be those of a pruned model.
 
     Args:
         spec: As :func:`build_model` takes it.
-        arguments: ``name=value`` pairs for its constructor.
+        arguments: Of its constructor, as from :func:`model_arguments`.
         weights: A state dict, or a file written by :func:`chanprune_ext.checkpoint.save`; None
             leaves the fresh weights.
         device: As :func:`place` takes it.
@@ -54,7 +85,7 @@ def load_model(
         ChanpruneError: The model cannot be built, or the weights are not its own.
     """
     target = place(device)
-    model = build_model(spec, parse_arguments(arguments or ()))
+    model = build_model(spec, arguments)
     if weights is not None:
         model = load(weights, model) if is_saved_model(weights) else load_weights(model, weights)
     return model.to(target)

@@ -102,6 +102,12 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def _constructor(spec: str, on_meta: bool) -> Callable[..., Any]:
     family, colon, name = spec.partition(":")
     if not colon:
+        if spec not in CIFAR_RESNETS and Path(spec).is_file():
+            raise InvalidArgumentError(
+                f"MODEL: {spec!r} is a file; name the model that it holds, such as resnet20 or "
+                "torchvision:resnet18, and give files as --weights; 'chanprune verify' says what "
+                "is in one"
+            )
         if spec not in CIFAR_RESNETS:
             raise InvalidArgumentError(
                 f"MODEL: no model named {spec!r}; expected one of {', '.join(CIFAR_RESNETS)}, "

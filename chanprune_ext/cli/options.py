@@ -54,7 +54,7 @@ ModelArguments = Annotated[
         "--model-arg",
         metavar="NAME=VALUE",
         help="Argument of the model's constructor; may be repeated.",
-        show_default=False,
+        show_default="as a file of the same model says",
     ),
 ]
 Weights = Annotated[

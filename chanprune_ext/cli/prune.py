@@ -1,5 +1,6 @@
 """``chanprune prune``: a trained model in, a smaller one out."""
 
+import contextlib
 import json
 from dataclasses import asdict
 from enum import Enum
@@ -20,10 +21,10 @@ from chanprune_ext.cli.image_options import (
     PresetName,
     Resize,
     TestData,
-    classes_of_test,
-    open_images_like,
+    images_that_fit,
+    open_images,
 )
-from chanprune_ext.cli.loading import load_model
+from chanprune_ext.cli.loading import load_model, model_arguments
 from chanprune_ext.cli.model_spec import parse_ratios
 from chanprune_ext.cli.options import (
     ClassFile,
@@ -41,10 +42,12 @@ from chanprune_ext.cli.saved_model import built_from
 from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.compensation import compensate
 from chanprune_ext.data import calibration_batches
+from chanprune_ext.data.opening import classes_of_test
 from chanprune_ext.plan import PruningPlan
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import format_accuracy
 from chanprune_ext.recovery import Evaluation, evaluate
+from chanprune_ext.recovery.evaluation import device_of
 from chanprune_ext.report import environment
 
 __all__ = ["prune"]
@@ -157,19 +160,20 @@ def prune(
 ) -> None:
     """Removes channels; with --data also compensates, and measures accuracy before and after."""
     console = plain_console()
-    network = load_model(model, model_arg, weights, device)
-    place = next(network.parameters()).device
+    arguments = model_arguments(model, model_arg, weights)
+    network = load_model(model, arguments, weights, device)
+    place = device_of(network)
     looks = (class_file, preset, image_size, resize)
     inputs = example_inputs(model, network, shapes) if shapes else None
     shape = None if inputs is None else tuple(tensors_in(inputs)[0].shape[1:])
     test = training = None
     if test_data is not None or data is not None:
         classes = classes_of_test(data, test_data, class_file)
-        test = open_images_like(shape, test_data or data or "", "test", classes, *looks[1:])
+        test = open_images(test_data or data or "", "test", classes, *looks[1:], like=shape)
         shape = test.shape
     drawn = 0
     if data is not None and calibration_images != 0:
-        training = open_images_like(shape, data, "train", *looks)
+        training = open_images(data, "train", *looks, like=shape)
         drawn = images_to_draw(calibration_images, training, "--calibration-images")
     if inputs is None and test is not None:
         inputs = torch.zeros(1, *test.shape, device=place)
@@ -181,20 +185,24 @@ def prune(
     fractions = (macs, params, latency, file_size)
     budget = None if fractions == (None,) * 4 else Budget(*fractions)
     rest_stays = ratios and (ratio, threshold, budget) == (None,) * 3
-    made = plan(
-        network,
-        inputs,
-        0.0 if rest_stays else ratio,
-        ratios=parse_ratios(ratios or ()),
-        criterion=criterion_of(criterion, training, drawn, seed),
-        scope=scope.value,
-        threshold=threshold,
-        budget=budget,
-        round_to=round_to,
-        ignore=ignore or (),
-        kinds=kinds,
-        seed=seed,
-    )
+    fitting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if test is not None:
+        fitting = images_that_fit(network, model, test, test_data or data or "")
+    with fitting:
+        made = plan(
+            network,
+            inputs,
+            0.0 if rest_stays else ratio,
+            ratios=parse_ratios(ratios or ()),
+            criterion=criterion_of(criterion, training, drawn, seed),
+            scope=scope.value,
+            threshold=threshold,
+            budget=budget,
+            round_to=round_to,
+            ignore=ignore or (),
+            kinds=kinds,
+            seed=seed,
+        )
     console.print(str(made), highlight=False, soft_wrap=True)
     pruned = made.apply(network, verify="numeric" if check_numbers else "replay")
     found: dict[str, Evaluation] = {}
@@ -205,7 +213,7 @@ def prune(
             batches = calibration_batches(training, drawn, seed=seed)
             compensate(pruned, network, [batch.to(place) for batch in batches])
             found["compensated"] = measured("compensated", pruned, test)
-    save(pruned, out, built_from=built_from(model, model_arg))
+    save(pruned, out, built_from=built_from(model, arguments))
     console.print(f"model: {out}", soft_wrap=True)
     if plan_out is not None:
         made.save(plan_out)

@@ -1,5 +1,6 @@
 """``chanprune recover``: fine-tuning or distillation of a pruned model."""
 
+import contextlib
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +19,11 @@ from chanprune_ext.cli.image_options import (
     Repeats,
     Resize,
     TestData,
-    classes_of_test,
+    images_that_fit,
     open_images,
     open_training_images,
 )
-from chanprune_ext.cli.loading import load_model, place
+from chanprune_ext.cli.loading import load_model, model_arguments, place
 from chanprune_ext.cli.options import (
     DATA_HELP,
     ClassFile,
@@ -36,6 +37,7 @@ from chanprune_ext.cli.run_printing import INTERRUPTED, command_line, print_inte
 from chanprune_ext.cli.saved_model import built_from
 from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.data import Augmentation
+from chanprune_ext.data.opening import classes_of_test
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.jobs.recovery_report import recovery_report
 from chanprune_ext.quantities import format_accuracy
@@ -291,10 +293,11 @@ def recover(
     several = launched_processes() > 1
     # Of several processes each finds its own GPU; until then its networks stay off all of them.
     home = "cpu" if several else device
-    student = load_model(model, model_arg, weights, home)
+    arguments = model_arguments(model, model_arg, weights)
+    student = load_model(model, arguments, weights, home)
     teacher = None
     if teacher_weights is not None:
-        teacher = load_model(model, model_arg, teacher_weights, home)
+        teacher = load_model(model, arguments, teacher_weights, home)
     augmentation = Augmentation(
         None if auto_augment is None else auto_augment.value,
         magnitude=magnitude,
@@ -310,19 +313,23 @@ def recover(
     classes = classes_of_test(data, test_data, class_file)
     test = open_images(test_data or data, "test", classes, preset, image_size, resize)
     try:
-        result = train_back(
-            student,
-            teacher,
-            train=training,
-            val=test,
-            recipe=chosen,
-            device=None if several and device == "auto" else place(device),
-            checkpoint_dir=checkpoints,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
-            log_dir=log_dir,
-        )
+        with contextlib.ExitStack() as fitting:
+            if not several:  # one of several that fails must not wait for the others
+                for images, place_of in ((training, data), (test, test_data or data)):
+                    fitting.enter_context(images_that_fit(student, model, images, place_of))
+            result = train_back(
+                student,
+                teacher,
+                train=training,
+                val=test,
+                recipe=chosen,
+                device=None if several and device == "auto" else place(device),
+                checkpoint_dir=checkpoints,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                keep_checkpoints=keep_checkpoints,
+                log_dir=log_dir,
+            )
     except RecoveryInterrupted as interruption:
         if is_first_process():
             print_interruption(interruption, "--resume auto")
@@ -331,7 +338,7 @@ def recover(
     first = is_first_process()
     leave_processes()
     if first:
-        _finish(student, out, result, built_from(model, model_arg))
+        _finish(student, out, result, built_from(model, arguments))
         if report is not None:
             made = recovery_report(
                 student.to(place(device)),

@@ -13,7 +13,9 @@ __all__ = ["report"]
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The report.json of a run.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a run, or its report.json.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -22,6 +24,7 @@ def report(
     ] = None,
 ) -> None:
     """Prints the table of a saved run and writes its HTML page again."""
+    run = run / "report.json" if run.is_dir() else run
     saved = load_report(run)
     console = plain_console()
     console.print(stage_table(saved.stages, saved.title))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chanprune_ext.analysis.stand_ins import substitute
-from chanprune_ext.checkpoint import load, load_weights, read_description
+from chanprune_ext.checkpoint import load, load_weights
 from chanprune_ext.cli.example_inputs import example_inputs
-from chanprune_ext.cli.loading import place
-from chanprune_ext.cli.model_spec import build_model, parse_arguments
-from chanprune_ext.errors import CheckpointError, InvalidArgumentError
+from chanprune_ext.cli.loading import model_arguments, place, read_built_from
+from chanprune_ext.cli.model_spec import build_model
+from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.plan import plans_of
 from chanprune_ext.plan_inputs import inputs_from
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -67,18 +66,14 @@ def open_saved(
         ChanpruneError: The file is damaged or foreign, or belongs to another model.
     """
     target = place(device)
-    built = _read_built_from(file)
-    given = parse_arguments(arguments or ())
-    if spec is None:
-        spec, given = built.get("model"), {**built.get("arguments", {}), **given}
-    elif spec == built.get("model"):
-        given = {**built.get("arguments", {}), **given}
+    built = read_built_from(file)
+    spec = spec or built.get("model")
     if spec is None:
         raise InvalidArgumentError(
             f"{option}: needed, since {file} does not say what it was pruned from; give the plain "
             "model, like torchvision:resnet50"
         )
-    plain = build_model(spec, given)
+    plain = build_model(spec, model_arguments(spec, arguments, file))
     if weights is not None:
         load_weights(plain, weights)
     pruned = load(file, plain)
@@ -91,22 +86,14 @@ def open_saved(
     return SavedModel(plain, pruned, _on(inputs, target, _dtype_of(pruned)), spec)
 
 
-def built_from(spec: str, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """What a saved file says of the plain model, for :func:`open_saved` to read again."""
-    return {"model": spec, "arguments": parse_arguments(arguments or ())}
+def built_from(spec: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved file says of the plain model, for :func:`read_built_from` to read again."""
+    return {"model": spec, "arguments": dict(arguments)}
 
 
 def names_plain_model(file: Path) -> bool:
     """Whether a file says what it was pruned from."""
-    return "model" in _read_built_from(file)
-
-
-def _read_built_from(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(read_description(file).get("built_from", "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: its description is damaged: {error}") from error
-    return found
+    return "model" in read_built_from(file)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -21,10 +21,10 @@ from chanprune_ext.cli.image_options import (
     ImageSize,
     PresetName,
     Resize,
+    images_that_fit,
     open_images,
-    open_images_like,
 )
-from chanprune_ext.cli.loading import load_model
+from chanprune_ext.cli.loading import load_model, model_arguments
 from chanprune_ext.cli.options import (
     DATA_HELP,
     BatchSize,
@@ -41,6 +41,7 @@ from chanprune_ext.data import calibration_batches
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.pruning import plan
 from chanprune_ext.recovery import evaluate
+from chanprune_ext.recovery.evaluation import device_of
 from chanprune_ext.report import RunReport, Stage, environment, write_report
 from chanprune_ext.sensitivity import Sensitivity, told_apart
 from chanprune_ext.sensitivity import sensitivity as measure
@@ -85,16 +86,17 @@ def sensitivity(
 ) -> None:
     """Measures how accuracy and outputs suffer when one group of channels alone is cut."""
     console = plain_console()
-    network = load_model(model, model_arg, weights, device)
-    place = next(network.parameters()).device
+    arguments = model_arguments(model, model_arg, weights)
+    network = load_model(model, arguments, weights, device)
+    place = device_of(network)
     test = open_images(data, "test", class_file, preset, image_size, resize)
     check_writable(out)
     if report is not None:
         make_folder(report)
     training, drawn = None, 0
     if compensate or needs_images(criterion):
-        training = open_images_like(
-            test.shape, data, "train", class_file, preset, image_size, resize
+        training = open_images(
+            data, "train", class_file, preset, image_size, resize, like=test.shape
         )
         drawn = images_to_draw(compensate or None, training, "--compensate")
     ranking = criterion_of(criterion, training, drawn, seed)
@@ -105,15 +107,16 @@ def sensitivity(
     chosen = labelled_batches(test, images, batch_size, seed)
     batches = [(inputs.to(place), labels) for inputs, labels in chosen]
     example = torch.zeros(1, *test.shape, device=place)
-    found = measure(
-        network,
-        example,
-        batches,
-        ratios=parse_numbers(ratios),
-        criterion=ranking,
-        calibration=calibration,
-        seed=seed,
-    )
+    with images_that_fit(network, model, test, data):
+        found = measure(
+            network,
+            example,
+            batches,
+            ratios=parse_numbers(ratios),
+            criterion=ranking,
+            calibration=calibration,
+            seed=seed,
+        )
     found.save(out)
     console.print(curve_table(found))
     console.print(f"curves: {out}", soft_wrap=True)

@@ -79,27 +79,28 @@ def check_memory_limit(limit: Any) -> None:
         )
 
 
+def _plans_of(pruned: nn.Module, plan: HasKept | None) -> list[tuple[str, HasKept]]:
+    """``plan``, or what ``pruned`` or its parts carry, with what comes before their entries."""
+    if plan is None:
+        plan = plan_of(pruned)
+    if plan is not None:
+        return [("", plan)]
+    return [(f"{path}.", plans[-1]) for path, plans in plans_within(pruned).items()]
+
+
 def kept_of(pruned: nn.Module, plan: HasKept | None) -> Mapping[str, Mapping[int, Tensor]]:
     """The kept indices of ``plan``, or of the plan that ``pruned`` or its parts carry.
 
     Raises:
         InvalidArgumentError: there is no plan.
     """
-    if plan is None:
-        plan = plan_of(pruned)
-    if plan is not None:
-        return plan.kept
-    kept = {
-        f"{path}.{entry}": dims
-        for path, plans in plans_within(pruned).items()
-        for entry, dims in plans[-1].kept.items()
-    }
-    if not kept:
+    found = _plans_of(pruned, plan)
+    if not found:
         raise InvalidArgumentError(
             "pruned: it carries no plan, so its channels can't be matched with the original's; "
             "pass the plan it was made by as plan="
         )
-    return kept
+    return {f"{prefix}{entry}": dims for prefix, each in found for entry, dims in each.kept.items()}
 
 
 def inputs_of(pruned: nn.Module, plan: HasKept | None) -> Any:
@@ -109,14 +110,10 @@ def inputs_of(pruned: nn.Module, plan: HasKept | None) -> Any:
 
 def rescalings_of(pruned: nn.Module, plan: HasKept | None) -> tuple[Rescaling, ...]:
     """What ``plan``, or the plan that ``pruned`` or its parts carry, has multiplied."""
-    if plan is None:
-        plan = plan_of(pruned)
-    if plan is not None:
-        return tuple(getattr(plan, "rescalings", ()))
     return tuple(
-        replace(rescaling, entry=f"{path}.{rescaling.entry}")
-        for path, plans in plans_within(pruned).items()
-        for rescaling in plans[-1].rescalings
+        replace(rescaling, entry=f"{prefix}{rescaling.entry}")
+        for prefix, each in _plans_of(pruned, plan)
+        for rescaling in getattr(each, "rescalings", ())
     )
 
 

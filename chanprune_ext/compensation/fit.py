@@ -97,6 +97,12 @@ class _Piece:
     weight: float = 1.0
     extra: bool = False
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        tensors = self.columns, self.original, self.pruned
+        return sum(t.numel() * t.element_size() for t in tensors)
+
 
 def one_sided_residual(
     original: Tensor, pruned: Tensor, bounds: tuple[float, float] | None
@@ -155,6 +161,7 @@ class _Fit:
         self.shape = groups, rows, sum(layer.shape[2] for layer in layers)
         self.every: tuple[int, ...] = ()
         self.fit_samples = 0
+        self.kept: list[_Piece] = []
 
     @property
     def with_windows(self) -> bool:
@@ -169,7 +176,26 @@ class _Fit:
         return inputs if len(inputs) == len(found) else None
 
     def pieces(self) -> Iterator[_Piece]:
-        """All samples, at the chosen positions, with the weights before the fit."""
+        """All samples, at the chosen positions, with the weights before the fit.
+
+        They are looked at once for every step, so what there is room for stays unfolded.
+        """
+        if self.kept:
+            yield from self.kept
+            return
+        kept: list[_Piece] = []
+        room = self.runs.spare(self.target)
+        for piece in self.fresh_pieces():
+            room -= piece.bytes
+            if room >= 0:
+                kept.append(piece)
+            else:
+                kept.clear()
+            yield piece
+        self.kept = kept
+
+    def fresh_pieces(self) -> Iterator[_Piece]:
+        """The same, from what the batches show."""
         turns = {False: 0, True: 0}
         for seen in self.runs.observe(self.target):
             inputs = self.inputs(seen)

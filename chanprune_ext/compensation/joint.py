@@ -90,6 +90,8 @@ def refit_jointly(pair: Pair, runs: Lockstep, options: FitOptions, ledger: Ledge
         )
     map_ = _Linearised(pair, dtype)
     start = before = _error(pair, segments)
+    if not start > options.round_off**2 * _energy(pair, segments):
+        return False
     fit = _some([s for s in segments if not s.held_back])
     precondition = _Preconditioner(pair, fit, options.piece)
     total = segments[0].x.new_zeros(len(pair.first.weight), precondition.columns + 1)
@@ -121,6 +123,13 @@ def _differentiable(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
+def _channels_last(value: Tensor) -> Tensor:
+    """The value in the layout in which a CPU is fastest at convolutions and their gradients."""
+    if value.ndim != 4 or value.device.type != "cpu":
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
+
+
 def _some(segments: list[Segment]) -> list[Segment]:
     """All of them, or evenly spread ones where there is more than enough to see."""
     every = max(1, sum(s.between.numel() for s in segments) // _ENOUGH_VALUES)
@@ -134,15 +143,24 @@ def _error(
     change: Tensor | None = None,
 ) -> float:
     """Squared error behind the target's clamp, on held-back samples where there are some."""
-    judges = [s for s in segments if s.held_back] or segments
     bounds = pair.target.bounds or (-torch.inf, torch.inf)
     total = 0.0
-    for segment in judges:
+    for segment in _judges(segments):
         value = segment.pruned
         if map_ is not None and change is not None:
             _, value = map_.exactly(segment, change)
         total += float((segment.original.clamp(*bounds) - value.clamp(*bounds)).square().sum())
     return total
+
+
+def _energy(pair: Pair, segments: list[Segment]) -> float:
+    """Squared value behind the target's clamp in the original, on the same samples."""
+    bounds = pair.target.bounds or (-torch.inf, torch.inf)
+    return sum(float(s.original.clamp(*bounds).square().sum()) for s in _judges(segments))
+
+
+def _judges(segments: list[Segment]) -> list[Segment]:
+    return [s for s in segments if s.held_back] or segments
 
 
 class _Preconditioner:
@@ -193,16 +211,19 @@ def _gauss_newton(
 ) -> Tensor:
     """The change that explains the residual best, to first order."""
     positions = sum(s.between.numel() for s in fit) / len(precondition.gain)
-    residuals = [one_sided_residual(s.original, s.pruned, map_.pair.target.bounds) for s in fit]
+    bounds = map_.pair.target.bounds
+    residuals = [one_sided_residual(s.original, s.pruned, bounds) for s in fit]
+    inputs = [_channels_last(s.x) for s in fit]
+    gates = [_channels_last(map_.open(s.between)) for s in fit]
 
     def pulled_back(change: Tensor, values: list[Tensor] | None) -> Tensor:
         """``J^T`` of one value a segment; None: of what ``change`` adds, ``J change``."""
         total = torch.zeros_like(change)
-        for i, segment in enumerate(fit):
+        for i, (x, gate) in enumerate(zip(inputs, gates, strict=True)):
             with torch.enable_grad():
                 at = change.clone().requires_grad_()
-                made = map_.second(map_.first(segment.x, at) * map_.open(segment.between))
-                value = made.detach() if values is None else values[i]
+                made = map_.second(map_.first(x, at) * gate)
+                value = made.detach() if values is None else _channels_last(values[i])
                 total += torch.autograd.grad(made, at, value)[0]
         return total / positions
 

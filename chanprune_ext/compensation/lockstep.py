@@ -16,6 +16,7 @@ from .paused_runs import PausedRun
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from .memory import MemoryPlan
     from .targets import Layer, Pair, Target
 
 __all__ = ["Lockstep", "Observation", "Segment"]
@@ -77,9 +78,9 @@ class Lockstep:
     """Pairs of forwards, one pair a batch.
 
     Pairs either *stay*, paused from target to target with their activations in memory, or, for
-    targets before ``resident_from``, are run anew up to the target and dropped again. There as
-    many batches are looked at as fit into ``cache``, at least 128 samples; these are run at every
-    look if they do not fit.
+    targets before ``memory.resident_from``, are run anew up to the target and dropped again. There
+    as many batches are looked at as fit into ``memory.cache``, at least 128 samples; these are run
+    at every look if they do not fit.
 
     Both networks must be in eval mode. Use as a context manager.
 
@@ -94,8 +95,7 @@ class Lockstep:
         held_back: Inputs of the batches to judge by.
         names: The calls that both networks make.
         targets: All targets, in order.
-        resident_from: Call index of the first target from which on the pairs stay.
-        cache: Bytes that may be spent on keeping what is seen at one target.
+        memory: From which target on the pairs stay, and how much may be kept.
         device: Where the networks live.
     """
 
@@ -107,8 +107,7 @@ class Lockstep:
         held_back: Sequence[Any],
         names: Sequence[str],
         targets: Sequence[Target],
-        resident_from: int,
-        cache: int,
+        memory: MemoryPlan,
         device: torch.device,
     ) -> None:
         self._original = original
@@ -120,8 +119,9 @@ class Lockstep:
         self.alike = len(shapes) == 1
         self._names = names
         self._targets = targets
-        self._resident_from = resident_from
-        self._cache = cache
+        self._resident_from = memory.resident_from
+        self._cache = memory.cache
+        self._alive = memory.alive
         self._seen: list[Observation] = []
         self._device = device
         self._resident: list[tuple[PausedRun, PausedRun]] | None = None
@@ -168,6 +168,17 @@ class Lockstep:
             self._at = target.call
         for batch, (_, held_back) in enumerate(self._batches):
             yield self._observation(target, self._resident[batch], *self._values[batch], held_back)
+
+    def spare(self, target: Target) -> int:
+        """Bytes that may be spent at ``target`` beside what the pairs keep themselves.
+
+        Before the pairs stay, none until what they show has been kept once.
+        """
+        if target.call < self._resident_from:
+            kept = [seen.bytes for seen in self._seen]
+            return self._cache - sum(kept) if kept else 0
+        between = (t.numel() * t.element_size() for ts in self._between.values() for t in ts)
+        return min(_ENOUGH_BYTES, self._cache - self._alive[target.call] - sum(between))
 
     def _observe_anew(self, target: Target) -> Iterator[Observation]:
         """Runs pairs up to ``target``, as many as can be kept, but not too few of them."""

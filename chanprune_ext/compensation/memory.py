@@ -32,12 +32,14 @@ class MemoryPlan:
         piece: Most elements of one unfolded piece of a layer's input.
         resident_from: Call index from which on all batches can stay paused in memory together.
         cache: Bytes that may be spent on keeping one target's values before that.
+        alive: Bytes of activations of all batches that are alive after each call.
     """
 
     batch_size: int
     piece: int
     resident_from: int
     cache: int
+    alive: tuple[int, ...] = ()
 
 
 def free_memory(device: torch.device) -> int:
@@ -98,4 +100,5 @@ def plan_memory(
         if alive[target.call] * samples > left:
             break
         resident_from = target.call
-    return MemoryPlan(batch_size, piece, resident_from, cache=int(left))
+    everywhere = tuple(int(bytes_ * samples) for bytes_ in alive)
+    return MemoryPlan(batch_size, piece, resident_from, cache=int(left), alive=everywhere)

@@ -269,8 +269,7 @@ class _Session:
             self.data.held_back,
             self._names,
             targets,
-            self.memory.resident_from,
-            self.memory.cache,
+            self.memory,
             self._device,
         )
         pairs = _pairs(targets) if options.joint_rounds else {}
@@ -315,8 +314,7 @@ class _Session:
                 (),
                 self._names,
                 [target],
-                self.memory.resident_from,
-                self.memory.cache,
+                self.memory,
                 self._device,
             )
             ridge = max(fitted[entry].ridge or 0.0 for entry in entries)

@@ -26,7 +26,7 @@ from .unreadable import UnreadableImages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["class_folders", "open_dataset", "takes_size"]
+__all__ = ["class_folders", "classes_of_test", "open_dataset", "takes_size"]
 
 DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
 SMALL_EDGE = 64  # images up to this many pixels a side are decoded once and kept in memory
@@ -154,6 +154,28 @@ def class_folders(spec: str | os.PathLike[str]) -> tuple[str, ...] | None:
     archive = ImageArchive(path)
     folders = (folder for _, folder in archive.entries.kinds)
     return class_names(name, folders, None, archive.empty_classes)
+
+
+def classes_of_test(
+    data: str | os.PathLike[str] | None,
+    test_data: str | os.PathLike[str] | None,
+    class_file: ClassFile | None,
+) -> ClassFile | None:
+    """What names the classes of the test images: the class file, or the training images' folders.
+
+    Test images elsewhere may lack a class, and would be labelled without it.
+
+    Args:
+        data (str or PathLike, optional): the training images.
+        test_data (str or PathLike, optional): test images elsewhere. Default: those of ``data``.
+        class_file (str, PathLike or Sequence[str], optional): as for :func:`open_dataset`.
+
+    Raises:
+        DataError: as for :func:`open_dataset`.
+    """
+    if class_file is not None or data is None or test_data is None or not takes_size(test_data):
+        return class_file
+    return class_folders(data)
 
 
 def _is_folder_or_archive(path: Path) -> bool:

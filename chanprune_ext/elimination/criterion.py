@@ -51,7 +51,8 @@ def elimination(
 
     Plans made so are meant for :func:`chanprune_ext.compensate` afterwards, which does the refits.
     Layers that least squares does not reach (transposed convolutions, say) have no part in it; a
-    group that only such layers read is ranked by L1 norms, scaled to the mean of the other scores.
+    group that only such layers read, or none (the width of queries and keys, whose products are
+    read), is ranked by L1 norms, scaled to the mean of the other scores.
 
     Args:
         batches: Calibration data, as for :func:`chanprune_ext.compensate`; labels are ignored.
@@ -195,6 +196,7 @@ def _problems(reader: Reader, groups: Sequence[CouplingGroup], ridge: float) -> 
     moments = reader.moments
     mean = moments.column_sum / moments.samples
     gram = moments.gram / moments.samples
+    # Of offsets too, unlike in a refit: this ridge only steadies an order, and may be the stiffer.
     energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     gram = gram - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     columns = _unit_columns(reader, groups).to(gram.device)

@@ -50,6 +50,7 @@ class Reader:
     moments: Moments
     energy: float = 0.0
     _every: tuple[int, ...] = ()
+    _with_windows: bool | None = None
     _turn: int = 0
     _sums: list[Tensor] = field(default_factory=list)
 
@@ -92,15 +93,18 @@ class Reader:
         delta = delta * inverse.view(-1, *[1] * (delta.ndim - 1))
         layer.change(delta, shift.flatten() * inverse if layer.holds_intercept else None)
 
-    def see_layer(self, x: Tensor, y: Tensor, batches: int) -> None:
-        """Adds what the layer reads in one of about ``batches`` equal batches."""
+    def see_layer(self, x: Tensor, y: Tensor, batches: float) -> None:
+        """Adds what the layer reads in a batch; in all there are ``batches`` times as many samples.
+
+        The first batch decides how many positions are looked at.
+        """
         geometry = self.layer.geometry
         x = widened(x)
         columns = self.moments.gram.shape[-1]
         if not self._every:
             value = x if self.by_channel else y
             axis = geometry.channel_axis(value.ndim)
-            samples = value.numel() // value.shape[axis] * batches
+            samples = round(value.numel() // value.shape[axis] * batches)
             self._every = thinned(samples, columns, geometry.axes)
         if self.by_channel:
             steps = tuple(slice(self._turn % n, None, n) for n in self._every)
@@ -116,9 +120,14 @@ class Reader:
             self.moments.add(piece, rows[0][:, :0])
             self._turn += 1
 
-    def see_averaged(self, x: Tensor, batches: int) -> None:
-        """Adds averages over some positions, where the layer reads the average over all."""
-        if not windows_help(x.shape[0] * batches, x.shape[1]):
+    def see_averaged(self, x: Tensor, batches: float) -> None:
+        """Adds averages over some positions, where the layer reads the average over all.
+
+        Whether they are taken is decided by the first batch, as in :meth:`see_layer`.
+        """
+        if self._with_windows is None:
+            self._with_windows = windows_help(round(x.shape[0] * batches), x.shape[1])
+        if not self._with_windows:
             return
         parts = pooled_windows(widened(x))
         columns = parts.flatten(0, 1).t().unsqueeze(0)
@@ -139,7 +148,7 @@ class Reader:
 
 
 class _Collecting(CallMode):
-    def __init__(self, readers: Iterable[Reader], batches: int) -> None:
+    def __init__(self, readers: Iterable[Reader], batches: float) -> None:
         super().__init__()
         self._batches = batches
         self._at_layer: dict[int, list[Reader]] = {}
@@ -198,7 +207,7 @@ def measure_readers(
     samples = sum(sample_count(batch) for batch in batches)
     with steady_calls(model), torch.no_grad():
         for batch in batches:
-            with _Collecting(readers.values(), -(-samples // sample_count(batch))):
+            with _Collecting(readers.values(), samples / sample_count(batch)):
                 run_model(model, batch)
     for reader in readers.values():
         reader.settle()

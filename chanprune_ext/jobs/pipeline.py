@@ -126,17 +126,23 @@ def run_job(
     file_bytes: dict[str, int] = {}
     runs: dict[str, RecoveryResult] = {}
 
-    def keep(name: str, model: nn.Module) -> None:
-        """Writes a model as soon as it is there: what comes after it can take hours, and fail."""
+    def keep(name: str, model: nn.Module, *, again: bool = False) -> None:
+        """Writes a model as soon as it is there: what comes after it can take hours, and fail.
+
+        Not ``again`` what an earlier start has written.
+        """
         path = out / f"{name.replace(' ', '-').lower()}.safetensors"
-        save(model, path, built_from=job.built_from)
+        if not (again and path.exists()):
+            save(model, path, built_from=job.built_from)
         models[name], file_bytes[name] = model, path.stat().st_size
 
+    again = _COMPENSATED in folder.done
     made, compensated, compensation_note = _compensated(job, folder, say)
-    keep("original", job.model)
-    keep(f"plain {made.criterion.upper()}", made.apply(job.model))
-    keep("compensated", compensated)
-    folder.did(_COMPENSATED, compensation_note)
+    keep("original", job.model, again=again)
+    keep(f"plain {made.criterion.upper()}", made.apply(job.model), again=again)
+    keep("compensated", compensated, again=again)
+    if not again:
+        folder.did(_COMPENSATED, compensation_note)
 
     if job.fine_tune_options is not None:
         say("recovering: fine-tuning on the labels, without a teacher")

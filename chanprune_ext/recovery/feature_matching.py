@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis import analyse
+from ..analysis.scales import scale_factor, scaled_outputs
 from ..errors import InvalidArgumentError
 from ..plan import plans_of
 from .taps import plain_module
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ..analysis import Analysis
     from ..analysis.trace import TracedCall
@@ -47,15 +48,24 @@ class Tap:
         channel_dim: The dim of the channels, counted from the front.
         width: The teacher's channels.
         kept: Dim of the teacher's output -> indices that the student has, int64.
+        factors: What the student's features are multiplied by, float64, broadcast to the teacher's
+            output: a scale that follows a pruned width is folded into weights in front of them.
+            None: nothing.
     """
 
     name: str
     channel_dim: int
     width: int
     kept: Mapping[int, Tensor]
+    factors: Tensor | None = None
+
+    def rescaled(self, teacher: Tensor) -> Tensor:
+        """The teacher's output, multiplied where the student's is."""
+        return teacher if self.factors is None else teacher * self.factors.to(teacher)
 
     def matched(self, teacher: Tensor) -> Tensor:
-        """The part of the teacher's output that the student has too."""
+        """The part of the teacher's output that the student has too, multiplied likewise."""
+        teacher = self.rescaled(teacher)
         for dim, index in self.kept.items():
             teacher = teacher.index_select(dim, index.to(teacher.device))
         return teacher
@@ -84,8 +94,10 @@ def find_taps(
     """
     student, teacher = plain_module(student), plain_module(teacher)
     analysis = analyse(teacher, inputs)
-    removed = _removed_labels(analysis, composed_kept(_plans_between(teacher, student)))
-    outputs = _module_outputs(analysis, teacher)
+    plans = _plans_between(teacher, student)
+    removed = _removed_labels(analysis, composed_kept(plans))
+    makers = _last_calls(analysis, teacher)
+    outputs = {name: analysis.trace.calls[index].outputs[0] for name, index in makers.items()}
     if names is None:
         chosen = _default_names(analysis, outputs)
     else:
@@ -94,7 +106,12 @@ def find_taps(
         raise InvalidArgumentError(
             "taps: found no module whose output can be compared; name some with taps=[...]"
         )
-    return tuple(_tap(analysis, removed, name, outputs[name]) for name in chosen)
+    factors: Mapping[int, Tensor] = {}
+    if any(plan.rescalings for plan in plans):
+        factors = _factors(analysis, teacher, student, inputs, [makers[name] for name in chosen])
+    return tuple(
+        _tap(analysis, removed, name, outputs[name], factors.get(makers[name])) for name in chosen
+    )
 
 
 def composed_kept(plans: Sequence[PruningPlan]) -> Kept:
@@ -145,21 +162,37 @@ def _removed_labels(analysis: Analysis, kept: Kept) -> np.ndarray:
     return gone
 
 
-def _module_outputs(analysis: Analysis, model: nn.Module) -> dict[str, tuple[np.ndarray, ...]]:
-    """Module -> slots of the dims of the tensor it returns, in execution order.
+def _factors(
+    analysis: Analysis, teacher: nn.Module, student: nn.Module, inputs: Any, calls: Iterable[int]
+) -> dict[int, Tensor]:
+    """Call -> what the student's first output is multiplied by, where it is.
+
+    Both make the same calls: where they compute with another number, a weight makes up for it.
+    """
+    ours = analyse(student, inputs).trace.calls
+    found = {
+        index: scale_factor(a.name, a.numbers, b.numbers)
+        for index, (a, b) in enumerate(zip(analysis.trace.calls, ours, strict=False))
+    }
+    scaled = {index: factor for index, factor in found.items() if factor is not None}
+    return scaled_outputs(teacher, inputs, analysis.trace.substrate, scaled, calls)
+
+
+def _last_calls(analysis: Analysis, model: nn.Module) -> dict[str, int]:
+    """Module -> index of the call that made the tensor it returns, in execution order.
 
     A module returns what the last call inside it made; one that runs several times counts as it
     ran last.
     """
-    last: dict[str, TracedCall] = {}
-    for call in analysis.trace.calls:
+    last: dict[str, int] = {}
+    for index, call in enumerate(analysis.trace.calls):
         if not call.outputs or not call.outputs[0]:
             continue
         for path in _ancestors(call.module):
             last.pop(path, None)  # to the end: modules are ordered by when they return
-            last[path] = call
+            last[path] = index
     known = dict(model.named_modules())
-    return {name: call.outputs[0] for name, call in last.items() if name in known}
+    return {name: index for name, index in last.items() if name in known}
 
 
 def _ancestors(module: str) -> list[str]:
@@ -227,7 +260,13 @@ def _labelled_dims(analysis: Analysis, dims: Sequence[np.ndarray]) -> list[int]:
     ]
 
 
-def _tap(analysis: Analysis, removed: np.ndarray, name: str, dims: Sequence[np.ndarray]) -> Tap:
+def _tap(
+    analysis: Analysis,
+    removed: np.ndarray,
+    name: str,
+    dims: Sequence[np.ndarray],
+    factors: Tensor | None,
+) -> Tap:
     kept = {}
     for dim, slots in enumerate(dims):
         mask = analysis.kept_mask(slots, removed)
@@ -236,4 +275,4 @@ def _tap(analysis: Analysis, removed: np.ndarray, name: str, dims: Sequence[np.n
     labelled = _labelled_dims(analysis, dims)
     default = 1 if len(dims) in (2, 4) else len(dims) - 1
     channel_dim = next(iter(kept), next(iter(labelled), default))
-    return Tap(name, channel_dim, int(dims[channel_dim].shape[1]), kept)
+    return Tap(name, channel_dim, int(dims[channel_dim].shape[1]), kept, factors)

@@ -294,6 +294,7 @@ class Objective:
             if "features" in found:
                 found["features"].append(feature_mimic(s, t))
             if "attention" in found and s.ndim > 2:
+                whole = tap.rescaled(whole)
                 found["attention"].append(attention_transfer(s, whole, tap.channel_dim))
             if "statistics" in found:
                 scale = self._scales.get(tap.name)

@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..allocation.group_ratios import exact_ratios
+from ..allocation.selection import Selection
+from ..analysis import analyse
 from ..compensation import compensate
 from ..copying import copied
+from ..criteria import score_groups
 from ..errors import InvalidArgumentError
 from ..plan import plans_of
 from ..pruning import plan as make_plan
+from ..pruning import plan_of_scores
 from .feature_matching import composed_kept
 from .fine_tuning import recover
 from .recipe import Recipe
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["ProgressiveResult", "ProgressiveStage", "prune_progressively"]
 
 SCHEDULES = ("linear", "cubic")
-_KEPT_OPTIONS = ("criterion", "outputs", "seed")
 
 
 @dataclass(frozen=True)
@@ -163,12 +165,11 @@ def prune_progressively(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     goal = make_plan(model, example_inputs, ratio, **plan_options)
     current, done = copied(model), []
-    widths = {group.name: group.width_before for group in goal.groups}
     for stage in range(1, stages + 1):
         share = stage / stages if schedule == "linear" else 1 - (1 - stage / stages) ** 3
         made: PruningPlan | None = goal
         if stages > 1:
-            made = _stage_plan(current, example_inputs, goal, widths, share, plan_options)
+            made = _stage_plan(current, example_inputs, goal, share, plan_options)
         if made is None:
             continue  # rounded to whole channels, this stage has nothing to remove
         pruned = made.apply(current)
@@ -189,7 +190,6 @@ def prune_progressively(
             checkpoint_every=checkpoint_every,
         )
         current = pruned
-        widths.update({group.name: group.width_after for group in made.groups})
         done.append(ProgressiveStage(share, made.params_after, made.macs_after, kept, result))
     return ProgressiveResult(current, tuple(done))
 
@@ -198,21 +198,39 @@ def _stage_plan(
     model: nn.Module,
     example_inputs: Any,
     goal: PruningPlan,
-    widths: Mapping[str, int],
     share: float,
     options: Mapping[str, Any],
 ) -> PruningPlan | None:
-    """The plan from the present widths to those after ``share`` of the removal; None if equal."""
-    wanted = {}
-    for group in goal.groups:
-        lost = group.width_before - group.width_after
-        target = group.width_before - int(share * lost + 0.5)
-        wanted[group.name] = max(0.0, 1 - target / widths[group.name])
-    if not any(wanted.values()):
+    """The plan from the present widths to those after ``share`` of the removal; None if equal.
+
+    Groups are told apart by their place: a name may stand for several, heads and their width.
+    """
+    outputs = options.get("outputs")
+    analysis = analyse(model, example_inputs, outputs)
+    if [g.name for g in analysis.groups] != [g.name for g in goal.groups]:
+        raise InvalidArgumentError(
+            "stages: what is left of this network after a stage has other groups of channels than "
+            "before; prune it at once with stages=1"
+        )
+    ratios = {}
+    for group, aim in zip(analysis.groups, goal.groups, strict=True):
+        target = aim.width_before - int(share * (aim.width_before - aim.width_after) + 0.5)
+        ratios[group.index] = max(0.0, 1 - target / (group.units * group.multiplicity))
+    if not any(ratios.values()):
         return None
-    ratios = exact_ratios(widths, wanted)
-    kept = {name: value for name, value in options.items() if name in _KEPT_OPTIONS}
-    made = make_plan(model, example_inputs, 0.0, ratios=ratios, **kept)
+    scores = score_groups(
+        model, analysis.groups, options.get("criterion", "l1"), goal.options["seed"]
+    )
+    made = plan_of_scores(
+        analysis,
+        model,
+        example_inputs,
+        scores,
+        Selection.of_groups(ratios),
+        goal.criterion,
+        goal.options["seed"],
+        outputs=outputs,
+    )
     if share == 1 and (made.params_after, made.macs_after) != (goal.params_after, goal.macs_after):
         raise InvalidArgumentError(
             f"stages: the last one would end at {made.params_after:,} parameters and "

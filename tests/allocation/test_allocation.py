@@ -347,6 +347,18 @@ def test_equal_scores_keep_the_first_channels() -> None:
             assert kept == list(range(len(kept)))
 
 
+def test_equal_scores_of_several_groups_lose_equal_shares() -> None:
+    """None is emptied before another loses anything."""
+    model = chain(8, 16, 8)
+    with torch.no_grad():
+        for conv, size in zip(model.convs, (0.5, 0.1, 0.3), strict=True):
+            conv.weight.fill_(size)  # equal up to round-off, once divided by the group's mean
+    plan = cpx.plan(model, IMAGES, 0.25, scope="global", criterion=FILTERS)
+    assert kept_widths(plan) == [6, 12, 6]
+    plan = cpx.plan(model, IMAGES, 0.5, scope="global", criterion=FILTERS)
+    assert kept_widths(plan) == [4, 8, 4]
+
+
 # -- budgets -------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
-from chanprune_ext.analysis.meta_kernels import lowered
+from chanprune_ext.analysis.meta_kernels import lowered, run_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ class _Compare(CallMode):
         result = found.result
         assert result.is_meta
         assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
-        assert result.is_contiguous() == expected.is_contiguous()
+        assert result.stride() == expected.stride()
         assert (result is args[0]) == (expected is args[0])
         if name == "linear":  # the one that torch takes to pieces
             assert found.op is torch.ops.aten.linear.default
@@ -101,6 +101,11 @@ LOWERED: dict[str, Callable[[], Any]] = {
     "cat": lambda: torch.cat([e(2, 3, 4), e(2, 1, 4)], dim=-2),
     "linear": lambda: F.linear(e(2, 8), e(3, 8), e(3)),
     "linear of tokens": lambda: F.linear(e(2, 5, 8), e(3, 8)),
+    "view": lambda: e(2, 6).view(3, -1),
+    "view of a shape": lambda: e(2, 6).view(e(3, 4).shape),
+    "permute": lambda: e(2, 3, 4).permute(2, 0, 1),
+    "permute by a list": lambda: torch.permute(e(2, 3, 4), [0, -1, 1]),
+    "transpose": lambda: e(2, 3, 4).transpose(0, -1),
 }
 LEFT: dict[str, Callable[[], Any]] = {
     "channels last": lambda: F.conv2d(last(e(2, 8, 5, 5)), e(6, 8, 3, 3), None, 1, 0, 1, 1),
@@ -111,6 +116,8 @@ LEFT: dict[str, Callable[[], Any]] = {
     "a number": lambda: e(2, 3) * 2.0,
     "wider windows": lambda: F.adaptive_avg_pool2d(e(2, 3, 4, 5), 2),
     "transposed cat": lambda: torch.cat([e(3, 2).t(), e(2, 3)]),
+    "a view as another dtype": lambda: e(2, 4).view(torch.int32),
+    "dims by name": lambda: e(2, 3).transpose(dim0=0, dim1=1),
     "truth values": lambda: torch.relu(torch.zeros(3, dtype=torch.int64)),
 }
 
@@ -137,8 +144,86 @@ def test_torch_is_asked(name: str) -> None:
         lambda: F.linear(e(2, 8), e(3, 7)),
         lambda: e(2, 3) + e(2, 4),
         lambda: torch.cat([e(2, 3), e(3, 3)], 1),
+        lambda: e(2, 3).view(4, 2),
+        lambda: e(2, 3).t().view(-1),
+        lambda: e(2, 3, 4).permute(0, 0, 1),
+        lambda: e(2, 3).transpose(0, 2),
     ],
 )
 def test_errors_are_those_of_torch(call: Callable[[], Any]) -> None:
-    with steady_calls(nn.Identity()), _Compare(), pytest.raises(RuntimeError):
+    with steady_calls(nn.Identity()), _Compare(), pytest.raises((RuntimeError, IndexError)):
+        call()
+
+
+class _Outcomes(CallMode):
+    """Runs each call both ways, where only what comes out of it counts."""
+
+    def __init__(self) -> None:
+        super().__init__(META)
+        self.asked = 0
+
+    def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name.startswith("empty"):
+            return func(*args, **kwargs)
+
+        def torch_itself(*args: Any, **kwargs: Any) -> Any:
+            self.asked += 1
+            return func(*args, **kwargs)
+
+        expected = func(*args, **kwargs)
+        result = run_call(name, torch_itself, args, kwargs)
+        assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+        assert result.stride() == expected.stride()
+        return result
+
+
+OUTCOMES: dict[str, Callable[[], Any]] = {
+    "batched product": lambda: (
+        e(2, 3, 4, 5) @ torch.empty_strided((2, 3, 5, 6), (90, 30, 1, 5), device=META)
+    ),
+    "bmm": lambda: torch.bmm(e(3, 4, 5), e(3, 5, 2)),
+    "attention": lambda: F.scaled_dot_product_attention(
+        e(2, 4, 7, 8), e(2, 4, 5, 8), e(2, 4, 5, 9), scale=0.5
+    ),
+    "causal attention": lambda: F.scaled_dot_product_attention(
+        e(2, 4, 7, 8), e(2, 4, 7, 8), e(2, 4, 7, 8), None, 0.0, True
+    ),
+    "roll": lambda: torch.roll(e(2, 3, 4), shifts=(1, -1), dims=(0, -1)),
+}
+ASKED: dict[str, Callable[[], Any]] = {
+    "a product that is broadcast": lambda: e(1, 4, 5) @ e(3, 5, 6),
+    "attention with a mask": lambda: F.scaled_dot_product_attention(
+        e(2, 4, 7, 8), e(2, 4, 7, 8), e(2, 4, 7, 8), e(7, 7)
+    ),
+    "shared key heads": lambda: F.scaled_dot_product_attention(
+        e(2, 4, 7, 8), e(2, 2, 7, 8), e(2, 2, 7, 8), enable_gqa=True
+    ),
+    "roll of all": lambda: torch.roll(e(2, 3), 1),
+}
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_comes_out_is_of_the_form_that_torch_gives(name: str) -> None:
+    with steady_calls(nn.Identity()), _Outcomes() as mode:
+        OUTCOMES[name]()
+    assert mode.asked == 0
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_torch_is_asked_where_the_form_may_differ(name: str) -> None:
+    with steady_calls(nn.Identity()), _Outcomes() as mode:
+        ASKED[name]()
+    assert mode.asked == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: e(3, 4, 5) @ e(3, 4, 2),
+        lambda: F.scaled_dot_product_attention(e(2, 4, 7, 8), e(2, 4, 7, 6), e(2, 4, 7, 6)),
+        lambda: torch.roll(e(2, 3), (1, 1), (0, 2)),
+    ],
+)
+def test_errors_of_what_comes_out_are_those_of_torch(call: Callable[[], Any]) -> None:
+    with steady_calls(nn.Identity()), _Outcomes(), pytest.raises((RuntimeError, IndexError)):
         call()

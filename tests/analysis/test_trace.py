@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from typing import Any
 
@@ -439,3 +440,18 @@ def test_labels_are_seeded_per_parameter_dimension() -> None:
         assert tuple(s.shape[1] for s in dims) == trace.shapes[name]
         assert all(s.dtype == np.int64 for s in dims)
     assert "a.weight" in trace.parameters
+
+
+def test_torch_logs_nothing_of_a_forward_that_raised(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    before = log.level
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(AnalysisError):
+        cpx.plan(model, torch.zeros(1, 3, 9, 9))
+    assert not caplog.records
+    assert log.level == before
+    log.error("still heard")
+    assert [record.message for record in caplog.records] == ["still heard"]

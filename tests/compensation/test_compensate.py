@@ -24,8 +24,9 @@ from small_networks import (
 from torch import Tensor, nn
 
 import chanprune_ext.compensation.procedure as implementation
-from chanprune_ext.compensation import compensate
+from chanprune_ext.compensation import compensate, fit
 from chanprune_ext.compensation.batches import read_batches
+from chanprune_ext.compensation.lockstep import Lockstep
 from chanprune_ext.errors import InvalidArgumentError
 
 
@@ -160,6 +161,23 @@ def test_all_ways_of_looking_at_a_target_agree(pair, monkeypatch):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.allclose(other[name], value, rtol=1e-6, atol=1e-8), name
+
+
+def test_unfolded_inputs_are_kept_for_the_steps_of_a_fit(pair, monkeypatch):
+    """Where there is memory: they are made once a fit, and the result is the same."""
+    original, pruned, plan = pair
+    fresh, spare = fit._Fit.fresh_pieces, Lockstep.spare
+    results, counts = [], []
+    for room in (spare, lambda *_: 0):
+        net, made = copy.deepcopy(pruned), []
+        monkeypatch.setattr(Lockstep, "spare", room)
+        monkeypatch.setattr(fit._Fit, "fresh_pieces", lambda s, m=made: m.append(s) or fresh(s))
+        compensate(net, original, images(60), plan=plan, progress=False)
+        results.append(net.state_dict())
+        counts.append((len(made), len({id(each) for each in made})))
+    assert counts[0][0] == counts[0][1] == counts[1][1] < counts[1][0]
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
 
 
 def test_memory_limit_that_cannot_be_met(pair):

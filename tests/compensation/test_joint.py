@@ -21,7 +21,7 @@ from small_networks import (
 )
 from torch import nn
 
-from chanprune_ext.compensation import compensate
+from chanprune_ext.compensation import compensate, joint
 
 
 def fitted_error(original, pruned, plan, **options) -> float:
@@ -147,6 +147,23 @@ def test_an_error_on_the_way_puts_everything_back(residual, monkeypatch):
         compensate(pruned, original, images(), plan=plan, progress=False)
     assert same(before, state(pruned))
     assert no_forward_is_left()
+
+
+def test_layers_with_nothing_to_repair_behind_them_are_not_refitted(residual, monkeypatch):
+    """Up to the first block that was pruned both networks compute the same."""
+    original, _, _ = residual
+    norm = [f"bn1.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    kept = rows(*(f"blocks.2.{name}" for name in ("conv1.weight", *norm)), keep=KEEP)
+    pruned, plan = cut(original, kept | {"blocks.2.conv2.weight": {1: KEEP}})
+    refitted = []
+    step = joint._gauss_newton
+    monkeypatch.setattr(
+        joint,
+        "_gauss_newton",
+        lambda map_, *rest: refitted.append(map_.pair.first.module) or step(map_, *rest),
+    )
+    compensate(pruned, original, images(60), plan=plan, progress=False)
+    assert set(refitted) == {"blocks.2.conv1"}
 
 
 @pytest.mark.parametrize("rounds", [-1, 1.5])

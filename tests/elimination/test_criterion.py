@@ -11,6 +11,7 @@ from torch import nn
 
 import chanprune_ext as cpx
 from chanprune_ext.analysis import analyse
+from chanprune_ext.elimination.readers import find_readers, measure_readers
 
 
 def inputs(n: int = 256, channels: int = 3, edge: int = 6, seed: int = 0) -> torch.Tensor:
@@ -207,3 +208,21 @@ def test_data_that_are_not_finite_are_refused(chain):
 def test_unknown_normalisation(chain):
     with pytest.raises(cpx.ChanpruneError, match="normalise"):
         cpx.plan(chain, inputs(1), 0.5, scope="global", normalise="median")
+
+
+def test_the_first_batch_decides_for_all_how_much_is_looked_at():
+    """Batches that differ in size must not be looked at by rules of their own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5)
+    ).eval()
+    x = inputs(79)  # less than four samples a column: windows help
+
+    def moments(*batches: torch.Tensor):
+        readers = find_readers(model, x, {"4.weight": True}, 2400)
+        measure_readers(model, readers, batches)
+        return readers["4.weight"].moments
+
+    whole, cut = moments(x), moments(x[:32], x[32:64], x[64:])
+    assert cut.samples == pytest.approx(whole.samples) == pytest.approx(2 * 79)
+    torch.testing.assert_close(cut.gram, whole.gram, rtol=1e-5, atol=1e-5)

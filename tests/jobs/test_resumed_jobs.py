@@ -81,8 +81,17 @@ def test_a_job_stopped_in_its_training_ends_as_if_it_had_not_been(
         run(with_ctrl_c(job, measurement), stopped, resume=False)
     for step in ("plan", "compensate"):
         monkeypatch.setattr(pipeline, step, lambda *_, **__: pytest.fail("done before"))
+    written: list[str] = []
+    save = pipeline.save
+
+    def saved(model: Any, path: Path, **options: Any) -> None:
+        written.append(path.stem)
+        save(model, path, **options)
+
+    monkeypatch.setattr(pipeline, "save", saved)
     said: list[str] = []
     found = run(job, stopped, resume=True, said=said)
+    assert written == ["fine-tuned", "distilled"]
     assert said[0] == "going on from the compensated model of before"
     for name in ("compensated", "fine-tuned", "distilled"):
         ours, theirs = weights(job, stopped, name), weights(job, whole, name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -14,6 +15,7 @@ import chanprune_ext as cpx
 from chanprune_ext.data import open_dataset
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from chanprune_ext.models import CifarResNet
+from chanprune_ext.plan import plans_of
 from chanprune_ext.recovery import evaluate, prune_progressively, recover, sparsify
 from chanprune_ext.recovery.loop import TrainingLoop
 from chanprune_ext.recovery.sparsity import group_penalty
@@ -124,6 +126,49 @@ def test_stages_end_at_exactly_the_size_of_the_plan(
     # Most of it early (cubic), or about a third at a time; parameters go with products of widths.
     assert (lost[0] / lost[-1] > 0.65) == (schedule == "cubic")
     assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+
+
+class Attention(nn.Module):
+    """One layer makes queries, keys and values: all its groups of channels have one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.heads = nn.Linear(6, 12), 4
+        self.qkv, self.proj, self.head = nn.Linear(12, 96), nn.Linear(32, 12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        n, t, _ = x.shape
+        qkv = self.qkv(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.head((x + self.proj(y.transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["heads", "head_dim"])
+def test_stages_tell_groups_of_one_name_apart(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(8, 3, 6)
+    options: dict[str, Any] = {"kinds": [kind], "ratio": 0.5}
+    goal = cpx.plan(model, x, **options)
+    names = [group.name for group in goal.groups]
+    assert len(set(names)) < len(names)
+    settings = {"epochs": 1, "warmup": 0.0}
+    result = prune_progressively(
+        model,
+        x,
+        train=[(x, torch.arange(8) % 5)],
+        stages=2,
+        schedule="linear",
+        recover_settings=settings,
+        progress=False,
+        **options,
+    )
+    assert len(result.stages) == 2
+    for plan in plans_of(result.model):
+        assert {g.kind for g in plan.groups if g.width_after < g.width_before} == {kind}
+    one_shot = goal.apply(model)
+    for name, value in result.model.state_dict().items():
+        assert value.shape == one_shot.state_dict()[name].shape
 
 
 def test_stages_compensate_and_recover(trained: nn.Module) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torchvision.models import VisionTransformer
 import chanprune_ext as cpx
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.models import resnet20
+from chanprune_ext.plan import plans_of
 from chanprune_ext.recovery.feature_matching import composed_kept, find_taps
 from chanprune_ext.recovery.taps import FeatureTaps, plain_module
 
@@ -152,6 +156,73 @@ def test_taps_through_two_prunings() -> None:
     assert torch.equal(tap.kept[1], second.kept["layer1.0.conv1.weight"][0])
     (tap,) = find_taps(model, model, x, ["layer1.0"])
     assert tap.kept == {}
+
+
+class Scaled(nn.Module):
+    """A number that follows the head width, met inside a module of its own."""
+
+    def forward(self, q: Tensor) -> Tensor:
+        return q / (q.shape[-1] ** 0.5)
+
+
+class Attention(nn.Module):
+    """Attention with modules in front of its scale and behind it.
+
+    Queries and keys come from one layer, of which only the queries are multiplied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 12)
+        self.qk, self.v = nn.Linear(12, 32), nn.Linear(12, 16)
+        self.split, self.scaled = nn.Unflatten(-1, (2, 2, -1)), Scaled()
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        q, k = self.split(self.qk(x)).transpose(1, 3).unbind(2)
+        v = self.v(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        y = (self.scaled(q) @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _composed(pruned: nn.Module) -> Any:
+    """What all plans together have removed, for the oracle."""
+    gone: dict[str, dict[int, Tensor]] = {}
+    shapes = plans_of(pruned)[0].fingerprint["tensors"]
+    for entry, dims in composed_kept(plans_of(pruned)).items():
+        for dim, kept in dims.items():
+            mask = torch.ones(shapes[entry][dim], dtype=torch.bool)
+            mask[kept] = False
+            gone.setdefault(entry, {})[dim] = mask.nonzero().flatten()
+    return SimpleNamespace(pruned=gone)
+
+
+@pytest.mark.parametrize("cuts", [(0.5,), (0.25, 0.4)])
+def test_features_that_the_plan_has_multiplied_are_multiplied_in_the_teacher(
+    cuts: tuple[float, ...],
+) -> None:
+    """Head dims went, and a weight in front of the constant that follows them makes up for it."""
+    torch.manual_seed(0)
+    model = randomised(Attention()).double()
+    x = torch.randn(4, 7, 6, dtype=torch.float64)
+    pruned: nn.Module = model
+    for cut in cuts:
+        pruned = cpx.prune(pruned, x[:2], cut, kinds=("head_dim",))
+        plan = cpx.plan_of(pruned)
+        assert plan is not None
+        assert plan.rescalings
+    teacher = zeroed(model, _composed(pruned))
+    names = ["stem", "qk", "split", "scaled", "v", "out"]
+    taps = {tap.name: tap for tap in find_taps(pruned, model, x[:2], names)}
+    with FeatureTaps(pruned, names) as s, FeatureTaps(teacher, names) as t, torch.no_grad():
+        pruned(x)
+        teacher(x)
+        ours, theirs = s.take(), t.take()
+    for name, tap in taps.items():
+        torch.testing.assert_close(ours[name], tap.matched(theirs[name]), rtol=1e-9, atol=1e-9)
+        multiplied = not torch.equal(tap.rescaled(theirs[name]), theirs[name])
+        assert multiplied == (name in ("qk", "split")), name
 
 
 def test_networks_of_different_plans_are_refused() -> None:

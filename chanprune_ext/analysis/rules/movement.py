@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def _moved(tracer: Tracer, source: Tensor, output: Tensor, order: list[int | None]) -> None:
     """Output dim d is source dim ``order[d]``; None is a new dim of size 1."""
     dims, origin = tracer.recorded(source)
+    parts = tracer.parts(source)
     tracer.set(
         output,
         [np.empty((0, 1), dtype=np.int64) if d is None else dims[d] for d in order],
@@ -25,6 +26,9 @@ def _moved(tracer: Tracer, source: Tensor, output: Tensor, order: list[int | Non
         if origin is None
         else (origin[0], tuple(None if d is None else origin[1][d] for d in order)),
     )
+    if parts:
+        moved = ((p, tuple(None if d is None else own[d] for d in order)) for p, own in parts)
+        tracer.set_parts(output, tuple(moved))
 
 
 @rule("aten::permute", "aten::permute_copy")
@@ -144,6 +148,7 @@ def cat(
             tracer.unify(slots, part[d])
         dims.append(slots)
     tracer.set(output, dims)
+    tracer.set_parts(output, tuple((t, tuple(range(t.dim()))) for t in tensors))
 
 
 def _joined(parts: list[Slots]) -> Slots:
@@ -170,6 +175,9 @@ def stack(
                 dims[d] = slots
     dims.insert(dim, np.empty((0, len(args[0])), dtype=np.int64))
     tracer.set(output, dims)
+    whose: list[int | None] = list(range(output.dim() - 1))
+    whose.insert(dim, None)
+    tracer.set_parts(output, tuple((t, tuple(whose)) for t in args[0]))
 
 
 @rule("aten::slice")
