@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment with all packages, and the native modules.
 #   make demo      prune, compensate and recover a small network on real images; writes runs/demo/
-#   make test      lint, types and all tests but the slow ones
-#   make test-all  the slow ones too
+#   make test      lint, types and all tests but the slow ones, in TEST_PROCESSES=2 processes
+#   make test-all  the slow ones too, some of which are timed: in one process
 #   make lint      ruff, mypy, clang-format
 #   make sanitize  tests of the native modules under AddressSanitizer and UBSan, built in a temporary folder; those of
 #                  the emulated CUDA module too
@@ -49,8 +49,10 @@ $(INSTALLED): setup.py pyproject.toml $(NATIVE_SOURCES) | $(BIN)/python
 demo: $(INSTALLED)
 	$(BIN)/chanprune demo
 
+# Of two processes one works while the other waits, on a file or on processes of its own.
+TEST_PROCESSES ?= 2
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist worksteal
 
 test-all: lint
 	$(BIN)/python -m pytest

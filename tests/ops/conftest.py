@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hypothesis
 import pytest
 import torch
 
 from chanprune_ext.ops._loader import CPU_MODULE, native_available
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Examples reach the kernels through hypothesis; a fixed, printed seed keeps failures repeatable.
 hypothesis.settings.register_profile(
@@ -18,6 +23,15 @@ hypothesis.settings.load_profile("ops")
 def pytest_runtest_setup() -> None:
     if not CPU_MODULE.loaded:
         pytest.fail(f"{CPU_MODULE.name}: {CPU_MODULE.problem}: these tests would test nothing")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Kernels divide their work: on one thread nobody would see how."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
