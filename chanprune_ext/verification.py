@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from chanprune_ext.analysis.calls import steady_calls, tensors_in
-from chanprune_ext.analysis.meta_kernels import MetaCalls
+from chanprune_ext.analysis.meta_calls import MetaCalls
 from chanprune_ext.analysis.stand_ins import call_substituted, substitute, tensors_of
 from chanprune_ext.copying import copied, copies_plainly, keeps_to_itself
 from chanprune_ext.errors import InvalidArgumentError, VerificationError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chanprune_ext.analysis.calls import tensors_in
-from chanprune_ext.analysis.meta_kernels import MetaCalls
+from chanprune_ext.analysis.meta_calls import MetaCalls
 
 if TYPE_CHECKING:
     import torch

@@ -14,18 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
-from typing_extensions import Self
 
-from chanprune_ext.analysis.calls import CallMode, OperationMode, schema_name
+from chanprune_ext.analysis.calls import schema_name
 
-__all__ = ["Lowered", "MetaCalls", "lowered", "run_call", "run_operation"]
+__all__ = ["UNARY", "Lowered", "empty", "is_plain", "lowered", "run_operation", "unary"]
 
 _META = torch.device("meta")
 _ATEN = torch.ops.aten
 
 # One tensor in, one of the same shape, dtype and strides out. As operations and as calls.
-_UNARY = frozenset(
+UNARY = frozenset(
     (
         *("gelu", "silu", "relu", "relu6", "sigmoid", "tanh", "hardswish", "hardsigmoid", "mish"),
         *("hardtanh", "leaky_relu", "elu", "softplus", "exp", "rsqrt", "sqrt", "neg"),
@@ -73,36 +71,39 @@ def lowered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered
     return None if lowering is None else lowering(args, kwargs)
 
 
-def _is_plain(x: Any) -> bool:
+def is_plain(x: Any) -> bool:
+    """Whether ``x`` is a stand-in of real numbers with at least one dim."""
     return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and x.dim() > 0
 
 
 def _is_dense(x: Any) -> bool:
     """Whether what is computed of ``x`` element by element is laid out row by row."""
-    return _is_plain(x) and x.is_contiguous()
+    return is_plain(x) and x.is_contiguous()
 
 
-def _empty(shape: Any, like: Tensor) -> Tensor:
+def empty(shape: Any, like: Tensor) -> Tensor:
+    """A stand-in of that shape, row by row, of the dtype of another."""
     with torch._C._DisableTorchDispatch():  # noqa: SLF001 - making it is no step of the forward
         return torch.empty(shape, dtype=like.dtype, device=_META)
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     if x.is_contiguous():
-        return _empty(x.shape, x)
+        return empty(x.shape, x)
     with torch._C._DisableTorchDispatch():  # noqa: SLF001
         return torch.empty_like(x)
 
 
-def _unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a function of :data:`UNARY` returns; None where torch has to be asked."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or not _is_plain(x):
+    if not isinstance(x, Tensor) or not is_plain(x):
         return None
     if len(args) > 1 and any(isinstance(a, Tensor) for a in args[1:]):
         return None
     if kwargs and any(isinstance(a, Tensor) for a in kwargs.values()):
         return None
-    return x if name.endswith("_") or kwargs.get("inplace") else _empty_like(x)
+    return x if name.endswith("_") or kwargs.get("inplace") else empty_like(x)
 
 
 def _register_unary(name: str, *, numbers: bool = False) -> None:
@@ -120,7 +121,7 @@ def _register_unary(name: str, *, numbers: bool = False) -> None:
         ) -> Lowered | None:
             if kwargs or (len(args) != 1 and not numbers):
                 return None
-            output = _unary(name, args, kwargs)
+            output = unary(name, args, kwargs)
             return None if output is None else Lowered(op, args, output, output)
 
         _LOWERINGS[name + ending] = lowering
@@ -146,7 +147,7 @@ def _register_sum(name: str, *, in_place: bool) -> None:
             shape = _broadcast(shape, b.shape)
             if shape is None or (in_place and shape != a.shape):
                 return None
-        output = a if in_place else _empty(shape, a)
+        output = a if in_place else empty(shape, a)
         return Lowered(op, args, output, output)
 
     _LOWERINGS[name] = lowering
@@ -198,19 +199,19 @@ def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | Non
     ]
     if min(space) < 1 or min(padding) < 0 or min(dilation) < 1 or not shape[0] or not kernel[0]:
         return None
-    output = _empty((shape[0], kernel[0], *space), x)
+    output = empty((shape[0], kernel[0], *space), x)
     given = (x, weight, bias, stride, padding, dilation, False, [0] * rank, groups)
     return Lowered(_ATEN.convolution.default, given, output, output)
 
 
 def _batch_norm(args: tuple[Any, ...]) -> Tensor | None:
     """Of ``(input, weight, bias, running mean and variance, ...)``."""
-    if len(args) < 6 or not _is_plain(args[0]) or args[0].dim() < 2:
+    if len(args) < 6 or not is_plain(args[0]) or args[0].dim() < 2:
         return None
     channels = args[0].shape[1:2]
     if any(isinstance(v, Tensor) and v.shape != channels for v in args[1:5]):
         return None
-    return _empty_like(args[0])
+    return empty_like(args[0])
 
 
 @_on("batch_norm")
@@ -226,14 +227,14 @@ def _lowered_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowere
 
 def _layer_norm(args: tuple[Any, ...]) -> Tensor | None:
     """Of ``(input, normalized_shape, weight, bias, ...)``."""
-    if len(args) < 4 or not _is_plain(args[0]):
+    if len(args) < 4 or not is_plain(args[0]):
         return None
     x, shape = args[0], tuple(args[1])
     if any(isinstance(v, Tensor) and tuple(v.shape) != shape for v in args[2:4]):
         return None
     if tuple(x.shape[-len(shape) :]) != shape:
         return None
-    return _empty(x.shape, x)  # contiguous, whatever the input is
+    return empty(x.shape, x)  # contiguous, whatever the input is
 
 
 @_on("layer_norm")
@@ -251,14 +252,14 @@ def _lowered_layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowere
 @_on("linear")
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
     """Of ``(input, weight, bias)``. Torch takes it to pieces; it is one operation all the same."""
-    if kwargs or len(args) < 2 or not _is_plain(args[0]) or not isinstance(args[1], Tensor):
+    if kwargs or len(args) < 2 or not is_plain(args[0]) or not isinstance(args[1], Tensor):
         return None
     x, weight, bias = (*args, None)[:3]
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    output = _empty((*x.shape[:-1], weight.shape[0]), x)
+    output = empty((*x.shape[:-1], weight.shape[0]), x)
     return Lowered(_ATEN.linear.default, (x, weight, bias), output, output)
 
 
@@ -270,7 +271,7 @@ def _global_average(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | 
     x = args[0]
     if x.dim() != 4 or not x.numel():
         return None
-    output = _empty((*x.shape[:2], 1, 1), x)
+    output = empty((*x.shape[:2], 1, 1), x)
     return Lowered(_ATEN.mean.dim, (x, [-1, -2], True), output, output)
 
 
@@ -298,7 +299,7 @@ def _cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
         if other[:at] != shape[:at] or other[at + 1 :] != shape[at + 1 :]:
             return None
         shape[at] += other[at]
-    output = _empty(shape, first)
+    output = empty(shape, first)
     return Lowered(_ATEN.cat.default, (list(tensors), dim), output, output)
 
 
@@ -356,102 +357,22 @@ def _transpose(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
     return Lowered(_ATEN.transpose.int, args, output, output)
 
 
-# What torch makes of several operations. Where nobody asks for these, their result will do.
-_Outcome = Callable[[tuple[Any, ...], dict[str, Any]], "Tensor | None"]
-_OUTCOMES: dict[str, _Outcome] = {}
-
-
-def _results_in(*names: str) -> Callable[[_Outcome], _Outcome]:
-    def register(outcome: _Outcome) -> _Outcome:
-        _OUTCOMES.update(dict.fromkeys(names, outcome))
-        return outcome
-
-    return register
-
-
-@_results_in("matmul", "__matmul__", "bmm")
-def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Of (.., M, K) and (.., K, N), with the same dims in front."""
-    if kwargs or len(args) != 2 or not (_is_plain(args[0]) and _is_plain(args[1])):
-        return None
-    left, right = args
-    if left.dim() < 3 or left.dtype != right.dtype or left.shape[:-2] != right.shape[:-2]:
-        return None
-    if left.shape[-1] != right.shape[-2]:
-        return None
-    return _empty((*left.shape[:-1], right.shape[-1]), left)
-
-
-@_results_in("scaled_dot_product_attention")
-def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Of queries, keys and values with the same dims in front, without a mask or dropout."""
-    names = ("attn_mask", "dropout_p", "is_causal")
-    rest = {**dict(zip(names, args[3:], strict=False)), **kwargs}
-    if len(args) < 3 or len(args) > 6 or not rest.keys() <= {*names, "scale"}:
-        return None
-    if rest.get("attn_mask") is not None or rest.get("dropout_p", 0.0) != 0.0:
-        return None
-    query, key, value = args[:3]
-    if not all(_is_plain(t) and t.dim() == 4 and t.dtype == query.dtype for t in args[:3]):
-        return None
-    if not query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return None
-    if query.shape[3] != key.shape[3] or key.shape[2] != value.shape[2]:
-        return None
-    return _empty((*query.shape[:3], value.shape[3]), query)
-
-
-@_results_in("roll")
-def _roll(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Of ``(x, shifts, dims)``, as many of these as of those."""
-    rest = {**dict(zip(("shifts", "dims"), args[1:], strict=False)), **kwargs}
-    if not args or len(args) > 3 or rest.keys() != {"shifts", "dims"} or not _is_plain(args[0]):
-        return None
-    shifts, dims = rest["shifts"], rest["dims"]
-    if type(shifts) not in (tuple, list) or type(dims) not in (tuple, list):
-        return None
-    rank = args[0].dim()
-    if len(shifts) != len(dims) or not dims or not all(-rank <= d < rank for d in dims):
-        return None
-    return _empty(args[0].shape, args[0])
-
-
 def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Of ``(vector, (M, K), (K, N))``."""
-    if kwargs or len(args) != 3 or not _is_plain(args[1]):
+    if kwargs or len(args) != 3 or not is_plain(args[1]):
         return None
     added, left, right = args
     if left.shape[1] != right.shape[0] or added.shape != right.shape[1:]:
         return None
-    return _empty((left.shape[0], right.shape[1]), left)
-
-
-def run_call(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a torch-level call on stand-ins."""
-    found = lowered(name, args, kwargs)
-    if found is not None:
-        return found.result
-    outcome = _OUTCOMES.get(name)
-    if outcome is not None:
-        output = outcome(args, kwargs)
-    else:
-        output = _unary(name, args, kwargs) if name.rstrip("_") in _UNARY else None
-    if output is not None:
-        return output
-    mode = _get_current_dispatch_mode()
-    if type(mode) is not OperationMode:
-        return func(*args, **kwargs)
-    # What a call runs has no numbers of its own: nobody needs to hear of it.
-    with _pop_mode_temporarily():
-        return func(*args, **kwargs)
+    return empty((left.shape[0], right.shape[1]), left)
 
 
 def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an ATen operation on stand-ins."""
     name = schema_name(func).removeprefix("aten::")
     output: Any = None
-    if name.rstrip("_") in _UNARY:
-        output = _unary(name, args, kwargs)
+    if name.rstrip("_") in UNARY:
+        output = unary(name, args, kwargs)
     elif name == "addmm":
         output = _addmm(args, kwargs)
     elif name == "native_batch_norm" and not kwargs:
@@ -465,26 +386,3 @@ def run_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             shape = (*normed.shape[: -len(args[1])], *(1 for _ in args[1]))
             output = normed, normed.new_empty(shape), normed.new_empty(shape)
     return func(*args, **kwargs) if output is None else output
-
-
-class MetaCalls(CallMode):
-    """Runs a model on stand-ins, with the kernels of this module; numbers lone operations too."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__(device)
-        self._operations = OperationMode(self)
-
-    def __enter__(self) -> Self:
-        self._operations.__enter__()  # type: ignore[no-untyped-call]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
-        self._operations.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
-        if self._operations.error is not None and "TorchScript interpreter" in str(error):
-            raise self._operations.error from error
-
-    def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the function of a call, or what stands in for it."""
-        return run_call(name, func, args, kwargs)

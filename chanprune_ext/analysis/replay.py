@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import results_of, source_place, steady_calls, tensors_in
-from chanprune_ext.analysis.meta_kernels import MetaCalls
+from chanprune_ext.analysis.meta_calls import MetaCalls
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
 from chanprune_ext.analysis.sizes import literals_in, numbers_in

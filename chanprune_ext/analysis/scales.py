@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chanprune_ext.analysis.calls import results_of, steady_calls, tensors_in
-from chanprune_ext.analysis.meta_kernels import MetaCalls, run_call
+from chanprune_ext.analysis.meta_calls import MetaCalls, run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,

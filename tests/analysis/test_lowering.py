@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
-from chanprune_ext.analysis.meta_kernels import lowered, run_call
+from chanprune_ext.analysis.meta_calls import run_call
+from chanprune_ext.analysis.meta_kernels import lowered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
