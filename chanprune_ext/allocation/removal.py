@@ -288,12 +288,19 @@ def _whole(group: CouplingGroup, why: str, event: Event) -> Frozen:
 def _unrounded(group: CouplingGroup, selection: Selection, least: float) -> Frozen:
     """A group that ``round_to`` and ``max_ratio`` leave no smaller width."""
     width = group.units * group.multiplicity
-    why = f"no smaller width is a multiple of round_to={selection.round_to}"
+    reasons = []
     if least > 1:
         fewest = int(least) * group.multiplicity
-        why = f"max_ratio={selection.max_ratio:g} leaves at least {fewest} of {width}, and {why}"
-        if selection.round_to == 1:
-            why = why.partition(", and")[0]
+        reasons.append(f"max_ratio={selection.max_ratio:g} leaves at least {fewest} of {width}")
+    if least <= 1 or selection.round_to > 1:
+        reasons.append(f"no smaller width is a multiple of round_to={selection.round_to}")
     entry = next(m.entry for m in group.members if m.role == "out")
     # What a user has asked for has no operation of its own, as an output has none.
-    return Frozen(entry, width, why, "output", entry.rpartition(".")[0], "arguments of plan")
+    return Frozen(
+        entry,
+        width,
+        ", and ".join(reasons),
+        "output",
+        entry.rpartition(".")[0],
+        "arguments of plan",
+    )

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_t
 from typing_extensions import Self
 
 from chanprune_ext.analysis.calls import CallMode, OperationMode
+from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.meta_kernels import UNARY, empty, is_plain, lowered, unary
 
 if TYPE_CHECKING:
@@ -25,12 +26,7 @@ _Outcome = Callable[[tuple[Any, ...], dict[str, Any]], "Tensor | None"]
 _OUTCOMES: dict[str, _Outcome] = {}
 
 
-def _results_in(*names: str) -> Callable[[_Outcome], _Outcome]:
-    def register(outcome: _Outcome) -> _Outcome:
-        _OUTCOMES.update(dict.fromkeys(names, outcome))
-        return outcome
-
-    return register
+_results_in = entering(_OUTCOMES)
 
 
 @_results_in("matmul", "__matmul__", "bmm")

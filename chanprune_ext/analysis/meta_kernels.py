@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import schema_name
+from chanprune_ext.analysis.handlers import entering
 
 __all__ = ["UNARY", "Lowered", "empty", "is_plain", "lowered", "run_operation", "unary"]
 
@@ -51,12 +52,7 @@ Lowering = Callable[[tuple[Any, ...], dict[str, Any]], "Lowered | None"]
 _LOWERINGS: dict[str, Lowering] = {}
 
 
-def _on(*names: str) -> Callable[[Lowering], Lowering]:
-    def register(lowering: Lowering) -> Lowering:
-        _LOWERINGS.update(dict.fromkeys(names, lowering))
-        return lowering
-
-    return register
+_on = entering(_LOWERINGS)
 
 
 def lowered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
@@ -326,26 +322,22 @@ def _listed(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-@_on("view")
-def _view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
-    """Of ``(x, sizes)``."""
-    args = _listed(args)
-    if not _moves(args, kwargs):
-        return None
-    x, *sizes = args
-    output = _as_seen(Tensor.view, x, sizes)
-    return Lowered(_ATEN.view.default, (x, sizes), output, output)
+def _register_listed(name: str) -> None:
+    """Lower a view given by sizes or dims, one after the other or in a list."""
+    op, view = getattr(_ATEN, name).default, getattr(Tensor, name)
+
+    @_on(name)
+    def lowering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
+        args = _listed(args)
+        if not _moves(args, kwargs):
+            return None
+        x, *numbers = args
+        output = _as_seen(view, x, numbers)
+        return Lowered(op, (x, numbers), output, output)
 
 
-@_on("permute")
-def _permute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
-    """Of ``(x, dims)``."""
-    args = _listed(args)
-    if not _moves(args, kwargs):
-        return None
-    x, *dims = args
-    output = _as_seen(Tensor.permute, x, dims)
-    return Lowered(_ATEN.permute.default, (x, dims), output, output)
+for _name in ("view", "permute"):
+    _register_listed(_name)
 
 
 @_on("transpose")

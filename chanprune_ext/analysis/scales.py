@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from chanprune_ext.analysis.calls import results_of, steady_calls, tensors_in
+from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.meta_calls import MetaCalls, run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
@@ -356,12 +357,7 @@ Follow = Callable[[_RowMode, _Running], Any]
 _FOLLOW: dict[str, Follow] = {}
 
 
-def _on(*names: str) -> Callable[[Follow], Follow]:
-    def register(follow: Follow) -> Follow:
-        _FOLLOW.update(dict.fromkeys(names, follow))
-        return follow
-
-    return register
+_on = entering(_FOLLOW)
 
 
 def _produced(

@@ -100,8 +100,7 @@ class _Piece:
     @property
     def bytes(self) -> int:
         """Memory of all tensors."""
-        tensors = self.columns, self.original, self.pruned
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return self.columns.nbytes + self.original.nbytes + self.pruned.nbytes
 
 
 def one_sided_residual(

@@ -52,7 +52,7 @@ class Observation:
     def bytes(self) -> int:
         """Memory of all tensors."""
         tensors = [self.original, self.pruned, *self.inputs.values(), *(self.averaged or ())]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
 @dataclass
@@ -177,7 +177,7 @@ class Lockstep:
         if target.call < self._resident_from:
             kept = [seen.bytes for seen in self._seen]
             return self._cache - sum(kept) if kept else 0
-        between = (t.numel() * t.element_size() for ts in self._between.values() for t in ts)
+        between = (t.nbytes for ts in self._between.values() for t in ts)
         return min(_ENOUGH_BYTES, self._cache - self._alive[target.call] - sum(between))
 
     def _observe_anew(self, target: Target) -> Iterator[Observation]:
@@ -260,7 +260,7 @@ class Lockstep:
                     run.close()
             if x is None:
                 return []
-            left -= sum(t.numel() * t.element_size() for t in (x, between, original, pruned))
+            left -= sum(t.nbytes for t in (x, between, original, pruned))
             values += between.numel()
             full = left < 0 or values > _ENOUGH_TO_REFIT
             if full and seen.held_back in {segment.held_back for segment in found}:

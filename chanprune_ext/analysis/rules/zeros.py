@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import schema_name, tensors_in
+from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.rules.blocks import blocks
 
 if TYPE_CHECKING:
@@ -83,12 +84,7 @@ def sum_is_exact(tracer: Tracer, *factors: tuple[Tensor, int]) -> bool:
     return any(tracer.zeros(tensor)[dim] for tensor, dim in factors)
 
 
-def _on(*names: str) -> Callable[[Follow], Follow]:
-    def register(follow: Follow) -> Follow:
-        _FOLLOW.update(dict.fromkeys(names, follow))
-        return follow
-
-    return register
+_on = entering(_FOLLOW)
 
 
 @_on(
