@@ -17,6 +17,7 @@ import torch
 from chanprune_ext.analysis.calls import run_model, steady_calls, tensors_in
 from chanprune_ext.errors import ExportError, InvalidArgumentError, OutputError
 from chanprune_ext.module_modes import without_cache
+from chanprune_ext.module_tree import plain_module
 from chanprune_ext.plan import plans_within
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], example_in
     what ``model`` computes.
 
     Args:
-        model: A pruned ``transformers.PreTrainedModel``.
+        model: A pruned ``transformers.PreTrainedModel``, also one inside DataParallel or
+            torch.compile.
         folder: Where ``config.json`` and ``model.safetensors`` go.
         example_inputs: Inputs with values, to compare the two on.
 
@@ -48,12 +50,12 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], example_in
         ExportError: No configuration builds it; the message says what is left.
         OutputError: The folder can't be written.
     """
-    wide: Any = model
+    wide: Any = plain_module(model)
     differences = []
-    for config in _narrow_configs(model):
+    for config in _narrow_configs(wide):
         rebuilt = type(wide)(config).to(wide.device, wide.dtype)
-        rebuilt.load_state_dict(model.state_dict())
-        differences.append(_difference(model, rebuilt, example_inputs))
+        rebuilt.load_state_dict(wide.state_dict())
+        differences.append(_difference(wide, rebuilt, example_inputs))
         if differences[-1] <= _TOLERANCE:
             break
     else:
@@ -78,7 +80,7 @@ def narrow_config(model: nn.Module) -> Any:
         InvalidArgumentError: It is no transformers model, or was not pruned.
         ExportError: There is none.
     """
-    return next(_narrow_configs(model))
+    return next(_narrow_configs(plain_module(model)))
 
 
 def _narrow_configs(model: nn.Module) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chanprune_ext.allocation.measured_budget import plan_within
+from chanprune_ext.allocation.named_channels import channel_lists
 from chanprune_ext.allocation.removal import verified_removal
 from chanprune_ext.allocation.selection import Budget, Goal, Selection, is_whole
 from chanprune_ext.analysis import Analysis, analyse
@@ -45,6 +46,7 @@ def plan(
     ratios: Mapping[str, float] | None = None,
     threshold: float | None = None,
     budget: Budget | None = None,
+    remove: Mapping[str, Iterable[int]] | None = None,
     round_to: int = 1,
     ignore: Sequence[str] | None = (),
     kinds: Sequence[str] | None = None,
@@ -65,18 +67,26 @@ def plan(
             function ``(model, groups, seed)`` returning one array of scores per group.
         scope: ``"local"`` removes the ratio from each group; ``"global"`` ranks all channels
             together, scores divided by their group's mean. Of equal scores every group loses the
-            same share.
+            same share. ``"isomorphic"`` ranks together only groups of the same build (heads with
+            heads, the inside of blocks with that of others), each build losing the ratio (Fang et
+            al., Isomorphic Pruning for Vision Models, ECCV 2024).
         ratios: Glob on the names of the modules that make a group's channels -> ratio; a later
             glob overrides an earlier one. Beside a budget these groups lose just that, and the
             others what the budget still asks for.
         threshold: Remove every channel whose score is below this, instead of a ratio.
         budget: Meet a budget on MACs, parameters, measured latency and/or file size with one
-            common ratio (or, with ``scope="global"``, one common threshold), instead of a ratio.
+            common ratio (or, with another scope than ``"local"``, a common threshold), instead of a
+            ratio.
             What was reached is in the plan's ``options["reached"]``; for latency see
             :func:`chanprune_ext.allocation.measured_budget.plan_within`.
 
-            Only one of ``ratio``, ``threshold`` and ``budget`` may be given; ``ignore`` and
-            ``max_ratio`` go with each of them, ``ratios`` with ``ratio`` and ``budget``.
+            Only one of ``ratio``, ``threshold``, ``budget`` and ``remove`` may be given; ``ignore``
+            and ``max_ratio`` go with each of the first three, ``ratios`` with ``ratio`` and
+            ``budget``.
+        remove: Name of a module -> indices of its output channels: just these go, all that hangs
+            together with them, and nothing else. No criterion is asked then. Of a channel that
+            only leaves together with others of its layer (a head, a pair of rotary positions) all
+            of them go; ``kinds`` says which way where there are several.
         round_to: Make kept widths multiples of this where a group is wide enough. One that has no
             smaller multiple stays whole, and the plan's ``frozen`` says so.
         ignore: Globs on the names of modules whose channels must all stay.
@@ -87,24 +97,28 @@ def plan(
             of heads and their width the one with more to choose from.
         outputs: Picks, from what the model returns, what must keep its shape (``lambda out:
             out.logits``). Default: everything that is returned.
-        normalise: What global ranking divides a group's scores by: their ``"mean"``, ``"max"``,
-            ``"l2"`` norm, or ``"none"`` where scores of all groups are losses in one unit; these
-            are weighed against the MACs or parameters they save where there is a budget. Default:
-            ``"none"`` for criteria that say so (``criterion.comparable``), else ``"mean"``.
-        max_ratio: Most that global ranking, a threshold or a budget may take from one group.
+        normalise: What ranking across groups divides a group's scores by: their ``"mean"``,
+            ``"max"``, ``"l2"`` norm, or ``"none"`` where scores of all groups are losses in one
+            unit; these are weighed against the MACs or parameters they save where there is a
+            budget. Default: ``"none"`` for criteria that say so (``criterion.comparable``), else
+            ``"mean"``.
+        max_ratio: Most that ranking across groups, a threshold or a budget may take from one group.
         seed: Seed of criteria that draw numbers.
 
     Returns:
         A verified plan: the pruned network has been run on stand-in tensors.
 
     Raises:
-        InvalidArgumentError: An argument is out of range, names no group, or is given beside one
-            that makes it void.
+        InvalidArgumentError: An argument is out of range, names no group or a channel that must
+            stay, or is given beside one that makes it void.
         NothingToPruneError: No channel may be removed.
         AnalysisError: The model's forward raised.
         VerificationError: The pruned network would not run as predicted.
     """
     _check_alternatives(ratio, ratios, threshold, budget)
+    if remove is not None:
+        _check_alone(ratio=ratio, ratios=ratios, threshold=threshold, budget=budget, ignore=ignore)
+        ratio = 0.0
     if not isinstance(criterion, str) and not callable(criterion):
         raise InvalidArgumentError(
             f"criterion must be the name of a criterion, such as 'l1', or a function (model, "
@@ -123,12 +137,15 @@ def plan(
         kinds=None if kinds is None else _several("kinds", kinds),
         max_ratio=max_ratio,
         normalise=normalise or ("none" if getattr(criterion, "comparable", False) else "mean"),
+        remove=None if remove is None else channel_lists(remove),
     )
     with _at_work(model):
         analysis = analyse(model, example_inputs, outputs)
     _warn_of_branches(analysis)
-    scores = score_groups(model, analysis.groups, criterion, int(seed))
-    name = criterion if isinstance(criterion, str) else _name_of(criterion)
+    scores, name = [], "none: channels were named"
+    if remove is None:
+        scores = score_groups(model, analysis.groups, criterion, int(seed))
+        name = criterion if isinstance(criterion, str) else _name_of(criterion)
 
     def plan_for(goals: tuple[Goal, ...]) -> PruningPlan:
         wanted = replace(selection, goals=goals)
@@ -170,7 +187,7 @@ def plan_of_scores(
     before = analysis.sizes(analysis.removed_labels({}))
     with _at_work(model):
         removal = verified_removal(analysis, model, example_inputs, scores, selection, names, whole)
-    budget = selection.budget
+    budget, removed = selection.budget, selection.remove
     return PruningPlan(
         kept={
             entry: {dim: torch.from_numpy(np.flatnonzero(mask)) for dim, mask in dims.items()}
@@ -192,6 +209,7 @@ def plan_of_scores(
             "scope": selection.scope,
             "threshold": selection.threshold,
             "budget": None if budget is None else budget.fractions(),
+            "remove": None if removed is None else {n: list(c) for n, c in removed.items()},
             "round_to": selection.round_to,
             "ignore": list(selection.ignore),
             "kinds": None if selection.kinds is None else list(selection.kinds),
@@ -233,6 +251,15 @@ def _check_alternatives(
             f"channels go; name layers that should keep theirs with ignore, and set the most that "
             f"one group may lose with max_ratio"
         )
+
+
+def _check_alone(**others: Any) -> None:
+    """Channels that are named are all that goes."""
+    for name, value in others.items():
+        if value is not None and value != () and value != {}:
+            raise InvalidArgumentError(
+                f"give either {name} or remove, not both: remove alone says which channels go"
+            )
 
 
 def prune(

@@ -120,6 +120,20 @@ def test_prune_writes_model_and_plan(tmp_path: Path, narrow_weights: Path) -> No
     assert "layer1.0.conv1" in output
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--preset", "ResNet18_Weights.DEFAULT"), ("--image-size", 96), ("--resize", 96)],
+)
+def test_prune_refuses_to_ignore_how_images_are_read(
+    tmp_path: Path, option: str, value: object
+) -> None:
+    asked = ("prune", "resnet20", "--ratio", 0.5, "--out", tmp_path / "small.safetensors")
+    assert f"{option}: says how to read the images of --data" in fail(*asked, option, value)
+    assert "needs --data" in fail(*asked, "--calibration-images", 8)
+    assert not (tmp_path / "small.safetensors").exists()
+    succeed(*asked, "--calibration-images", 0)
+
+
 def test_prune_keeps_the_trained_weights(tmp_path: Path, narrow_weights: Path) -> None:
     out = tmp_path / "small.safetensors"
     succeed(
@@ -278,6 +292,20 @@ def test_prune_takes_inputs_of_any_kind(tmp_path: Path, monkeypatch: pytest.Monk
     # Models named by a package need none.
     succeed("prune", "resnet20", "--model-arg", "width=4", *out)
     assert "returns 1x10" in succeed("verify", "small.safetensors")
+
+
+def test_prune_of_named_channels(tmp_path: Path, narrow_weights: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    asked = ("prune", "resnet20", *NARROW, "--weights", narrow_weights, "--out", out)
+    asked += ("--input", "1x1x8x8")
+    channels = ("--remove", "layer1.0.conv1=0,3", "--remove", "layer1.0.conv1=1")
+    succeed(*asked, *channels, "--remove", "layer1.1.conv1=2")
+    pruned = load(out, resnet20(in_channels=1, width=4))
+    assert pruned.layer1[0].conv1.out_channels == 1
+    assert pruned.layer1[1].conv1.out_channels == 3
+    assert "expected integers like 0,3,5" in fail(*asked, "--remove", "layer1.0.conv1=0-3")
+    assert "--remove: expected" in fail(*asked, "--remove", "layer1.0.conv1")
+    assert "either ratio or remove" in fail(*asked, *channels, "--ratio", 0.5)
 
 
 def test_prune_by_threshold_and_kind(tmp_path: Path, narrow_weights: Path) -> None:

@@ -52,6 +52,16 @@ def test_a_narrow_llama_is_a_plain_folder(tmp_path: Path) -> None:
         assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
 
 
+def test_wrappers_are_looked_through(tmp_path: Path) -> None:
+    small = pruned(kinds=("mlp",))
+    for i, wrapped in enumerate((torch.compile(small), nn.DataParallel(small))):
+        assert narrow_config(wrapped).intermediate_size == 80
+        save_pretrained(wrapped, tmp_path / str(i), TOKENS)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i)).eval()
+        with torch.no_grad():
+            assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
+
+
 def test_layers_of_different_widths_have_no_configuration() -> None:
     small = pruned(ratios={"model.layers.0.mlp.*": 0.25}, kinds=("mlp",))
     with pytest.raises(ExportError, match=r"tensors such as 'model\.layers\.\d\.mlp.*differ"):

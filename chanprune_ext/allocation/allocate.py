@@ -14,6 +14,7 @@ import numpy as np
 from chanprune_ext.errors import BudgetError, NothingToPruneError
 
 from .links import solve_linked_counts
+from .named_channels import units_of_channels
 from .selection import (
     NORMALISATIONS,
     Goal,
@@ -25,7 +26,7 @@ from .selection import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
     from chanprune_ext.analysis.groups import Sizes
@@ -58,9 +59,11 @@ def allocate(
         Group index -> bool (units,), True where a unit is removed. No layer is left empty.
 
     Raises:
-        InvalidArgumentError: A glob names no group.
+        InvalidArgumentError: A glob names no group, or a channel that was named can't go.
         NothingToPruneError: No group may be pruned.
     """
+    if selection.remove is not None:
+        return units_of_channels(analysis, selection.remove, selection.kinds)
     ratios = group_ratios(analysis, selection)
     active = active_groups(analysis, selection, held, ratios)
     if not active:
@@ -73,10 +76,10 @@ def allocate(
         wanted = {g.index: float(np.sum(scores[g.index] >= selection.threshold)) for g in active}
         least = fewest_units(active, selection)
         wanted = {i: max(w, least[i]) for i, w in wanted.items()}
-    elif selection.scope == "global":
+    elif selection.scope != "local":
         pool = [g for g in active if not is_named(g, selection)]
         least = fewest_units(pool, selection)
-        wanted = {**by_ratio, **_global_counts(pool, scores, selection, selection.ratio)}
+        wanted = {**by_ratio, **_ranked_counts(analysis, pool, scores, selection, selection.ratio)}
     else:
         least, wanted = {}, by_ratio
     return _select(analysis, scores, active, wanted, least, selection.round_to)
@@ -103,6 +106,48 @@ def _select(
         if mask.any():
             removed[group.index] = mask
     return removed
+
+
+def _ranked_counts(
+    analysis: Analysis,
+    pool: Sequence[CouplingGroup],
+    scores: Sequence[np.ndarray],
+    selection: Selection,
+    ratio: float,
+    savings: Mapping[int, float] | None = None,
+) -> dict[int, float]:
+    """One threshold over all groups, or one for those of the same build each.
+
+    Args:
+        analysis: Groups of the model.
+        pool: Groups that are ranked.
+        scores: One score per unit of each group.
+        selection: What the user asked for.
+        ratio: Share of all units that goes, of each build alike.
+        savings: Group index -> what the removal of one unit saves: scores count per saving.
+    """
+    counts: dict[int, float] = {}
+    together = (pool,) if selection.scope == "global" else _isomorphic(analysis, pool)
+    for groups in together:
+        counts.update(_global_counts(groups, scores, selection, ratio, savings))
+    return counts
+
+
+def _isomorphic(
+    analysis: Analysis, pool: Sequence[CouplingGroup]
+) -> Iterable[Sequence[CouplingGroup]]:
+    """Groups that touch the same dimensions of the same sorts of parameters, together.
+
+    Widths and kernel sizes may differ, and so may the number of layers that add to one stream.
+    """
+    builds: dict[tuple[str, frozenset[tuple[str, int, str, int]]], list[CouplingGroup]] = {}
+    for group in pool:
+        touched = frozenset(
+            (m.role, m.dim, m.entry.rpartition(".")[2], len(analysis.trace.shapes[m.entry]))
+            for m in group.members
+        )
+        builds.setdefault((group.kind, touched), []).append(group)
+    return builds.values()
 
 
 def _global_counts(
@@ -188,8 +233,8 @@ def _meet_budget(
     savings: dict[int, float] | None = None
 
     def counts(ratio: float) -> dict[int, float]:
-        if selection.scope == "global":
-            return {**fixed, **_global_counts(free, scores, selection, ratio, savings)}
+        if selection.scope != "local":
+            return {**fixed, **_ranked_counts(analysis, free, scores, selection, ratio, savings)}
         common = {g.index: max(g.units * (1 - ratio), least[g.index]) for g in free}
         return {**fixed, **common}
 
@@ -213,7 +258,7 @@ def _meet_budget(
             f"{'ratios or ' if fixed else ''}max_ratio or ask for less"
         )
     # Losses count per saving, and what a unit saves depends on how many others have gone.
-    per_saving = selection.scope == "global" and selection.normalise == "none"
+    per_saving = selection.scope != "local" and selection.normalise == "none"
     for _ in range(_SAVING_ROUNDS if per_saving else 1):
         if per_saving:
             savings = _savings(analysis, active, {} if savings is None else best, goals)

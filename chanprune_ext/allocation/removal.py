@@ -156,6 +156,8 @@ def verified_removal(
             return found
         if found is None:
             raise NothingToPruneError(_why_nothing(analysis, selection, held))
+        if selection.remove is not None:
+            raise _with_ties(analysis, found)  # just these channels, or none
         culprits = _groups_in(analysis, found.slots) & found.shrinking
         alike = found.alike if culprits else ()
         if not culprits:
@@ -169,6 +171,17 @@ def verified_removal(
             raise found.error  # holding everything back does not help
 
 
+def _with_ties(analysis: Analysis, refusal: _Refusal) -> VerificationError:
+    """A refusal that names the groups which sizes tie to those that would shrink."""
+    rivals = rivals_of(analysis)
+    passed_over = {rival for index in refusal.shrinking for rival in rivals[index]}
+    others = _groups_in(analysis, refusal.slots) - refusal.shrinking - passed_over
+    if not others:
+        return refusal.error
+    names = ", ".join(f"'{analysis.groups[i].name}' ({analysis.groups[i].kind})" for i in others)
+    return VerificationError(f"{refusal.error}; it ties these channels to {names}: name both")
+
+
 def _why_nothing(analysis: Analysis, selection: Selection, held: Mapping[int, Event | None]) -> str:
     """What keeps groups whole that something was asked of."""
     active = active_groups(analysis, selection, frozenset(held))
@@ -178,6 +191,8 @@ def _why_nothing(analysis: Analysis, selection: Selection, held: Mapping[int, Ev
             f"nothing would be removed: the channels of '{group.name}' ({group.kind}) are "
             f"{tie.why}, at {tie.event}{advice}"
         )
+    if selection.remove is not None:
+        return "nothing would be removed: remove names no channel"
     asked, larger = f"ratio={selection.ratio}", "a larger ratio"
     if selection.threshold is not None:
         asked, larger = f"threshold={selection.threshold}", "a higher threshold"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COSTS",
     "NORMALISATIONS",
+    "SCOPES",
     "Budget",
     "Goal",
     "Selection",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 COSTS = ("macs", "params", "latency", "file_size")  # fields of Budget that are fractions
+SCOPES = ("local", "isomorphic", "global")  # which channels compete with each other
 # What the scores of a group are divided by, so that groups can be ranked together.
 NORMALISATIONS: dict[str, Callable[[np.ndarray], float]] = {
     "mean": lambda score: float(np.mean(np.abs(score))),
@@ -143,6 +145,7 @@ class Selection:
     normalise: str = "mean"
     goals: tuple[Goal, ...] = ()  # beside those of the budget's macs and params
     by_index: Mapping[int, float] | None = None  # ratios of groups, see :meth:`of_groups`
+    remove: Mapping[str, tuple[int, ...]] | None = None  # just these channels, by maker
 
     def __post_init__(self) -> None:
         if not isinstance(self.ratios, Mapping):
@@ -160,8 +163,10 @@ class Selection:
                 )
         if unknown := set(self.kinds or ()) - set(KINDS):
             raise InvalidArgumentError(f"kinds must be some of {KINDS}, got {sorted(unknown)}")
-        if self.scope not in ("local", "global"):
-            raise InvalidArgumentError(f"scope must be 'local' or 'global', got {self.scope!r}")
+        if self.scope not in SCOPES:
+            raise InvalidArgumentError(
+                f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}"
+            )
         if self.normalise not in NORMALISATIONS:
             raise InvalidArgumentError(
                 f"normalise must be one of {', '.join(NORMALISATIONS)}, got {self.normalise!r}"

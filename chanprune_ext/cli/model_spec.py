@@ -17,7 +17,7 @@ from chanprune_ext.models import CIFAR_RESNETS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["build_model", "parse_arguments", "parse_ratios", "parse_shape"]
+__all__ = ["build_model", "parse_arguments", "parse_channels", "parse_ratios", "parse_shape"]
 
 
 def build_model(
@@ -83,6 +83,24 @@ def parse_ratios(pairs: Sequence[str]) -> dict[str, float]:
                 f"--ratios: expected a number after the '=', got {value!r} in {pair!r}"
             ) from None
     return ratios
+
+
+def parse_channels(pairs: Sequence[str]) -> dict[str, list[int]]:
+    """Reads ``module=indices`` pairs, for example ``layer1.0.conv1=0,3,5``; repeated ones add up.
+
+    Raises:
+        InvalidArgumentError: A pair has no ``=``, or what follows are no integers.
+    """
+    channels: dict[str, list[int]] = {}
+    for pair in pairs:
+        name, indices = _split(pair, "--remove", "module=indices")
+        try:
+            channels.setdefault(name, []).extend(int(index) for index in indices.split(","))
+        except ValueError:
+            raise InvalidArgumentError(
+                f"--remove: expected integers like 0,3,5 after the '=', got {indices!r} in {pair!r}"
+            ) from None
+    return channels
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

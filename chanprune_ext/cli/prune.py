@@ -25,7 +25,7 @@ from chanprune_ext.cli.image_options import (
     open_images,
 )
 from chanprune_ext.cli.loading import load_model, model_arguments
-from chanprune_ext.cli.model_spec import parse_ratios
+from chanprune_ext.cli.model_spec import parse_channels, parse_ratios
 from chanprune_ext.cli.options import (
     ClassFile,
     Data,
@@ -43,6 +43,7 @@ from chanprune_ext.cli.terminal import plain_console
 from chanprune_ext.compensation import compensate
 from chanprune_ext.data import calibration_batches
 from chanprune_ext.data.opening import classes_of_test
+from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.plan import PruningPlan
 from chanprune_ext.pruning import plan
 from chanprune_ext.quantities import format_accuracy
@@ -57,6 +58,7 @@ class Scope(str, Enum):
     """Where channels compete with each other."""
 
     LOCAL = "local"
+    ISOMORPHIC = "isomorphic"
     GLOBAL = "global"
 
 
@@ -85,12 +87,25 @@ def prune(
         ),
     ] = CriterionName.L1,
     scope: Annotated[
-        Scope, typer.Option(help="Rank channels within each group, or all against all.")
+        Scope,
+        typer.Option(
+            help="Rank channels within each group, with those of groups of the same build, or all "
+            "against all."
+        ),
     ] = Scope.LOCAL,
     threshold: Annotated[
         float | None,
         typer.Option(
             help="Remove every channel whose score is below this, instead of a ratio or budget.",
+            show_default=False,
+        ),
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE=I,I,...",
+            help="Remove just these output channels of a module, and what hangs together with "
+            "them; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -163,6 +178,8 @@ def prune(
     arguments = model_arguments(model, model_arg, weights)
     network = load_model(model, arguments, weights, device)
     place = device_of(network)
+    if data is None and test_data is None:
+        _refuse_without_images(preset, image_size, resize, class_file)
     looks = (class_file, preset, image_size, resize)
     inputs = example_inputs(model, network, shapes) if shapes else None
     shape = None if inputs is None else tuple(tensors_in(inputs)[0].shape[1:])
@@ -172,6 +189,8 @@ def prune(
         test = open_images(test_data or data or "", "test", classes, *looks[1:], like=shape)
         shape = test.shape
     drawn = 0
+    if data is None and calibration_images:
+        raise InvalidArgumentError("--calibration-images: needs --data to draw them from")
     if data is not None and calibration_images != 0:
         training = open_images(data, "train", *looks, like=shape)
         drawn = images_to_draw(calibration_images, training, "--calibration-images")
@@ -198,6 +217,7 @@ def prune(
             scope=scope.value,
             threshold=threshold,
             budget=budget,
+            remove=parse_channels(remove) if remove else None,
             round_to=round_to,
             ignore=ignore or (),
             kinds=kinds,
@@ -223,6 +243,24 @@ def prune(
         text = json.dumps({**facts, **record(made, found)}, indent=1)
         write_text(json_out, text + "\n")
         console.print(f"json: {json_out}", soft_wrap=True)
+
+
+def _refuse_without_images(
+    preset: str | None, image_size: int | None, resize: int | None, class_file: Path | None
+) -> None:
+    """Says so where options tell how to read images, and there are none."""
+    given = {
+        "--preset": preset,
+        "--image-size": image_size,
+        "--resize": resize,
+        "--class-file": class_file,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise InvalidArgumentError(
+                f"{option}: says how to read the images of --data, which is not there; the shape "
+                "that the model is analysed with is --input (1x3x224x224, say)"
+            )
 
 
 def measured(

@@ -161,6 +161,10 @@ def prune_progressively(
         raise InvalidArgumentError(f"resume: expected None or 'auto', got {resume!r}")
     if checkpoint_dir is None and resume is not None:
         raise InvalidArgumentError("resume: needs the folder of the checkpoints, checkpoint_dir")
+    if plan_options.get("remove") is not None and stages > 1:
+        raise InvalidArgumentError(
+            "remove: stages choose their channels anew; remove these at once, with stages=1"
+        )
     chosen = Recipe.of(recipe, recover_settings or {})
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     goal = make_plan(model, example_inputs, ratio, **plan_options)

@@ -314,6 +314,33 @@ def test_globally_ranked_scores_are_relative_to_their_group() -> None:
     assert kept_widths(cpx.plan(model, IMAGES, 0.5, scope="global")) == before
 
 
+def loudness(_: nn.Module, groups: Any, seed: int) -> list[np.ndarray]:
+    """Scores of streams far below those of blocks, and of later groups below those of earlier."""
+    generator = np.random.default_rng(seed)
+    scale = {"residual": 1e-3, "hidden": 1.0}
+    return [scale[g.kind] * generator.uniform(1, 2, g.units) / (1 + g.index) for g in groups]
+
+
+@pytest.mark.parametrize("asked", [{"ratio": 0.25}, {"budget": cpx.Budget(macs=0.6)}])
+def test_groups_of_one_build_compete_with_each_other_alone(asked: dict[str, Any]) -> None:
+    options = {"criterion": loudness, "normalise": "none", **asked}
+    shares = {}
+    for scope in ("isomorphic", "global"):
+        plan = cpx.plan(network("resnet18")[0], torch.zeros(1, 3, 64, 64), scope=scope, **options)
+        for kind in ("residual", "hidden"):
+            groups = [g for g in plan.groups if g.kind == kind]
+            kept = sum(g.width_after for g in groups) / sum(g.width_before for g in groups)
+            shares[scope, kind] = kept
+            widths = [g.width_after / g.width_before for g in groups]
+            assert scope == "global" or min(widths) < kept < max(widths), "one threshold a build"
+    assert shares["isomorphic", "hidden"] == pytest.approx(
+        shares["isomorphic", "residual"], abs=0.01
+    )
+    if "ratio" in asked:
+        assert shares["isomorphic", "hidden"] == pytest.approx(0.75, abs=0.001)
+        assert shares["global", "residual"] < 0.4 < 0.9 < shares["global", "hidden"]
+
+
 def test_named_groups_keep_their_ratio_under_global_ranking() -> None:
     plan = cpx.plan(chain(16, 16, 16), IMAGES, 0.5, scope="global", ratios={"convs.1": 0.25})
     widths = kept_widths(plan)
