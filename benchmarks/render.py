@@ -37,8 +37,9 @@ makes a difference too.
 frees stays with the process (glibc), for a fresh page from the system costs more than copying it.
 *Ratio* is the time of a variant over ours: above 1, ours is faster. KD times include the backward;
 `nothing` is an autograd function without any work and `sum` torch's plainest loss, `student.sum()`:
-no loss costs less. `ours_backward` makes the gradient in the backward, from row statistics, instead
-of in the forward.{cuda}{note}
+no such loss costs less. `ours_backward` makes the gradient in the backward, from row statistics,
+instead of in the forward; `ours_with_gradient` is `kd_kl_div_with_gradient`, which returns loss and
+gradient without autograd.{cuda}{note}
 """
 NO_CUDA = """
 

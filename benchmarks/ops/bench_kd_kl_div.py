@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from interleaved import Call, Job
 from torch import Tensor
 
-from chanprune_ext.ops import kd_kl_div
+from chanprune_ext.ops import kd_kl_div, kd_kl_div_with_gradient
 
 TEMPERATURE = 4.0
 SHAPES = {
@@ -25,7 +25,16 @@ SHAPES = {
     "64x32000": (64, 32000, torch.float32),
     "8192x128256": (8192, 128256, torch.bfloat16),  # CUDA only
 }
-VARIANTS = ("ours", "ours_backward", "eager", "compiled", "liger", "nothing", "sum")
+VARIANTS = (
+    "ours",
+    "ours_backward",
+    "ours_with_gradient",
+    "eager",
+    "compiled",
+    "liger",
+    "nothing",
+    "sum",
+)
 
 
 class Nothing(torch.autograd.Function):
@@ -92,10 +101,14 @@ def bench_kd_kl_div(compare, device, shape, variant):
             for _ in range(2)
         ]
         student = logits[0].requires_grad_()
-        calls = {
+        calls: dict[str, Call] = {
             name: lambda loss=loss: torch.autograd.grad(loss(), student)
             for name, loss in _losses(student, logits[1]).items()
         }
+        # The same two results, made without autograd.
+        calls["ours_with_gradient"] = lambda: kd_kl_div_with_gradient(
+            student, logits[1], TEMPERATURE
+        )
         return Job(3 * student.numel() * student.element_size(), calls)
 
     compare(f"kd_kl_div {shape} {device}", variant, make)

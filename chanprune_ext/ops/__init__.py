@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from chanprune_ext.ops.build_info import build_info
 from chanprune_ext.ops.channel_norms import channel_norms, channel_norms_reference
-from chanprune_ext.ops.kd_kl_div import kd_kl_div, kd_kl_div_reference
+from chanprune_ext.ops.kd_kl_div import (
+    kd_kl_div,
+    kd_kl_div_reference,
+    kd_kl_div_with_gradient,
+)
 from chanprune_ext.ops.slice_channels import slice_channels, slice_channels_reference
 
 __all__ = [
@@ -17,6 +21,7 @@ __all__ = [
     "channel_norms_reference",
     "kd_kl_div",
     "kd_kl_div_reference",
+    "kd_kl_div_with_gradient",
     "slice_channels",
     "slice_channels_reference",
 ]

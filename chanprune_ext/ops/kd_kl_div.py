@@ -8,27 +8,26 @@ import torch
 from torch._C import _AutoDispatchBelowAutograd
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available, works_in_place
-from chanprune_ext.ops.accumulation import accumulation_dtype
-from chanprune_ext.ops.kd_kl_div_arguments import (
-    REDUCTIONS,
-    Reduction,
-    check_arguments,
-    check_label_values,
-    flat_rows,
-    row_factors,
+from chanprune_ext.ops import kd_kl_div_registration as _registration  # noqa: F401
+from chanprune_ext.ops._loader import inside_transform, works_in_place
+from chanprune_ext.ops.kd_kl_div_arguments import Reduction, flat_rows
+from chanprune_ext.ops.kd_kl_div_call import (
+    Numbers,
+    check_range,
+    name_the_culprit,
+    operands,
+    reference_loss,
+    reference_only,
 )
 from chanprune_ext.ops.kd_kl_div_reference import kd_kl_div_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Reduction", "kd_kl_div", "kd_kl_div_reference"]
+__all__ = ["Reduction", "kd_kl_div", "kd_kl_div_reference", "kd_kl_div_with_gradient"]
 
-_STATISTICS = 5  # per row, see csrc/kd_kl_div_options.h
 _WIDE = (torch.float32, torch.float64)
 _OPS = torch.ops.chanprune
-_HAS_CPU = CPU_MODULE.loaded
 
 
 def kd_kl_div(
@@ -91,66 +90,16 @@ def kd_kl_div(
         InvalidArgumentError: an argument is not as described. On CUDA an out-of-range label is not
             looked for, which would wait for the device; the loss of its row is NaN.
     """
-    factors = (float(soft_weight), float(hard_weight))
-    options = (float(temperature), *factors, float(label_smoothing), ignore_index)
-    choices = (label_smoothing, ignore_index, reduction)
-    plain = (
-        isinstance(student, torch.Tensor)
-        and isinstance(teacher, torch.Tensor)
-        and (labels is None or isinstance(labels, torch.Tensor))
-        and student.is_cpu
-        and _HAS_CPU
-        and student.dim() == 2
-        and teacher.dtype is student.dtype
-        and weights is None
-        and mask is None
-        and reduction in REDUCTIONS
-        and not torch.compiler.is_compiling()
-        and not inside_transform()
-    )
-    row_weights = None
-    if not plain:  # else the kernel checks, faster than Python, and the culprit is named if it must
-        check_arguments(student, teacher, temperature, labels, factors, *choices)
-        row_weights = row_factors(student, weights, mask, reduction)
-        if teacher.dtype != student.dtype:
-            dtype = torch.promote_types(student.dtype, teacher.dtype)
-            student, teacher = student.to(dtype), teacher.to(dtype)
-    if teacher.requires_grad and torch.is_grad_enabled():
-        raise InvalidArgumentError(
-            "teacher should not require gradients, which kd_kl_div does not compute for it; "
-            "compute it under torch.no_grad() or pass teacher.detach()"
-        )
+    numbers = _numbers(temperature, soft_weight, hard_weight, label_smoothing, ignore_index)
+    student, call, plain = operands(student, teacher, numbers, labels, weights, mask, reduction)
     if gradient_in_forward is None:
         gradient_in_forward = student.is_cpu and student.dtype in _WIDE
-    elif gradient_in_forward and student.dtype == torch.float16:
-        raise InvalidArgumentError(
-            "gradient_in_forward should not be set for float16 logits, whose range an unscaled "
-            "gradient can leave; leave it out, or use bfloat16"
-        )
-    if not plain and _reference_only(student):
-        if student.is_cpu and not inside_transform():
-            check_label_values(labels, student.shape[-1], ignore_index)
-        return kd_kl_div_reference(
-            student,
-            teacher,
-            temperature,
-            labels=labels,
-            soft_weight=soft_weight,
-            hard_weight=hard_weight,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            weights=weights,
-            mask=mask,
-            reduction=reduction,
-        )
-    call = (
-        flat_rows(teacher),
-        labels if labels is None or plain else labels.reshape(-1),
-        row_weights,
-        *options,
-        REDUCTIONS[reduction],
-    )
+    elif gradient_in_forward:
+        check_range(student, "gradient_in_forward should not be set")
     loss: Tensor
+    if not plain and reference_only(student):
+        loss = reference_loss(student, call)
+        return loss if not loss.dim() else loss.reshape(student.shape[:-1])
     try:
         if not plain and torch.compiler.is_compiling():
             loss = _OPS.kd_kl_div(flat_rows(student), *call)[0]
@@ -160,52 +109,98 @@ def kd_kl_div(
             with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
                 loss = _OPS.kd_kl_div.default(flat_rows(student), *call)[0]
     except RuntimeError:
-        check_arguments(student, teacher, temperature, labels, factors, *choices)
-        if student.is_cpu:
-            check_label_values(labels, student.shape[-1], ignore_index)
+        name_the_culprit(student, teacher, numbers, labels, reduction)
         raise
     return loss if plain or not loss.dim() else loss.reshape(student.shape[:-1])
 
 
-def _reference_only(student: Tensor) -> bool:
-    """Whether the kernels cannot serve here: not built, or a torch.func transform is running."""
-    if torch.compiler.is_compiling():
-        return not native_available(student)
-    return inside_transform() or not native_available(student)
+def kd_kl_div_with_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 4.0,
+    *,
+    labels: Tensor | None = None,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+) -> tuple[Tensor, Tensor]:
+    """The loss of :func:`kd_kl_div` and its gradient, in one pass and without autograd.
 
+    On small batches autograd takes most of the time of a loss. A training step that adds nothing to
+    this loss can do without::
 
-def _fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(student)
-    shape = (student.shape[0],) if arguments[-1] == REDUCTIONS["none"] else ()
+        loss, gradient = kd_kl_div_with_gradient(logits, teacher_logits, 4.0)
+        logits.backward(gradient)
+
+    Args:
+        student (Tensor[..., C]): as for `kd_kl_div`; float16 is refused, whose range an unscaled
+            gradient can leave. What it was computed from gets no gradient here.
+        teacher (Tensor[..., C]): likewise, and so on.
+        temperature: likewise.
+        labels (Tensor[...] | None): likewise.
+        soft_weight: likewise.
+        hard_weight: likewise.
+        label_smoothing: likewise.
+        ignore_index: likewise.
+        weights (Tensor[...] | None): likewise.
+        mask (Tensor[...] | None): likewise.
+        reduction: likewise; for "none" the gradient is that of the rows' sum.
+
+    Returns:
+        tuple[Tensor, Tensor]: the loss, as `kd_kl_div` returns it, and its gradient with respect to
+        `student`, of its shape and dtype. Neither has a graph.
+
+    Raises:
+        InvalidArgumentError: as for `kd_kl_div`, or inside a transform of torch.func, where
+            ``torch.func.grad_and_value`` of `kd_kl_div` does the same.
+    """
+    numbers = _numbers(temperature, soft_weight, hard_weight, label_smoothing, ignore_index)
+    wide, call, plain = operands(student, teacher, numbers, labels, weights, mask, reduction)
+    check_range(student, "kd_kl_div_with_gradient makes no gradients")
+    if not plain and inside_transform():
+        raise InvalidArgumentError(
+            "kd_kl_div_with_gradient should not be called inside a transform of torch.func; there "
+            "torch.func.grad_and_value of kd_kl_div gives both"
+        )
+    if not plain and reference_only(wide):
+        leaf = wide.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = reference_loss(leaf, call)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        loss = loss.detach()
+    else:
+        try:
+            with torch.no_grad():
+                loss, gradient = _OPS.kd_kl_div_with_gradient.default(flat_rows(wide), *call)
+        except RuntimeError:
+            name_the_culprit(student, teacher, numbers, labels, reduction)
+            raise
+    if plain:
+        return loss, gradient
     return (
-        student.new_empty(shape, dtype=dtype),
-        student.new_empty((student.shape[0], _STATISTICS), dtype=dtype),
+        loss if not loss.dim() else loss.reshape(student.shape[:-1]),
+        gradient.to(student.dtype).view(student.shape),
     )
 
 
-def _fake_with_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _fake(student, *arguments)[0], student.new_empty(student.shape)
-
-
-def _fake_backward(grad: Tensor, student: Tensor, *_: Any) -> Tensor:  # noqa: ARG001
-    return student.new_empty(student.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, labels, row_weights, *options = inputs
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-        raise InvalidArgumentError(
-            "kd_kl_div computes no gradient for teacher or row_weights; detach() them"
-        )
-    _, statistics = output
-    ctx.options = options
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(student, teacher, statistics, labels, row_weights)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    result = _OPS.kd_kl_div_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return result, *(None,) * 9
+def _numbers(
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Numbers:
+    return (
+        float(temperature),
+        float(soft_weight),
+        float(hard_weight),
+        float(label_smoothing),
+        ignore_index,
+    )
 
 
 class _EagerLoss(torch.autograd.Function):
@@ -265,33 +260,5 @@ def _scaled(gradient: Tensor, grad: Tensor, left_out: Tensor | None) -> Tensor:
 def _differentiable_gradient(ctx: Any, grad: Tensor) -> Tensor:
     """The gradient as the reference computes it: with a graph, for derivatives of any order."""
     student, teacher, _, labels, row_weights = ctx.saved_tensors
-    temperature, soft_weight, hard_weight, label_smoothing, ignore_index, reduction = ctx.options
-    flat = flat_rows(student)
-    losses = kd_kl_div_reference(
-        flat,
-        teacher,
-        temperature,
-        labels=labels,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        weights=row_weights,
-        reduction=next(name for name, number in REDUCTIONS.items() if number == reduction),
-    )
+    losses = reference_loss(student, (teacher, labels, row_weights, *ctx.options))
     return torch.autograd.grad(losses, student, grad, create_graph=True)[0]
-
-
-def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
-    raise NotImplementedError(
-        "the operator chanprune::kd_kl_div can be differentiated once; for second derivatives use "
-        "chanprune_ext.ops.kd_kl_div outside torch.compile, or kd_kl_div_reference"
-    )
-
-
-if CPU_MODULE.loaded:
-    torch.library.register_fake("chanprune::kd_kl_div", _fake)
-    torch.library.register_fake("chanprune::kd_kl_div_with_gradient", _fake_with_gradient)
-    torch.library.register_fake("chanprune::kd_kl_div_backward", _fake_backward)
-    torch.library.register_autograd("chanprune::kd_kl_div", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("chanprune::kd_kl_div_backward", _refuse_double_backward)

@@ -13,7 +13,12 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.ops import kd_kl_div, kd_kl_div_reference
+from chanprune_ext.ops import (
+    kd_kl_div,
+    kd_kl_div_call,
+    kd_kl_div_reference,
+    kd_kl_div_with_gradient,
+)
 
 REDUCTIONS = ["none", "sum", "batchmean"]
 # Classes: one; fewer than a vector; one more than a vector; the chunk of 1024 and its neighbours;
@@ -369,6 +374,89 @@ def test_float16_gradient_in_the_forward_is_refused():
     logits = torch.zeros(2, 3, dtype=torch.float16, requires_grad=True)
     with pytest.raises(InvalidArgumentError, match="gradient_in_forward should not be set for flo"):
         kd_kl_div(logits, logits.detach(), gradient_in_forward=True)
+
+
+# ---- loss and gradient in one call --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(6, 10), (2, 3, 1500), (0, 4), (5,)])
+def test_loss_and_gradient_are_those_of_autograd(
+    native_device, monkeypatch, shape, dtypes, reduction, native
+):
+    student = (torch.randn(shape, device=native_device) * 3).to(dtypes[0]).requires_grad_()
+    teacher = (torch.randn(shape, device=native_device) * 3).to(dtypes[1])
+    rows = shape[:-1]
+    mask = torch.arange(math.prod(rows), device=native_device).view(rows) != 1
+    labels = make_labels(rows, shape[-1], 0).to(native_device)
+    simple = {"reduction": reduction}
+    full = {"labels": labels, "hard_weight": 0.5, "label_smoothing": 0.1, "mask": mask, **simple}
+    for options in (simple, full):
+        expected = kd_kl_div(student, teacher, 2.0, **options)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), student)
+        with monkeypatch.context() as patch:
+            if not native:
+                patch.setattr(kd_kl_div_call, "_HAS_CPU", False)
+                patch.setattr(kd_kl_div_call, "native_available", lambda _: False)
+            loss, gradient = kd_kl_div_with_gradient(student, teacher, 2.0, **options)
+        assert not loss.requires_grad
+        assert not gradient.requires_grad
+        assert loss.dtype == expected.dtype
+        assert gradient.dtype == student.dtype
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_a_training_step_by_the_gradient_alone():
+    layer, inputs, teacher = torch.nn.Linear(6, 4), torch.randn(8, 6), torch.randn(8, 4)
+    kd_kl_div(layer(inputs), teacher).backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    logits = layer(inputs)
+    logits.backward(kd_kl_div_with_gradient(logits, teacher)[1])
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_loss_and_gradient_under_compile():
+    def step(student, teacher):
+        loss, gradient = kd_kl_div_with_gradient(student * 2, teacher, 3.0)
+        return loss + 1, gradient * 2
+
+    student, teacher = torch.randn(2, 5, 7)
+    student.requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(student, teacher), step(student, teacher), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_what_has_no_loss_and_gradient_is_told():
+    student, teacher = torch.randn(2, 3, 4)
+    half = student.half()
+    with pytest.raises(InvalidArgumentError, match="makes no gradients for float16 logits"):
+        kd_kl_div_with_gradient(half, half)
+    with pytest.raises(InvalidArgumentError, match="teacher should not require gradients"):
+        kd_kl_div_with_gradient(student, teacher.requires_grad_())
+    with pytest.raises(InvalidArgumentError, match="teacher should have the shape"):
+        kd_kl_div_with_gradient(student, teacher.detach()[:2])
+    with pytest.raises(InvalidArgumentError, match="student should be"):
+        kd_kl_div_with_gradient([1.0], teacher)
+    with pytest.raises(InvalidArgumentError, match=r"labels should be in \[0, 4\).*got 4"):
+        kd_kl_div_with_gradient(
+            student, teacher.detach(), labels=torch.tensor([0, 4, 1]), hard_weight=1.0
+        )
+    with pytest.raises(InvalidArgumentError, match=r"grad_and_value of kd_kl_div"):
+        torch.func.vmap(kd_kl_div_with_gradient)(student[None], teacher.detach()[None])
 
 
 # ---- weights and mask ---------------------------------------------------------------------------
