@@ -6,185 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chanprune_ext.analysis.equations import attribute_key, attributes_in
-from chanprune_ext.analysis.provenance import Attribute, Const, Dim, Equation, Expr, Op
+from .linear_sizes import Coefficients, LinearSizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chanprune_ext.analysis import Analysis, CouplingGroup
-    from chanprune_ext.analysis.equations import AttributeKey
-    from chanprune_ext.analysis.tracer import Slots
+    from chanprune_ext.analysis.provenance import Equation
 
 __all__ = ["pinned_groups", "rounded_count", "rounded_whole", "solve_linked_counts"]
 
 Buckets = dict[int, list[tuple[np.ndarray, int]]]
-
-
-class _Linear:
-    """Surviving sizes as linear functions of the unknowns.
-
-    The unknowns are "unit u is kept", over the units of active groups, and the attributes that are
-    not the size of something that stays. A function is its coefficients and a constant.
-    """
-
-    def __init__(self, analysis: Analysis, active: Sequence[CouplingGroup]) -> None:
-        self.analysis = analysis
-        starts = np.cumsum([0, *(g.units for g in active)])
-        self.units = int(starts[-1])
-        self.start = {g.index: int(s) for g, s in zip(active, starts, strict=False)}
-        self.unit_of_label = np.full(analysis.trace.store.size, -1, dtype=np.int64)
-        for group in active:
-            first = self.start[group.index]
-            self.unit_of_label[group.roots] = np.arange(first, first + group.units)
-        equations = analysis.trace.equations
-        found = {attribute_key(a): a.value for e in equations for a in attributes_in(e.expr)}
-        self.bound = {attribute_key(e.expr) for e in equations if isinstance(e.expr, Attribute)}
-        self.fixed: set[AttributeKey] = set()
-        self.attributes = {key: self.units + i for i, key in enumerate(found)}
-        self.values = np.r_[np.ones(self.units), np.array(list(found.values()), dtype=float)]
-        # Coefficients of all constants: not to be changed. Networks have thousands of units, and
-        # most of their sizes depend on none of them.
-        self.nothing = np.zeros(len(self.values))
-        self.nothing.flags.writeable = False
-        self.counted: dict[int, tuple[np.ndarray, np.ndarray, float] | None] = {}
-        self.none = np.empty(0, dtype=np.int64)
-        for equation in equations:
-            size = self.size(equation.slots) if isinstance(equation.expr, Attribute) else None
-            if size is not None and self.stays(size[0]):
-                self.fixed.add(attribute_key(equation.expr))  # type: ignore[arg-type]
-
-    def size(self, slots: Slots) -> tuple[np.ndarray, float] | None:
-        """Coefficients, not to be changed, and constant; None where two active groups multiply."""
-        counted = self._counted(slots)
-        if counted is None:
-            return None
-        units, times, constant = counted
-        if not len(units):
-            return self.nothing, constant
-        coefficients = np.zeros(len(self.values))
-        coefficients[units] = times
-        return coefficients, constant
-
-    def units_of(self, slots: Slots) -> np.ndarray:
-        """The units that a dimension is made of, rising; none if some of it stays for certain."""
-        counted = self._counted(slots)
-        return self.none if counted is None or counted[2] else counted[0]
-
-    def _counted(self, slots: Slots) -> tuple[np.ndarray, np.ndarray, float] | None:
-        """Units of a dimension, how many indices each has, and how many have none."""
-        # Slot arrays live as long as the trace: their identity is a safe key.
-        if id(slots) not in self.counted:
-            self.counted[id(slots)] = self._count(slots)
-        return self.counted[id(slots)]
-
-    def _count(self, slots: Slots) -> tuple[np.ndarray, np.ndarray, float] | None:
-        resolved = self.analysis.trace.store.resolve(slots)
-        if not len(resolved):
-            return self.none, self.none, float(slots.shape[1])
-        owners = np.where(resolved > 0, self.unit_of_label[resolved], -1)
-        top = owners.max(axis=0)
-        if len(owners) > 1 and ((owners >= 0) & (owners != top)).any():
-            return None
-        used = top[top >= 0]
-        units, times = np.unique(used, return_counts=True)
-        return units, times, float(len(top) - len(used))
-
-    def of(self, expr: Expr) -> tuple[np.ndarray, float] | None:
-        """An expression as a linear function; None where it is not one."""
-        if isinstance(expr, Dim):
-            return self.size(expr.slots)
-        if isinstance(expr, Const):
-            return self.nothing, float(expr.value)
-        if isinstance(expr, Attribute):
-            if attribute_key(expr) in self.fixed:
-                return self.nothing, float(expr.value)
-            coefficients = np.zeros(len(self.values))
-            coefficients[self.attributes[attribute_key(expr)]] = 1.0
-            return coefficients, 0.0
-        quotient = expr.left if isinstance(expr.left, Op) and expr.left.symbol == "//" else None
-        if expr.symbol == "*" and quotient is not None and _same(quotient.right, expr.right):
-            return self.of(quotient.left)  # (a // b) * b: code that checks for a remainder
-        left, right = self.of(expr.left), self.of(expr.right)
-        if left is None or right is None:
-            return None
-        part = expr.right if isinstance(expr.right, Attribute) else None
-        if part is not None and attribute_key(part) not in self.bound and not self.stays(left[0]):
-            # Of two unknowns that multiply, a number of parts keeps its value unless told.
-            right = (self.nothing, float(part.value)) if expr.symbol in ("*", "//") else right
-        if expr.symbol in "+-":
-            sign = 1.0 if expr.symbol == "+" else -1.0
-            total = left[1] + sign * right[1]
-            return (left[0] if self.stays(right[0]) else left[0] + sign * right[0]), total
-        if self.stays(right[0]) and right[1]:
-            if expr.symbol == "*":
-                return self._times(left[0], right[1]), left[1] * right[1]
-            if expr.symbol == "//":
-                share = left[0] if left[0] is self.nothing else left[0] / right[1]
-                return share, left[1] / right[1]
-        if self.stays(left[0]) and expr.symbol == "*":
-            return self._times(right[0], left[1]), right[1] * left[1]
-        return None
-
-    def stays(self, coefficients: np.ndarray) -> bool:
-        """Whether a function depends on no unknown."""
-        return coefficients is self.nothing or not coefficients.any()
-
-    def _times(self, coefficients: np.ndarray, factor: float) -> np.ndarray:
-        return coefficients if coefficients is self.nothing else coefficients * factor
-
-    def rows(self) -> list[np.ndarray]:
-        """Rows r that keep their product with the unknowns: every linear link between sizes."""
-        rows: dict[bytes, np.ndarray] = {}
-        for equation in self.analysis.trace.equations:
-            found = self.row(equation)
-            if found is None or found is self.nothing:
-                continue
-            if np.abs(found).max(initial=0.0) > 1e-9:
-                rounded = np.round(found, 6)
-                used = np.flatnonzero(rounded)
-                rows.setdefault(used.tobytes() + rounded[used].tobytes(), found)
-        return self._binding(list(rows.values()))
-
-    def _binding(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Rows without those that only say what an attribute will be."""
-        while True:
-            used = np.count_nonzero([row[self.units :] for row in rows], axis=0) if rows else None
-            loose = [
-                row
-                for row in rows
-                if any(
-                    used is not None
-                    and used[i] == 1
-                    and np.allclose(row / row[self.units + i], np.round(row / row[self.units + i]))
-                    for i in np.flatnonzero(row[self.units :])
-                )
-            ]
-            if not loose:
-                return rows
-            rows = [row for row in rows if not any(row is other for other in loose)]
-
-    def row(self, equation: Equation) -> np.ndarray | None:
-        """The link that an equation makes between sizes; None where it is not a linear one."""
-        target = self.size(equation.slots)
-        if target is None:
-            return None
-        expr = equation.expr
-        whole = self.of(expr)
-        if whole is not None:
-            return whole[0] if target[0] is self.nothing else whole[0] - target[0]
-        if isinstance(expr, Op) and expr.symbol == "//" and self.stays(target[0]):
-            # a // b stays what it is: a follows b.
-            left, right = self.of(expr.left), self.of(expr.right)
-            if left is not None and right is not None:
-                return left[0] - target[1] * right[0]
-        return None
-
-
-def _same(a: Expr, b: Expr) -> bool:
-    if isinstance(a, Dim) and isinstance(b, Dim):
-        return a.slots is b.slots
-    return not isinstance(a, Op) and a == b
 
 
 def solve_linked_counts(
@@ -208,7 +40,7 @@ def solve_linked_counts(
         every link, so any of them will do. A group that cannot shrink keeps all its units; a linked
         one may lose all of them where the layers it belongs to keep others.
     """
-    linear = _Linear(analysis, active)
+    linear = LinearSizes(analysis, active)
     result: Buckets = {}
     for groups, own_rows in _components(linear, active, linear.rows()):
         if own_rows:
@@ -230,29 +62,38 @@ def pinned_groups(analysis: Analysis, active: Sequence[CouplingGroup]) -> dict[i
     Returns:
         Group index -> the link that keeps it.
     """
-    linear = _Linear(analysis, active)
+    linear = LinearSizes(analysis, active)
     rows = [(equation, linear.row(equation)) for equation in analysis.trace.equations]
-    links = [(e, row) for e, row in rows if row is not None and row is not linear.nothing]
+    links = [(e, row.without_round_off()) for e, row in rows if row is not None]
     free = np.ones(len(linear.values), dtype=bool)
     found: dict[int, Equation] = {}
     progress = True
     while progress:
         progress = False
         for equation, row in links:
-            kept = free & (np.abs(row) > 1e-9)
-            part = row[kept]
+            open_ones = free[row.unknowns]
+            kept, part = row.unknowns[open_ones], row.values[open_ones]
             if not len(part):
                 continue
-            one_way = not kept[linear.units :].any() and (part.min() > 0 or part.max() < 0)
+            one_way = kept[-1] < linear.units and (part.min() > 0 or part.max() < 0)
             if not one_way and len(part) > 1:
                 continue
             free[kept] = False
             progress = True
-            for group in active:
+            for group in _owners(linear, active, kept):
                 own = slice(linear.start[group.index], linear.start[group.index] + group.units)
                 if not free[own].any():
                     found.setdefault(group.index, equation)
     return found
+
+
+def _owners(
+    linear: LinearSizes, active: Sequence[CouplingGroup], unknowns: np.ndarray
+) -> list[CouplingGroup]:
+    """The groups that some of the unknowns are units of."""
+    starts = [linear.start[g.index] for g in active]
+    units = unknowns[unknowns < linear.units]
+    return [active[i] for i in np.unique(np.searchsorted(starts, units, side="right") - 1)]
 
 
 def rounded_whole(
@@ -278,18 +119,18 @@ def rounded_whole(
     }
     if not narrow:
         return narrow
-    linear = _Linear(analysis, active)
+    linear = LinearSizes(analysis, active)
     components = _components(linear, active, linear.rows())
     return narrow - {g.index for groups, own_rows in components if own_rows for g in groups}
 
 
 def _components(
-    linear: _Linear, active: Sequence[CouplingGroup], rows: Sequence[np.ndarray]
-) -> Iterator[tuple[list[CouplingGroup], list[np.ndarray]]]:
+    linear: LinearSizes, active: Sequence[CouplingGroup], rows: Sequence[Coefficients]
+) -> Iterator[tuple[list[CouplingGroup], list[Coefficients]]]:
     """Groups that links join, with their links; a group without links comes alone."""
     attributes = np.arange(len(active), len(active) + len(linear.attributes))
     owner = np.r_[np.repeat(np.arange(len(active)), [g.units for g in active]), attributes]
-    members = [np.unique(owner[row != 0]) for row in rows]
+    members = [np.unique(owner[row.unknowns]) for row in rows]
     component = np.arange(len(active) + len(attributes))
     for joined in members:
         joined = np.unique(component[joined])
@@ -320,8 +161,8 @@ def _step(group: CouplingGroup, round_to: int) -> int:
 
 
 def _solve(
-    linear: _Linear,
-    rows: Sequence[np.ndarray],
+    linear: LinearSizes,
+    rows: Sequence[Coefficients],
     tied: Sequence[CouplingGroup],
     wanted: Mapping[int, float],
     least: Mapping[int, float],
@@ -329,14 +170,9 @@ def _solve(
 ) -> Buckets:
     """Minimise the weighted distance to the wanted counts subject to the links."""
     filled = _least_sums(linear, tied)
-    matrix = np.stack([*rows, *filled])
-    buckets: list[tuple[int, np.ndarray]] = []
-    for group in tied:
-        first = linear.start[group.index]
-        columns = np.round(matrix[:, first : first + group.units], 6)
-        _, kind = np.unique(columns, axis=1, return_inverse=True)
-        kind = np.asarray(kind).ravel()
-        buckets.extend((group.index, np.flatnonzero(kind == k)) for k in range(kind.max() + 1))
+    buckets = [
+        (group.index, units) for group in tied for units in _alike(linear, [*rows, *filled], group)
+    ]
     for step in dict.fromkeys((round_to, 1)):
         counts = _integer_program(linear, rows, filled, tied, buckets, wanted, least, step)
         if counts is not None:
@@ -347,7 +183,25 @@ def _solve(
     return {g.index: [(np.arange(g.units), g.units)] for g in tied}
 
 
-def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarray]:
+def _alike(
+    linear: LinearSizes, rows: Sequence[Coefficients], group: CouplingGroup
+) -> Iterator[np.ndarray]:
+    """The units of a group, those together that every row counts alike."""
+    first = linear.start[group.index]
+    kind = np.zeros(group.units, dtype=np.int64)
+    for row in rows:
+        begin, end = np.searchsorted(row.unknowns, (first, first + group.units))
+        if begin == end:
+            continue
+        counted = np.zeros(group.units)
+        counted[row.unknowns[begin:end] - first] = np.round(row.values[begin:end], 6)
+        _, inverse = np.unique(np.stack([kind, counted]), axis=1, return_inverse=True)
+        kind = np.asarray(inverse).ravel()
+    for k in range(int(kind.max()) + 1):
+        yield np.flatnonzero(kind == k)
+
+
+def _least_sums(linear: LinearSizes, tied: Sequence[CouplingGroup]) -> list[Coefficients]:
     """Rows r with ``r @ kept >= 1``: what must not become empty.
 
     These are the dimensions of parameters that linked groups cover to the last index, and the
@@ -361,7 +215,7 @@ def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarr
         for member in group.members:
             key = member.entry, member.dim
             covered[key] = covered.get(key, 0) + member.indices.size
-    found: dict[bytes, np.ndarray] = {}
+    found: dict[bytes, Coefficients] = {}
     dims = [
         analysis.slots[entry, dim]
         for (entry, dim), count in covered.items()
@@ -369,16 +223,15 @@ def _least_sums(linear: _Linear, tied: Sequence[CouplingGroup]) -> list[np.ndarr
     ]
     for slots in (*dims, *(equation.slots for equation in analysis.trace.equations)):
         used = linear.units_of(slots)
-        if len(used) and owned[used].all() and used.tobytes() not in found:
-            found[used.tobytes()] = row = np.zeros(len(linear.values))
-            row[used] = 1.0
+        if len(used) and owned[used].all():
+            found.setdefault(used.tobytes(), Coefficients(used, np.ones(len(used))))
     return list(found.values())
 
 
 def _integer_program(
-    linear: _Linear,
-    rows: Sequence[np.ndarray],
-    filled: Sequence[np.ndarray],
+    linear: LinearSizes,
+    rows: Sequence[Coefficients],
+    filled: Sequence[Coefficients],
     tied: Sequence[CouplingGroup],
     buckets: list[tuple[int, np.ndarray]],
     wanted: Mapping[int, float],
@@ -389,20 +242,20 @@ def _integer_program(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     n, m = len(buckets), len(tied)
-    used = np.flatnonzero(np.any([row != 0 for row in rows], axis=0)[linear.units :])
-    used += linear.units
+    used = np.unique(np.concatenate([row.unknowns for row in rows]))
+    used = used[used >= linear.units]
     steps = [_step(g, round_to) for g in tied]
     size = 2 * n + m + len(used)
     sizes = np.array([len(units) for _, units in buckets], dtype=float)
     group_units = {g.index: g.units for g in tied}
     goal = np.array([wanted[i] * len(units) / group_units[i] for i, units in buckets], dtype=float)
-    first_unit = [linear.start[index] + int(units[0]) for index, units in buckets]
+    first_unit = np.array([linear.start[index] + int(units[0]) for index, units in buckets])
     blocks: list[tuple[np.ndarray, float, float]] = []
     for row in rows:
-        line = np.r_[row[first_unit], np.zeros(n + m), row[used]]
-        total = float(line[:n] @ sizes + row[used] @ linear.values[used])
+        line = np.r_[row.of(first_unit), np.zeros(n + m), row.of(used)]
+        total = float(line[:n] @ sizes + row.of(used) @ linear.values[used])
         blocks.append((line, total, total))
-    blocks.extend((np.r_[row[first_unit], np.zeros(size - n)], 1.0, np.inf) for row in filled)
+    blocks.extend((np.r_[row.of(first_unit), np.zeros(size - n)], 1.0, np.inf) for row in filled)
     for b in range(n):
         for sign in (1.0, -1.0):
             line = np.zeros(size)

@@ -1,10 +1,11 @@
-"""Common operations on meta tensors, run without asking torch.
+"""Common operations on stand-ins without values, run without asking torch.
 
 On the meta device torch runs many common operations through Python reference code, up to a
-millisecond each, and a trace sends each of them through two more layers of Python: together most of
-the time of a forward without values. Where a call is one of the everyday kind, all it needs is an
-empty tensor of a known shape, made here; :func:`lowered` says at the same time which ATen operation
-torch would have run, with which arguments. In every other case torch is asked.
+millisecond each, and on fake tensors all of them; a trace sends each of them through two more
+layers of Python: together most of the time of a forward without values. Where a call is one of the
+everyday kind, all it needs is an empty tensor of a known shape, made here; :func:`lowered` says at
+the same time which ATen operation torch would have run, with which arguments. In every other case
+torch is asked.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from chanprune_ext.analysis.calls import schema_name
 from chanprune_ext.analysis.handlers import entering
 
-__all__ = ["UNARY", "Lowered", "empty", "is_plain", "lowered", "run_operation", "unary"]
+__all__ = [
+    "UNARY",
+    "Lowered",
+    "empty",
+    "has_no_values",
+    "is_plain",
+    "lowered",
+    "run_operation",
+    "unary",
+]
 
 _META = torch.device("meta")
 _ATEN = torch.ops.aten
@@ -56,7 +67,7 @@ _on = entering(_LOWERINGS)
 
 
 def lowered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
-    """Run a torch-level call on meta tensors; None where torch has to be asked.
+    """Run a torch-level call on stand-ins; None where torch has to be asked.
 
     Args:
         name: The call's low-level name.
@@ -67,9 +78,15 @@ def lowered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered
     return None if lowering is None else lowering(args, kwargs)
 
 
+def has_no_values(x: Any) -> bool:
+    """Whether ``x`` is a meta or fake tensor."""
+    # Asked whether it is meta, a fake one would ask torch.
+    return isinstance(x, Tensor) and (type(x) is FakeTensor or x.is_meta)
+
+
 def is_plain(x: Any) -> bool:
     """Whether ``x`` is a stand-in of real numbers with at least one dim."""
-    return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and x.dim() > 0
+    return has_no_values(x) and x.is_floating_point() and x.dim() > 0
 
 
 def _is_dense(x: Any) -> bool:
@@ -77,17 +94,23 @@ def _is_dense(x: Any) -> bool:
     return is_plain(x) and x.is_contiguous()
 
 
+def _made(like: Tensor, make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A tensor without values that is no step of the forward, fake where another one is."""
+    with torch._C._DisableTorchDispatch():  # noqa: SLF001
+        made = make(*args, **kwargs)
+    if type(like) is not FakeTensor:
+        return made
+    mode = like.fake_mode
+    return mode.fake_tensor_converter.from_meta_and_device(mode, made, like.fake_device)
+
+
 def empty(shape: Any, like: Tensor) -> Tensor:
     """A stand-in of that shape, row by row, of the dtype of another."""
-    with torch._C._DisableTorchDispatch():  # noqa: SLF001 - making it is no step of the forward
-        return torch.empty(shape, dtype=like.dtype, device=_META)
+    return _made(like, torch.empty, shape, dtype=like.dtype, device=_META)
 
 
 def empty_like(x: Tensor) -> Tensor:
-    if x.is_contiguous():
-        return empty(x.shape, x)
-    with torch._C._DisableTorchDispatch():  # noqa: SLF001
-        return torch.empty_like(x)
+    return empty(x.shape, x) if x.is_contiguous() else _made(x, torch.empty_like, x, device=_META)
 
 
 def unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -299,18 +322,12 @@ def _cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
     return Lowered(_ATEN.cat.default, (list(tensors), dim), output, output)
 
 
-def _as_seen(view: Callable[..., Tensor], *args: Any) -> Tensor:
-    with torch._C._DisableTorchDispatch():  # noqa: SLF001 - its rule is applied by who asked for it
-        return view(*args)
-
-
 def _moves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this is a stand-in and whole numbers alone."""
     return (
         not kwargs
         and len(args) > 1
-        and isinstance(args[0], Tensor)
-        and args[0].is_meta
+        and has_no_values(args[0])
         and all(type(n) is int for n in args[1:])
     )
 
@@ -332,7 +349,7 @@ def _register_listed(name: str) -> None:
         if not _moves(args, kwargs):
             return None
         x, *numbers = args
-        output = _as_seen(view, x, numbers)
+        output = _made(x, view, x, numbers)
         return Lowered(op, (x, numbers), output, output)
 
 
@@ -345,7 +362,7 @@ def _transpose(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lowered | None:
     """Of ``(x, dim, dim)``."""
     if len(args) != 3 or not _moves(args, kwargs):
         return None
-    output = _as_seen(Tensor.transpose, *args)
+    output = _made(args[0], Tensor.transpose, *args)
     return Lowered(_ATEN.transpose.int, args, output, output)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import results_of, source_place, steady_calls, tensors_in
 from chanprune_ext.analysis.meta_calls import MetaCalls
+from chanprune_ext.analysis.meta_kernels import empty, has_no_values
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
 from chanprune_ext.analysis.sizes import literals_in, numbers_in
@@ -337,11 +338,11 @@ def _narrowed(
 ) -> Tensor:
     """A stand-in of what a tensor keeps."""
     whole = stand_in(tensor)
-    if whole.is_meta:
+    if has_no_values(whole):
         shape = list(whole.shape)
         for dim, mask in masks.items():
             shape[dim] = int(np.count_nonzero(mask))
-        return torch.empty(shape, dtype=whole.dtype, device="meta")
+        return empty(shape, whole)
     for dim, mask in masks.items():
         whole = whole.index_select(dim, torch.from_numpy(mask.nonzero()[0]).to(whole.device))
     return whole

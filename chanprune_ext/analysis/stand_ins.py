@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.module_tree import modules_of, remembered
@@ -70,10 +71,8 @@ def substrate_mode(substrate: str) -> Iterator[Any]:
         if substrate == "meta":
             yield _on_meta
         elif substrate == "fake":
-            from torch._subclasses import FakeTensorMode
-
             with fake_tensors_silent(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                yield lambda t: mode.from_tensor(t.detach(), static_shapes=True)
+                yield lambda t: _fake(mode, t)
         else:
             # A copy: a training-mode forward moves the running statistics.
             yield lambda t: t.detach().clone()
@@ -99,6 +98,14 @@ def _on_meta(tensor: Tensor) -> Tensor:
     if tensor.layout is torch.strided and tensor.is_contiguous():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return tensor.detach().to("meta")
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_meta:
+        return mode.from_tensor(tensor.detach(), static_shapes=True)
+    with torch._C._DisableTorchDispatch():  # noqa: SLF001 - the mode would have it fake as it is
+        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return mode.fake_tensor_converter.from_meta_and_device(mode, meta, tensor.device)
 
 
 def substrate_device(substrate: str) -> torch.device | None:

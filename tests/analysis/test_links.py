@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,10 +11,14 @@ from models import randomised, relative_error, run, zeroed
 from torch import Tensor, nn
 
 import chanprune_ext as cpx
+from chanprune_ext.allocation.links import pinned_groups, solve_linked_counts
+from chanprune_ext.analysis import analyse
 from chanprune_ext.errors import ChanpruneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from chanprune_ext.analysis import CouplingGroup
 
 LENGTH = 7
 
@@ -283,3 +288,38 @@ def test_what_cannot_be_solved_is_refused_in_words() -> None:
 
     with pytest.raises(ChanpruneError, match="different"):
         cpx.plan(Narrow(), torch.randn(4, 5), 0.5)
+
+
+class Deep(nn.Module):
+    """Many blocks whose heads are cut by attributes of their own, each with a wide layer beside."""
+
+    def __init__(self, blocks: int, wide: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Heads(remainder, flat, heads=4, dim=24) for _ in range(blocks))
+        self.wide = nn.ModuleList(nn.Linear(3, wide) for _ in range(blocks))
+        self.back = nn.ModuleList(nn.Linear(wide, 5) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, wide, back in zip(self.blocks, self.wide, self.back, strict=True):
+            x = x + back(wide(block(x)).relu())
+        return x
+
+
+def test_memory_does_not_grow_with_links_times_widths() -> None:
+    blocks, wide = 12, 20_000
+    with torch.device("meta"):
+        model = Deep(blocks, wide)
+    analysis = analyse(model, torch.empty(2, LENGTH, 5, device="meta"))
+    chosen: dict[str, CouplingGroup] = {}
+    for group in analysis.groups:  # of heads and their width the first
+        chosen.setdefault(group.name, group)
+    active = list(chosen.values())
+    wanted = {g.index: g.units / 2 for g in active}
+    tracemalloc.start()
+    buckets = solve_linked_counts(analysis, active, wanted, {}, 1)
+    pinned_groups(analysis, active)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept = {i: sum(count for _, count in parts) for i, parts in buckets.items()}
+    assert sum(kept[g.index] == wide / 2 for g in active) == blocks
+    assert peak < 20 * 8 * blocks * wide  # that many rows of the matrix of all links

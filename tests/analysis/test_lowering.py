@@ -13,15 +13,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chanprune_ext.analysis.calls import CallMode, steady_calls, tensors_in
 from chanprune_ext.analysis.meta_calls import run_call
 from chanprune_ext.analysis.meta_kernels import lowered
+from chanprune_ext.analysis.stand_ins import substrate_device, substrate_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-META = torch.device("meta")
+ERRORS = (RuntimeError, IndexError)
+DEVICES = {"meta": torch.device("meta"), "fake": torch.device("cpu")}
+
+
+@pytest.fixture(params=DEVICES, autouse=True)
+def substrate(request: pytest.FixtureRequest) -> Iterator[str]:
+    with substrate_mode(request.param), torch.device(DEVICES[request.param]):
+        yield request.param
 
 
 def e(*shape: int) -> Tensor:
-    return torch.empty(shape, device=META)
+    return torch.empty(shape)
 
 
 def last(x: Tensor) -> Tensor:
@@ -36,8 +44,9 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # Torch reserves memory for cuDNN in front of every batch norm.
-        if func is not torch.ops.aten.empty.memory_format:
+        # Torch reserves memory for cuDNN in front of every batch norm, and asks fake tensors where
+        # they are.
+        if func not in (torch.ops.aten.empty.memory_format, torch.ops.prim.device.default):
             self.seen.append((func, args))
         return func(*args, **(kwargs or {}))
 
@@ -45,8 +54,8 @@ class _Operations(TorchDispatchMode):
 class _Compare(CallMode):
     """Runs each call both ways."""
 
-    def __init__(self) -> None:
-        super().__init__(META)
+    def __init__(self, substrate: str) -> None:
+        super().__init__(substrate_device(substrate))
         self.lowered = 0
 
     def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -57,7 +66,9 @@ class _Compare(CallMode):
             return expected
         self.lowered += 1
         result = found.result
-        assert result.is_meta
+        assert type(result) is type(expected)
+        assert result.device == expected.device
+        assert _is_seen_of(result, args) == _is_seen_of(expected, args)
         assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
         assert result.stride() == expected.stride()
         assert (result is args[0]) == (expected is args[0])
@@ -69,6 +80,12 @@ class _Compare(CallMode):
         assert list(map(id, tensors_in(given))) == list(map(id, tensors_in(found.args)))
         assert _numbers(found.args)[: len(_numbers(given))] == _numbers(given)
         return result
+
+
+def _is_seen_of(result: Tensor, args: tuple[Any, ...]) -> list[bool]:
+    """Of which arguments it shares the memory."""
+    storages = [t.untyped_storage()._cdata for t in (result, *tensors_in(args))]
+    return [storage == storages[0] for storage in storages[1:]]
 
 
 def _numbers(args: tuple[Any, ...]) -> list[Any]:
@@ -124,15 +141,15 @@ LEFT: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", LOWERED)
-def test_is_what_torch_runs(name: str) -> None:
-    with steady_calls(nn.Identity()), _Compare() as mode:
+def test_is_what_torch_runs(substrate: str, name: str) -> None:
+    with steady_calls(nn.Identity()), _Compare(substrate) as mode:
         LOWERED[name]()
     assert mode.lowered == 1
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_torch_is_asked(name: str) -> None:
-    with steady_calls(nn.Identity()), _Compare() as mode:
+def test_torch_is_asked(substrate: str, name: str) -> None:
+    with steady_calls(nn.Identity()), _Compare(substrate) as mode:
         LEFT[name]()
     assert mode.lowered == 0
 
@@ -151,16 +168,20 @@ def test_torch_is_asked(name: str) -> None:
         lambda: e(2, 3).transpose(0, 2),
     ],
 )
-def test_errors_are_those_of_torch(call: Callable[[], Any]) -> None:
-    with steady_calls(nn.Identity()), _Compare(), pytest.raises((RuntimeError, IndexError)):
+def test_errors_are_those_of_torch(substrate: str, call: Callable[[], Any]) -> None:
+    with (
+        steady_calls(nn.Identity()),
+        _Compare(substrate),
+        pytest.raises((RuntimeError, IndexError)),
+    ):
         call()
 
 
 class _Outcomes(CallMode):
     """Runs each call both ways, where only what comes out of it counts."""
 
-    def __init__(self) -> None:
-        super().__init__(META)
+    def __init__(self, substrate: str) -> None:
+        super().__init__(substrate_device(substrate))
         self.asked = 0
 
     def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,9 +200,7 @@ class _Outcomes(CallMode):
 
 
 OUTCOMES: dict[str, Callable[[], Any]] = {
-    "batched product": lambda: (
-        e(2, 3, 4, 5) @ torch.empty_strided((2, 3, 5, 6), (90, 30, 1, 5), device=META)
-    ),
+    "batched product": lambda: e(2, 3, 4, 5) @ torch.empty_strided((2, 3, 5, 6), (90, 30, 1, 5)),
     "bmm": lambda: torch.bmm(e(3, 4, 5), e(3, 5, 2)),
     "attention": lambda: F.scaled_dot_product_attention(
         e(2, 4, 7, 8), e(2, 4, 5, 8), e(2, 4, 5, 9), scale=0.5
@@ -204,15 +223,15 @@ ASKED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", OUTCOMES)
-def test_what_comes_out_is_of_the_form_that_torch_gives(name: str) -> None:
-    with steady_calls(nn.Identity()), _Outcomes() as mode:
+def test_what_comes_out_is_of_the_form_that_torch_gives(substrate: str, name: str) -> None:
+    with steady_calls(nn.Identity()), _Outcomes(substrate) as mode:
         OUTCOMES[name]()
     assert mode.asked == 0
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_torch_is_asked_where_the_form_may_differ(name: str) -> None:
-    with steady_calls(nn.Identity()), _Outcomes() as mode:
+def test_torch_is_asked_where_the_form_may_differ(substrate: str, name: str) -> None:
+    with steady_calls(nn.Identity()), _Outcomes(substrate) as mode:
         ASKED[name]()
     assert mode.asked == 1
 
@@ -225,6 +244,12 @@ def test_torch_is_asked_where_the_form_may_differ(name: str) -> None:
         lambda: torch.roll(e(2, 3), (1, 1), (0, 2)),
     ],
 )
-def test_errors_of_what_comes_out_are_those_of_torch(call: Callable[[], Any]) -> None:
-    with steady_calls(nn.Identity()), _Outcomes(), pytest.raises((RuntimeError, IndexError)):
+def test_errors_of_what_comes_out_are_those_of_torch(
+    substrate: str, call: Callable[[], Any]
+) -> None:
+    with (
+        steady_calls(nn.Identity()),
+        _Outcomes(substrate),
+        pytest.raises((RuntimeError, IndexError)),
+    ):
         call()
