@@ -83,8 +83,8 @@ def kd_kl_div(
     Returns:
         Tensor[] or, for "none", Tensor[...]: float64 for float64 logits, else float32.
         Differentiable any number of times with respect to `student` (once where torch.compile
-        traced it). Inside the transforms of torch.func (grad,
-        vmap, jvp, ...) `kd_kl_div_reference` runs instead, which all of them understand.
+        traced it). Inside the transforms of torch.func (grad, vmap, jvp, ...)
+        `kd_kl_div_reference` runs instead, which all of them understand.
 
     Raises:
         InvalidArgumentError: an argument is not as described. On CUDA an out-of-range label is not

@@ -84,11 +84,8 @@ def operands(
             "compute it under torch.no_grad() or pass teacher.detach()"
         )
     labels = labels if labels is None or plain else labels.reshape(-1)
-    return (
-        student,
-        (flat_rows(teacher), labels, row_weights, *numbers, REDUCTIONS[reduction]),
-        plain,
-    )
+    others = (flat_rows(teacher), labels, row_weights, *numbers, REDUCTIONS[reduction])
+    return student, others, plain
 
 
 def _check(
@@ -121,8 +118,8 @@ def check_range(student: Tensor, refusal: str) -> None:
     """Raises for logits of a type in which a gradient can't be kept before it is scaled."""
     if student.dtype == torch.float16:
         raise InvalidArgumentError(
-            f"{refusal} for float16 logits, whose range an unscaled gradient can leave; use "
-            "kd_kl_div without it, or bfloat16"
+            f"{refusal} for float16 logits, whose range an unscaled gradient can leave; leave it to "
+            "the backward of kd_kl_div, or use bfloat16"
         )
 
 
