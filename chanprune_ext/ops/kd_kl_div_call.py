@@ -118,8 +118,8 @@ def check_range(student: Tensor, refusal: str) -> None:
     """Raises for logits of a type in which a gradient can't be kept before it is scaled."""
     if student.dtype == torch.float16:
         raise InvalidArgumentError(
-            f"{refusal} for float16 logits, whose range an unscaled gradient can leave; leave it to "
-            "the backward of kd_kl_div, or use bfloat16"
+            f"{refusal} for float16 logits, whose range an unscaled gradient can leave; leave it "
+            "to the backward of kd_kl_div, or use bfloat16"
         )
 
 
