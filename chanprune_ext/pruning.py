@@ -84,9 +84,10 @@ def plan(
             and ``max_ratio`` go with each of the first three, ``ratios`` with ``ratio`` and
             ``budget``.
         remove: Name of a module -> indices of its output channels: just these go, all that hangs
-            together with them, and nothing else. No criterion is asked then. Of a channel that
-            only leaves together with others of its layer (a head, a pair of rotary positions) all
-            of them go; ``kinds`` says which way where there are several.
+            together with them, and nothing else. It may be a norm that they pass through, or one
+            parameter of a module. No criterion is asked then. Of a channel that only leaves
+            together with others of its layer (a head, a pair of rotary positions) all of them go;
+            ``kinds`` says which way where there are several.
         round_to: Make kept widths multiples of this where a group is wide enough. One that has no
             smaller multiple stays whole, and the plan's ``frozen`` says so.
         ignore: Globs on the names of modules whose channels must all stay.

@@ -21,7 +21,7 @@ from chanprune_ext.latency import Latency, measure_latency
 from chanprune_ext.latency.layer_times import LatencyTable, default_table
 from chanprune_ext.latency.prediction import LatencyModel
 
-from .saved_size import saved_bytes, tensor_bytes
+from .saved_size import saved_bytes, shape_after, tensor_bytes
 from .selection import Goal
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = ["Comparison", "compare_latency", "plan_within"]
 
 _ROUNDS = 8  # plans that are measured at most
 _PREDICTED_ROUNDS = 3  # of them by the predicted time
+_GENTLE = 5  # of them that correct the file's size by no more than is certain
 _SECONDS = 4.0  # what one comparison of two networks may take, more or less
 _FEWEST_PAIRS = 5
 _MOST_PAIRS = 101
@@ -191,6 +192,7 @@ class _SizeSearch:
         self.element_bytes = tensor_bytes(model)
         self.shapes = analysis.trace.shapes
         self.overhead = self.whole - self._counted(analysis.sizes(analysis.removed_labels({})))
+        self.failures = 0
 
     def goal(self) -> Goal:
         return Goal("file size", self._cost, float(self.limit), float(self.whole))
@@ -198,10 +200,15 @@ class _SizeSearch:
     def fits(self, made: PruningPlan) -> bool:
         """Whether the file would be small enough; if not, the next goal is that much lower."""
         placeholder = {"latency": dict.fromkeys(range(5), "0" * 20)}
-        excess = self._bytes(self.with_size(made, placeholder)) - self.limit
-        if excess > 0:
-            self.overhead += excess
-        return excess <= 0
+        size = self._bytes(self.with_size(made, placeholder))
+        if size > self.limit:
+            counted = self._counted_after(made)
+            # At least so much that this very plan does not meet the goal any more; after a few
+            # rounds all that is not counted in it, which may cost others a little.
+            few = max(self.overhead + size - self.limit, self.limit - counted + 1)
+            self.overhead = few if self.failures < _GENTLE else size - counted
+            self.failures += 1
+        return size <= self.limit
 
     def with_size(self, made: PruningPlan, reached: Mapping[str, Any]) -> PruningPlan:
         """The plan, telling the size of its own file."""
@@ -228,6 +235,13 @@ class _SizeSearch:
     def _counted(self, sizes: Sizes) -> int:
         return sum(
             size * sizes.params([name])
+            for name, size in self.element_bytes.items()
+            if name in self.shapes
+        )
+
+    def _counted_after(self, made: PruningPlan) -> int:
+        return sum(
+            size * math.prod(shape_after(self.shapes[name], made.kept.get(name, {})))
             for name, size in self.element_bytes.items()
             if name in self.shapes
         )

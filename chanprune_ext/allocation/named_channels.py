@@ -55,7 +55,8 @@ def units_of_channels(
 
     Args:
         analysis: Groups of the model.
-        remove: Name of a module that makes channels -> indices of some of them.
+        remove: Name of a module that makes channels, of a norm or another module that they pass
+            through, or of a parameter of one -> indices of some of them.
         kinds: Kinds of groups to choose from; None: all.
 
     Returns:
@@ -78,11 +79,11 @@ def units_of_channels(
 def _units_of_module(
     analysis: Analysis, name: str, channels: Sequence[int], kinds: Sequence[str] | None
 ) -> dict[int, np.ndarray]:
-    makers = _makers(analysis, name)
-    if not makers:
+    touching = _touching(analysis, name)
+    if not touching:
         raise InvalidArgumentError(f"remove[{name!r}]: {_why_none(analysis, name)}")
-    member = makers[0][1]
-    width = analysis.trace.shapes[member.entry][member.dim]
+    members = _along_one_dim(name, touching)
+    width = analysis.trace.shapes[members[0].entry][members[0].dim]
     beyond = [channel for channel in channels if not 0 <= channel < width]
     if beyond:
         raise InvalidArgumentError(
@@ -92,7 +93,9 @@ def _units_of_module(
     chosen[list(channels)] = True
     found: dict[int, np.ndarray] = {}
     # What takes the least else away comes first; heads and their width are rivals.
-    ways = [_Way(group, member, chosen) for group, member in makers]
+    ways = [
+        _Way(group, member, chosen) for (group, _), member in zip(touching, members, strict=True)
+    ]
     left = chosen.copy()
     for way in sorted(ways, key=lambda way: (way.besides, way.group.index)):
         if kinds is not None and way.group.kind not in kinds:
@@ -125,20 +128,48 @@ class _Way:
         self.besides = int((self.taken & ~chosen).sum())
 
 
-def _makers(analysis: Analysis, name: str) -> list[tuple[CouplingGroup, Member]]:
-    """Groups that the module makes channels of, with the dimension that holds them."""
-    found = [
-        (group, next((m for m in group.members if m.role == "out" and m.module == name), None))
-        for group in analysis.groups
-    ]
-    return [(group, member) for group, member in found if member is not None]
+def _touching(analysis: Analysis, name: str) -> list[tuple[CouplingGroup, list[Member]]]:
+    """Groups that a module or parameter makes channels of, with the dimensions that hold them.
+
+    Of what makes none, a norm for instance, groups whose channels pass through it.
+    """
+    for role in ("out", "with"):
+        found = [
+            (group, [m for m in group.members if m.role == role and name in (m.entry, m.module)])
+            for group in analysis.groups
+        ]
+        found = [(group, members) for group, members in found if members]
+        if found:
+            return found
+    return []
+
+
+def _along_one_dim(
+    name: str, touching: Sequence[tuple[CouplingGroup, Sequence[Member]]]
+) -> list[Member]:
+    """One member of each group, all along the same dimension, by which channels are counted."""
+    for first in touching[0][1]:
+        place = (first.entry, first.dim)
+        alike = [
+            next((m for m in members if (m.entry, m.dim) == place), None) for _, members in touching
+        ]
+        members = [m for m in alike if m is not None]
+        if len(members) == len(touching):
+            return members
+    places = dict.fromkeys(
+        f"{members[0].entry!r} (dim {members[0].dim})" for _, members in touching
+    )
+    raise InvalidArgumentError(
+        f"remove[{name!r}]: it has channels along {' and '.join(places)}; give the name of one of "
+        f"these parameters, or of another module with the channels you mean"
+    )
 
 
 def _why_none(analysis: Analysis, name: str) -> str:
     for frozen in analysis.frozen:
         if name in (frozen.entry, frozen.entry.rpartition(".")[0]):
             return str(frozen)
-    names = [maker for group in analysis.groups for maker in group.producers]
+    names = list(dict.fromkeys(p for group in analysis.groups for p in group.producers))
     examples = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f"no such module makes channels that may go; there are {examples or 'none'}"
 
@@ -147,7 +178,7 @@ def _why_it_stays(analysis: Analysis, name: str, kinds: Sequence[str] | None) ->
     for frozen in analysis.frozen:
         if name in (frozen.entry, frozen.entry.rpartition(".")[0]):
             return f"must stay; {frozen}"
-    others = sorted({group.kind for group, _ in _makers(analysis, name)})
+    others = sorted({group.kind for group, _ in _touching(analysis, name)})
     if kinds is not None and not set(others) <= set(kinds):
         return f"goes with none of kinds={tuple(kinds)}; it is part of {others}"
     return "must stay"

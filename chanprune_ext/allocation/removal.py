@@ -177,9 +177,15 @@ def _with_ties(analysis: Analysis, refusal: _Refusal) -> VerificationError:
     passed_over = {rival for index in refusal.shrinking for rival in rivals[index]}
     others = _groups_in(analysis, refusal.slots) - refusal.shrinking - passed_over
     if not others:
-        return refusal.error
-    names = ", ".join(f"'{analysis.groups[i].name}' ({analysis.groups[i].kind})" for i in others)
-    return VerificationError(f"{refusal.error}; it ties these channels to {names}: name both")
+        return VerificationError(
+            f"{refusal.error}; name as many channels in each piece that must stay of one size"
+        )
+    named = {analysis.groups[i].name for i in refusal.shrinking}
+    found = [analysis.groups[i] for i in sorted(others)]
+    ties = [f"{'others of ' * (g.name in named)}'{g.name}' ({g.kind})" for g in found]
+    return VerificationError(
+        f"{refusal.error}; it ties these channels to {', '.join(dict.fromkeys(ties))}: name both"
+    )
 
 
 def _why_nothing(analysis: Analysis, selection: Selection, held: Mapping[int, Event | None]) -> str:

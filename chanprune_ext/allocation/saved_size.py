@@ -13,11 +13,13 @@ from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.plan import plans_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence, Sized
+
     from torch import Tensor, nn
 
     from chanprune_ext.plan import PruningPlan
 
-__all__ = ["saved_bytes", "tensor_bytes"]
+__all__ = ["saved_bytes", "shape_after", "tensor_bytes"]
 
 # The dtypes of the safetensors format, in the order in which its writer puts them.
 _DTYPES = {
@@ -61,7 +63,7 @@ def saved_bytes(model: nn.Module, plan: PruningPlan | None = None) -> int:
     end = 0
     for name in order:
         tensor = stored[name]
-        shape = _shape_after(name, tensor, plan)
+        shape = shape_after(tensor.shape, {} if plan is None else plan.kept.get(name, {}))
         start, end = end, end + math.prod(shape) * tensor.element_size()
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
@@ -79,11 +81,12 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
     return {n: t.element_size() for n, t in state.items() if n not in aliases}
 
 
-def _shape_after(name: str, tensor: Tensor, plan: PruningPlan | None) -> list[int]:
-    shape = list(tensor.shape)
-    for dim, kept in ({} if plan is None else plan.kept.get(name, {})).items():
-        shape[dim] = len(kept)
-    return shape
+def shape_after(shape: Sequence[int], kept: Mapping[int, Sized]) -> list[int]:
+    """The shape of a tensor of which only some indices are kept, given by dim."""
+    left = list(shape)
+    for dim, indices in kept.items():
+        left[dim] = len(indices)
+    return left
 
 
 def _known(name: str, tensor: Tensor) -> torch.dtype:

@@ -212,8 +212,9 @@ class Selection:
         for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
             for glob in globs:
                 if not isinstance(glob, str):
+                    given = f"a {type(glob).__name__}" if callable(glob) else repr(glob)
                     raise InvalidArgumentError(
-                        f"{argument} must hold globs on module names (str), got {glob!r}"
+                        f"{argument} must hold globs on module names (str), got {given}"
                     )
 
 

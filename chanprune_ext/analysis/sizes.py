@@ -41,7 +41,7 @@ _READ_BY_RULES = frozenset(
         *(f"conv{d}d" for d in (1, 2, 3)),
         *(f"conv_transpose{d}d" for d in (1, 2, 3)),
         *("convolution", "group_norm", "channel_shuffle", "native_channel_shuffle", "repeat"),
-        *("repeat_interleave", "tile", "pad", "constant_pad_nd"),
+        *("repeat_interleave", "tile", "pad", "constant_pad_nd", "deform_conv2d"),
     )
 )
 _MAKES_CONSTANTS = frozenset(("tensor", "new_tensor", "as_tensor", "asarray", "scalar_tensor"))
@@ -153,14 +153,14 @@ def _on(*names: str) -> Callable[[Handler], Handler]:
 
 
 def _sizes(args: Sequence[Any], kwargs: dict[str, Any], *keys: str) -> list[Any]:
-    """Sizes given one by one, as one sequence, or by keyword."""
+    """Sizes given one by one, as one sequence, or by keyword; some may be tensors of one number."""
     for key in keys:
         if key in kwargs:
             args = (kwargs[key],)
             break
     if len(args) == 1 and isinstance(args[0], (tuple, list)):
         args = args[0]
-    return [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
+    return [a for a in args if isinstance(a, (int, Tensor)) and not isinstance(a, bool)]
 
 
 def _equate_shape(tracer: Tracer, sizes: list[Any], output: Any) -> None:
@@ -168,7 +168,8 @@ def _equate_shape(tracer: Tracer, sizes: list[Any], output: Any) -> None:
         if len(sizes) != out.dim():
             return
         for size, slots in zip(sizes, tracer.dims(out), strict=True):
-            if int(size) != -1:
+            # A count of tokens, say: what a tensor holds is no width.
+            if not isinstance(size, Tensor) and int(size) != -1:
                 tracer.equate(size, slots)
 
 
@@ -193,7 +194,14 @@ def _shape_of_full(
     _equate_shape(tracer, _sizes(args[:1], kwargs, "size"), output)
 
 
-@_on("new_zeros", "new_ones", "new_empty", "new_full")
+@_on("new_full")
+def _shape_of_new_full(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    _equate_shape(tracer, _sizes(args[1:2], kwargs, "size"), output)
+
+
+@_on("new_zeros", "new_ones", "new_empty")
 def _shape_of_method(
     tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torchvision
+from models import randomised
 from torch import Tensor, nn
 
 import chanprune_ext as cpx
@@ -323,6 +325,15 @@ def test_a_file_size_budget_is_met_to_the_byte(tmp_path: Path) -> None:
     assert (told["original_bytes"], told["bytes"]) == (before, after)
     assert 0.47 * before < after <= 0.5 * before
     assert f"{before:,} -> {after:,} bytes" in str(made)
+
+
+def test_a_file_size_that_a_plan_misses_by_less_than_it_has_to_spare() -> None:
+    """The text of the plan is in the file: what was just too large must not come back."""
+    torch.manual_seed(4)
+    model = randomised(torchvision.models.resnet18(num_classes=10), seed=4)
+    budget = cpx.Budget(file_size=0.5)
+    made = cpx.plan(model, torch.zeros(2, 3, 32, 32), budget=budget, scope="global")
+    assert 0.499 < made.options["reached"]["file_size"]["ratio"] <= 0.5
 
 
 def test_file_size_and_latency_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -184,3 +184,25 @@ def test_sizes_that_tie_other_channels_are_named() -> None:
     model, tokens = attention()
     with pytest.raises(VerificationError, match=r"ties these channels to 'v' \(head_dim\)"):
         cpx.plan(model, tokens, remove={"q": [0, 8, 16, 24]})
+
+
+class Halves(nn.Module):
+    """Two halves of one layer that go different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.more, self.out = nn.Linear(6, 16), nn.Linear(8, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.both(x).chunk(2, -1)
+        return self.out(torch.cat([a, self.more(b)], -1))
+
+
+def test_pieces_that_must_stay_of_one_size_are_told() -> None:
+    model, x = Halves().eval(), torch.randn(2, 6)
+    with pytest.raises(VerificationError, match="name as many channels in each piece"):
+        cpx.plan(model, x, remove={"both": [0, 1, 9]})
+    with pytest.raises(VerificationError, match=r"ties these channels to others of 'both' \(mlp\)"):
+        cpx.plan(model, x, remove={"both": [0]})
+    pruned = cpx.plan(model, x, remove={"both": [0, 9]}).apply(model, verify="numeric")
+    assert pruned.more.in_features == 7

@@ -10,7 +10,7 @@ from chanprune_ext.analysis.rules.pointwise import broadcast_dims
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge, split
 from chanprune_ext.analysis.rules.zeros import sum_is_exact
-from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS
+from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS, anonymous
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,34 @@ def convolution(
         tracer.cost(fixed, channels, second)
     else:
         tracer.cost(fixed, first, second)
+
+
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """A convolution that reads each kernel position where an offset says, of one group.
+
+    It stays one group: the channels of input and weight, whose ratio that is, go together.
+    """
+    x, weight, offset, mask, bias = args[:5]
+    groups, offset_groups = args[11:13]
+    if groups != 1 or offset_groups != 1:
+        raise ValueError("a deformable convolution of several groups")
+    batch, _, *space = tracer.dims(x)
+    out_slots, in_slots, *kernel = tracer.dims(weight)
+    tracer.note_role(weight, 0, "out")
+    tracer.note_role(weight, 1, "in")
+    for slots in kernel:
+        tracer.freeze(slots, "kernel positions")
+    for slots in space:
+        tracer.freeze(slots, "a convolution slides over these positions")
+    for where in (offset, mask):
+        tracer.freeze_tensor(where, "offsets and masks belong to kernel positions")
+    contract(tracer, (x, 1), (weight, 1))
+    tracer.unify(out_slots, tracer.dims(bias)[0])
+    tracer.set(output, [batch, out_slots, *(anonymous(n) for n in output.shape[2:])])
+    tracer.cost(math.prod((x.shape[0], *output.shape[2:], *weight.shape[2:])), out_slots, in_slots)
 
 
 @rule("aten::mm")
@@ -158,6 +186,43 @@ def grouped_mm(
     _note_roles(tracer, tokens, experts)
     tracer.set(output, [rows, n])
     tracer.cost(1, rows, k, n)
+
+
+@rule("aten::_trilinear")
+def bilinear(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """``F.bilinear``: (B, I) x (O, I, J) x (B, J) -> (B, O)."""
+    left, weight, right = args[:3]
+    if [list(dims) for dims in args[3:7]] != [[1, 3], [0], [1, 2], [2, 3]]:
+        raise ValueError("a product of three factors along other dims")
+    batch, _ = tracer.dims(left)
+    tracer.unify(batch, tracer.dims(right)[0])
+    out_slots, first, second = tracer.dims(weight)
+    for dim, role in enumerate(("out", "in", "in")):
+        tracer.note_role(weight, dim, role)
+    contract(tracer, (left, 1), (weight, 1))
+    contract(tracer, (right, 1), (weight, 2))
+    tracer.set(output, [batch, out_slots])
+    tracer.cost(1, batch, out_slots, first, second)
+
+
+@rule("aten::_cdist_forward", "aten::_euclidean_dist")
+def distances(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """(.., P, M) and (.., R, M) -> (.., P, R): removed on both sides, exact if both are zero."""
+    rows, columns = args[:2]
+    batch = output.shape[:-2]
+    *first, m, k = broadcast_dims(tracer, [rows], (*batch, *rows.shape[-2:]))
+    *second, n, other = broadcast_dims(tracer, [columns], (*batch, *columns.shape[-2:]))
+    for mine, theirs in zip((*first, k), (*second, other), strict=True):
+        tracer.unify(mine, theirs)
+    if not (tracer.zeros(rows)[-1] and tracer.zeros(columns)[-1]):
+        tracer.flag_normalised(k)
+    outer = [a if len(a) else b for a, b in zip(first, second, strict=True)]
+    tracer.set(output, [*outer, m, n])
+    tracer.cost(1, *outer, m, n, k)
 
 
 @rule("aten::mv")

@@ -28,8 +28,11 @@ def select(
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % source.dim()
     dims = list(tracer.dims(source))
     read = dims.pop(dim)
+    origin = tracer.origin(source)
+    if origin is not None:
+        origin = origin[0], (*origin[1][:dim], *origin[1][dim + 1 :])
     for out in tensors_in(output):
-        tracer.set(out, dims)
+        tracer.set(out, dims, origin)
         # Code that only asks for the shape of ``x[:, 0]`` reads no channel.
         tracer.freeze_if_used(out, read, _POSITION)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from chanprune_ext.analysis.rules.registry import rule
 from chanprune_ext.analysis.rules.reshape import merge
+from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,6 +181,19 @@ def stack(
     tracer.set_parts(output, tuple((t, tuple(whose)) for t in args[0]))
 
 
+@rule("aten::_pack_padded_sequence")
+def pack_padded_sequence(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """(T, B, ..) -> (N, ..) and how many of the N belong to each step."""
+    steps, batch, *rest = tracer.dims(args[0])
+    for slots in (steps, batch):
+        tracer.freeze(slots, "steps of sequences are packed")
+    packed, counts = output
+    tracer.set(packed, [anonymous(packed.shape[0]), *rest])
+    tracer.set(counts, [anonymous(counts.shape[0])])
+
+
 @rule("aten::slice")
 def slice_(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -193,7 +207,7 @@ def slice_(
     if step != 1:
         tracer.freeze(dims[dim], "every n-th of these channels is taken")
     dims[dim] = dims[dim][:, slice(start, stop, step)]
-    tracer.set(output, dims)
+    tracer.set(output, dims, tracer.origin(source))
 
 
 @rule("aten::narrow")
@@ -204,7 +218,7 @@ def narrow(
     dims = list(tracer.dims(source))
     dim %= source.dim()
     dims[dim] = dims[dim][:, start : start + length]
-    tracer.set(output, dims)
+    tracer.set(output, dims, tracer.origin(source))
 
 
 @rule(
@@ -225,7 +239,7 @@ def split(
         size = out.shape[dim]
         dims[dim] = whole[:, start : start + size]
         start += size
-        tracer.set(out, dims)
+        tracer.set(out, dims, tracer.origin(source))
 
 
 @rule("aten::glu")
