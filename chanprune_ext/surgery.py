@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chanprune_ext.analysis.replay import set_attributes
+from chanprune_ext.analysis.settings import own_settings
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.copying import carry_over, copied
 from chanprune_ext.errors import InvalidArgumentError
@@ -241,9 +242,11 @@ def _set_attributes(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitSt
         if isinstance(cache, (dict, list, set)):
             undo.callback(setattr, owner, name, cache)
             setattr(owner, name, type(cache)())
+    copies: dict[int, Any] = {}
     for attribute, value in plan.attributes.items():
-        for module, name, old in set_attributes(model, {attribute: value}):
-            undo.callback(setattr, module, name, old)
+        own_settings(model, attribute, undo, copies)
+        for held, name, old in set_attributes(model, {attribute: value}):
+            undo.callback(held.__setitem__, name, old)
 
 
 def _remember(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitStack) -> None:

@@ -212,10 +212,14 @@ class Selection:
         for argument, globs in (("ratios", self.ratios), ("ignore", self.ignore)):
             for glob in globs:
                 if not isinstance(glob, str):
-                    given = f"a {type(glob).__name__}" if callable(glob) else repr(glob)
                     raise InvalidArgumentError(
-                        f"{argument} must hold globs on module names (str), got {given}"
+                        f"{argument} must hold globs on module names (str), got {_shown(glob)}"
                     )
+
+
+def _shown(value: object) -> str:
+    """A value in a message; of a module, which may be a whole network, its class."""
+    return f"a {type(value).__name__}" if callable(value) else repr(value)
 
 
 def _matches(names: Sequence[str], glob: str) -> bool:

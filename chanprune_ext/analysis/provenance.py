@@ -12,6 +12,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from chanprune_ext.analysis.settings import settings_of
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ class Dim:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An int stored on a module: ``module.name``, or ``module.name[position]``."""
+    """An int stored on a module: ``module.name``, or ``module.name[position]``.
+
+    The name has a dot for one of a settings object that the module holds (``config.num_heads``).
+    """
 
     module: str
     name: str
@@ -190,35 +194,41 @@ def traced_attributes(
 ) -> Iterator[None]:
     """Replace the ints stored on all modules by traced ones, and put them back on exit.
 
+    So are those of settings objects that modules hold.
+
     Args:
         model: The model about to run.
         compared: Called with the two expressions, and the result, whenever a traced int is compared
             by ``==`` or ``!=``.
     """
-    replaced: list[tuple[nn.Module, str, Any, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
     _NOTICES.append(compared)
     try:
-        for path, module in modules_of(model):
-            for name, value in list(module.__dict__.items()):
+        for path, prefix, owner in [
+            *((path, "", module) for path, module in modules_of(model)),
+            *((path, f"{name}.", settings) for path, name, settings in settings_of(model)),
+        ]:
+            held = vars(owner)
+            for name, value in list(held.items()):
                 if type(value) not in _TRACEABLE or name.startswith("__") or name in _WINDOW_NAMES:
                     continue
                 # Torch's own modules call an axis so, others a width.
-                if name == "dim" and type(module).__module__.startswith("torch."):
+                if name == "dim" and type(owner).__module__.startswith("torch."):
                     continue
-                traced = _traced(value, path, name)
+                traced = _traced(value, path, prefix + name)
                 if traced is not value:
-                    module.__dict__[name] = traced
-                    replaced.append((module, name, value, traced))
+                    held[name] = traced
+                    replaced.append((held, name, value, traced))
         yield
     finally:
         _NOTICES.remove(compared)
-        for module, name, value, traced in reversed(replaced):
-            now = module.__dict__.get(name)
+        for held, name, value, traced in reversed(replaced):
+            now = held.get(name)
             if now is traced:
-                module.__dict__[name] = value
+                held[name] = value
             elif isinstance(now, TracedInt):
                 # The forward computed a new value from the traced one: keep the value only.
-                module.__dict__[name] = int(now)
+                held[name] = int(now)
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from chanprune_ext.analysis.meta_calls import MetaCalls
 from chanprune_ext.analysis.meta_kernels import empty, has_no_values
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
+from chanprune_ext.analysis.settings import owner_of
 from chanprune_ext.analysis.sizes import literals_in, numbers_in
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
@@ -67,19 +68,26 @@ class DivergenceError(VerificationError):
         return list(found.values())[1:]
 
 
-def set_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> list[tuple[Any, str, Any]]:
-    """Set ints stored on modules; returns ``(module, name, old value)`` of each for undoing."""
-    done: list[tuple[Any, str, Any]] = []
+def set_attributes(
+    model: nn.Module, values: Mapping[Attribute, int]
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """Set ints stored on modules, or on settings of theirs.
+
+    Returns:
+        ``(where they stand, name, old value)`` of each for undoing.
+    """
+    done: list[tuple[dict[str, Any], str, Any]] = []
     for attribute, value in values.items():
-        module = model.get_submodule(attribute.module)
-        old = getattr(module, attribute.name)
-        done.append((module, attribute.name, old))
+        owner, name = owner_of(model, attribute)
+        held = vars(owner)  # settings may be frozen
+        old = held[name]
+        done.append((held, name, old))
         if attribute.position is None:
-            setattr(module, attribute.name, value)
+            held[name] = value
         else:
             items = list(old)
             items[attribute.position] = value
-            setattr(module, attribute.name, type(old)(items))
+            held[name] = type(old)(items)
     return done
 
 
@@ -90,8 +98,8 @@ def patched_attributes(model: nn.Module, values: Mapping[Attribute, int]) -> Ite
     try:
         yield
     finally:
-        for module, name, old in reversed(done):
-            setattr(module, name, old)
+        for held, name, old in reversed(done):
+            held[name] = old
 
 
 class _ReplayMode(MetaCalls):

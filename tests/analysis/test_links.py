@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,12 +13,14 @@ from models import randomised, relative_error, run, zeroed
 from torch import Tensor, nn
 
 import chanprune_ext as cpx
+from chanprune_ext import surgery
 from chanprune_ext.allocation.links import pinned_groups, solve_linked_counts
 from chanprune_ext.analysis import analyse
 from chanprune_ext.errors import ChanpruneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from chanprune_ext.analysis import CouplingGroup
 
@@ -288,6 +292,71 @@ def test_what_cannot_be_solved_is_refused_in_words() -> None:
 
     with pytest.raises(ChanpruneError, match="different"):
         cpx.plan(Narrow(), torch.randn(4, 5), 0.5)
+
+
+class Configured(nn.Module):
+    """Attention that reads the number of its heads from an object for all layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.width = config, 6
+        self.qkv, self.o = nn.Linear(5, 3 * 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split(self.config.heads * self.width, -1)
+        q, k, v = (z.unflatten(-1, (-1, self.width)).transpose(1, 2) for z in parts)
+        y = ((q @ k.mT * 0.3).softmax(-1) @ v).transpose(1, 2)
+        return x + self.o(y.flatten(2))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    heads: int = 4
+    layers: int = 2
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.heads, self.layers = 4, 2
+
+
+@pytest.mark.parametrize("kind", [Frozen, Plain, lambda: SimpleNamespace(heads=4)])
+def test_numbers_of_a_settings_object_follow(kind: Callable[[], Any], tmp_path: Path) -> None:
+    config, x = kind(), torch.randn(2, LENGTH, 5)
+    model, other = (nn.Sequential(*(Configured(config) for _ in range(2))).eval() for _ in "ab")
+    plan = cpx.plan(model, x, 0.5, kinds=("heads",))
+    assert {(str(a), a.value): n for a, n in plan.attributes.items()} == {("0.config.heads", 4): 2}
+    small = plan.apply(model, verify="numeric")
+    assert [layer.config.heads for layer in small] == [2, 2]
+    assert small[0].config is small[1].config
+    assert type(small[0].config) is type(config)
+    cpx.save(small, tmp_path / "small.safetensors")
+    fresh = nn.Sequential(*(Configured(config) for _ in range(2))).eval()
+    assert torch.equal(cpx.load(tmp_path / "small.safetensors", fresh)(x), small(x))
+    assert torch.equal(plan.apply(model, inplace=True)(x), small(x))
+    assert model[1].config.heads == 2
+    # What other models share stays as it was.
+    assert config.heads == 4
+    assert other[0].config is config
+    assert other(x).shape == x.shape
+    with pytest.raises(ChanpruneError, match=r"0\.config\.heads is 3, the plan expects 4"):
+        plan.apply(nn.Sequential(*(Configured(SimpleNamespace(heads=3)) for _ in range(2))))
+
+
+def test_settings_are_put_back_where_a_cut_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, x = Plain(), torch.randn(2, LENGTH, 5)
+    model = nn.Sequential(Configured(config), Configured(config)).eval()
+    plan = cpx.plan(model, x, 0.5, kinds=("heads",))
+    monkeypatch.setattr(surgery, "verify_runs", broken)
+    with pytest.raises(ZeroDivisionError):
+        plan.apply(model, inplace=True)
+    assert model[0].config is model[1].config is config
+    assert config.heads == 4
+    assert model(x).shape == x.shape
+
+
+def broken(*_: Any) -> None:
+    raise ZeroDivisionError
 
 
 class Deep(nn.Module):

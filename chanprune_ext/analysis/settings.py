@@ -1,0 +1,82 @@
+"""Settings objects that modules hold (``self.config``): ints of theirs that forwards read."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from chanprune_ext.module_tree import modules_of
+
+if TYPE_CHECKING:
+    import contextlib
+
+    from chanprune_ext.analysis.provenance import Attribute
+
+__all__ = ["own_settings", "owner_of", "settings_of"]
+
+# Objects that have a __dict__, but no settings in it.
+_NO_SETTINGS = (
+    *(nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.ModuleType),
+    *(functools.partial, dict, list, tuple, set, BaseException),
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_settings(kind: Any) -> bool:
+    """Whether objects of a class may be settings: those that somebody's code defines."""
+    module = kind.__module__.partition(".")[0]
+    return module not in ("builtins", "torch", "functools") and not issubclass(kind, _NO_SETTINGS)
+
+
+def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
+    """Every settings object once: path of the first module that holds it, under which name."""
+    found: list[tuple[str, str, Any]] = []
+    seen: set[int] = set()
+    for path, module in modules_of(model):
+        for name, value in module.__dict__.items():
+            kind: Any = type(value)
+            if not _has_settings(kind) or id(value) in seen:
+                continue
+            held = getattr(value, "__dict__", None)
+            if held and any(type(v) in (int, tuple, list) for v in held.values()):
+                seen.add(id(value))
+                found.append((path, name, value))
+    return found
+
+
+def owner_of(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
+    """The module or settings object that has an attribute, or None, and its name there."""
+    owner: Any = model.get_submodule(attribute.module)
+    *holders, name = attribute.name.split(".")
+    for holder in holders:
+        owner = getattr(owner, holder, None)
+    return owner, name
+
+
+def own_settings(
+    model: nn.Module, attribute: Attribute, undo: contextlib.ExitStack, done: dict[int, Any]
+) -> None:
+    """Gives a model a copy of the settings object that an attribute is part of.
+
+    Other models may hold the same object: they are to keep their settings.
+
+    Args:
+        model: The model whose attribute is about to change.
+        attribute: The attribute; nothing happens if it is a module's own.
+        undo: Receives what puts the object back.
+        done: Copies made so far, by their ``id``; this one is added.
+    """
+    owner, _ = owner_of(model, attribute)
+    if isinstance(owner, nn.Module) or id(owner) in done:
+        return
+    mine = copy.copy(owner)
+    done[id(mine)] = mine
+    for _, module in modules_of(model):
+        for name, value in module.__dict__.items():
+            if value is owner:
+                undo.callback(module.__dict__.__setitem__, name, owner)
+                module.__dict__[name] = mine
