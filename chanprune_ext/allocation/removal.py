@@ -182,7 +182,7 @@ def _with_ties(analysis: Analysis, refusal: _Refusal) -> VerificationError:
         )
     named = {analysis.groups[i].name for i in refusal.shrinking}
     found = [analysis.groups[i] for i in sorted(others)]
-    ties = [f"{'others of ' * (g.name in named)}'{g.name}' ({g.kind})" for g in found]
+    ties = [f"{'others of ' if g.name in named else ''}'{g.name}' ({g.kind})" for g in found]
     return VerificationError(
         f"{refusal.error}; it ties these channels to {', '.join(dict.fromkeys(ties))}: name both"
     )

@@ -171,6 +171,12 @@ class _ReplayMode(MetaCalls):
                 f"the pruned model takes another path: {where}, before {expected.name} in "
                 f"'{expected.module}'"
             )
+        results = results_of(name, args, output)
+        shapes = [tuple(t.shape) for t in results]
+        predicted = [tuple([self.sizes.of(s) for s in dims]) for dims in expected.outputs]
+        if shapes != predicted and self.follow_values(shapes, expected):
+            self.adrift = True  # and so may its numbers be
+            return output
         numbers = numbers_in(name, args, kwargs)
         if numbers != expected.numbers:
             factor = scale_factor(name, expected.numbers, numbers)
@@ -192,21 +198,15 @@ class _ReplayMode(MetaCalls):
                     )
                 )
                 break
-        results = results_of(name, args, output)
-        shapes = [tuple(t.shape) for t in results]
-        predicted = [tuple([self.sizes.of(s) for s in dims]) for dims in expected.outputs]
         if shapes != predicted:
-            if not self.follow_values(shapes, expected):
-                error = self.diverged(
-                    f"the pruned model makes shapes {shapes} where {predicted} was predicted: "
-                    f"{where}"
-                )
-                # Only what is new can be put right: others may look at the tensor as it is.
-                if name not in _MAKES_ONE or len(expected.outputs) != 1 or output is not results[0]:
-                    raise error
-                self.differs(error)
-                return self.stand_in(expected.outputs[0], output.dtype)
-            self.adrift = True
+            error = self.diverged(
+                f"the pruned model makes shapes {shapes} where {predicted} was predicted: {where}"
+            )
+            # Only what is new can be put right: others may look at the tensor as it is.
+            if name not in _MAKES_ONE or len(expected.outputs) != 1 or output is not results[0]:
+                raise error
+            self.differs(error)
+            return self.stand_in(expected.outputs[0], output.dtype)
         return output
 
     def follow_values(self, shapes: list[tuple[int, ...]], expected: TracedCall) -> bool:

@@ -209,7 +209,9 @@ def test_set_attributes_reports_what_it_replaced() -> None:
     done = set_attributes(model, {Attribute("grid", "unflattened_size", 0, 12): 9})
     assert model.grid.unflattened_size == (9, 4, 4)
     assert type(model.grid.unflattened_size) is type(old)
-    assert done == [(model.grid, "unflattened_size", old)]
+    ((held, name, before),) = done
+    assert held is vars(model.grid)
+    assert (name, before) == ("unflattened_size", old)
 
 
 class LoopsOverParts(nn.Module):
@@ -234,3 +236,28 @@ def test_one_group_is_found_where_nothing_names_it() -> None:
     assert kept == {"stem.weight": 5, "stem.bias": 5, "b.weight": 4, "b.bias": 4}
     (told,) = [f for f in plan.frozen if f.entry == "a.weight"]
     assert "the pruned model makes shapes" in told.why
+
+
+class Picks(nn.Module):
+    """Works on with as many rows as score above zero, as detectors do with boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.b(self.a(x).relu())
+        rows = (z.sum(1) > 0).nonzero().flatten()
+        boxes = torch.zeros(len(rows.tolist()), 3)
+        return self.out(z[rows].relu()) + boxes
+
+
+def test_other_values_may_leave_another_number_of_rows() -> None:
+    torch.manual_seed(0)
+    model, x = Picks().eval(), torch.randn(200, 5)
+    with pytest.warns(UserWarning, match="reads values"):
+        plan = cpx.plan(model, x, 0.5)
+    small = plan.apply(model)
+    assert (small.a.out_features, small.b.out_features) == (8, 4)
+    assert len(small(x)) != len(model(x))
+    assert len(plan.frozen) == 1, "the output alone"
