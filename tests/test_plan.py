@@ -298,7 +298,7 @@ def test_ratio_out_of_range(ratio: Any) -> None:
         ({"ratios": {"fc": 0.5}}, r"ratios\['fc'\] names no group.*the model's output"),
         ({"ignore": ["conv7"]}, r"ignore 'conv7' names no module.*there are a, b"),
         ({"criterion": "l3"}, "criterion must be one of l1, l2"),
-        ({"scope": "world"}, "scope must be 'local' or 'global'"),
+        ({"scope": "world"}, "scope must be one of local, isomorphic, global"),
         ({"round_to": 0}, "round_to must be an int >= 1"),
         ({"round_to": 2.5}, "round_to must be an int >= 1"),
         ({"max_ratio": 1.0}, "max_ratio must be"),
@@ -420,15 +420,15 @@ class OnlyHead(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class OnlyBilinear(nn.Module):
+class OnlyUnknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Bilinear(3, 3, 8)
+        self.mix = nn.Linear(3, 8)
         self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.mean((2, 3))
-        return self.fc(self.mix(x, x))
+        x = self.mix(x.mean((2, 3)))
+        return self.fc(torch.linalg.matrix_exp(x.unsqueeze(2) * x.unsqueeze(1)).sum(2))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ class OnlyBilinear(nn.Module):
     [
         (OnlyHead, {}, r"no channels that may be removed: 4 channels of 'fc.weight'"),
         (nn.ReLU, {}, "no channels that may be removed"),
-        (OnlyBilinear, {}, "no rule for aten::_trilinear"),
+        (OnlyUnknown, {}, "no rule for aten::linalg_matrix_exp"),
         (Net, {"ratio": 0.0}, "none has a ratio above 0"),
         (Net, {"ignore": ["a", "b"]}, "ignored"),
         (Net, {"ratio": 0.01}, "nothing would be removed"),
