@@ -166,22 +166,29 @@ def _along_one_dim(
 
 
 def _why_none(analysis: Analysis, name: str) -> str:
-    for frozen in analysis.frozen:
-        if name in (frozen.entry, frozen.entry.rpartition(".")[0]):
-            return str(frozen)
+    frozen = _why_frozen(analysis, name)
+    if frozen is not None:
+        return frozen
     names = list(dict.fromkeys(p for group in analysis.groups for p in group.producers))
+    names = [p for p in names if p.startswith(f"{name}.")] or names
     examples = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f"no such module makes channels that may go; there are {examples or 'none'}"
 
 
 def _why_it_stays(analysis: Analysis, name: str, kinds: Sequence[str] | None) -> str:
-    for frozen in analysis.frozen:
-        if name in (frozen.entry, frozen.entry.rpartition(".")[0]):
-            return f"must stay; {frozen}"
+    frozen = _why_frozen(analysis, name)
+    if frozen is not None:
+        return f"must stay; {frozen}"
     others = sorted({group.kind for group, _ in _touching(analysis, name)})
     if kinds is not None and not set(others) <= set(kinds):
         return f"goes with none of kinds={tuple(kinds)}; it is part of {others}"
     return "must stay"
+
+
+def _why_frozen(analysis: Analysis, name: str) -> str | None:
+    """What keeps channels of a module or parameter, if anything does."""
+    owners = ((f, (f.entry, f.entry.rpartition(".")[0])) for f in analysis.frozen)
+    return next((str(frozen) for frozen, names in owners if name in names), None)
 
 
 def _check_some_stay(analysis: Analysis, removed: Mapping[int, np.ndarray]) -> None:

@@ -263,7 +263,7 @@ def _module(entry: str) -> str:
 
 def _instead(analysis: Analysis, glob: str) -> str:
     """What may have been meant by a glob that names nothing, or what there is to name."""
-    names = [name for g in analysis.groups for name in g.producers]
+    names = list(dict.fromkeys(name for g in analysis.groups for name in g.producers))
     if any(name.startswith(f"{glob}.") for name in names):
         return f"'{glob}.*' names those inside it"
     examples = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

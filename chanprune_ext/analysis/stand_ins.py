@@ -101,10 +101,10 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    if tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_meta:
+    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.is_contiguous():
         return mode.from_tensor(tensor.detach(), static_shapes=True)
     with torch._C._DisableTorchDispatch():  # noqa: SLF001 - the mode would have it fake as it is
-        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        meta = _on_meta(tensor)
     return mode.fake_tensor_converter.from_meta_and_device(mode, meta, tensor.device)
 
 
