@@ -76,8 +76,7 @@ def plan(
         threshold: Remove every channel whose score is below this, instead of a ratio.
         budget: Meet a budget on MACs, parameters, measured latency and/or file size with one
             common ratio (or, with another scope than ``"local"``, a common threshold), instead of a
-            ratio.
-            What was reached is in the plan's ``options["reached"]``; for latency see
+            ratio. What was reached is in the plan's ``options["reached"]``; for latency see
             :func:`chanprune_ext.allocation.measured_budget.plan_within`.
 
             Only one of ``ratio``, ``threshold``, ``budget`` and ``remove`` may be given; ``ignore``

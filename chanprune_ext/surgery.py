@@ -242,9 +242,8 @@ def _set_attributes(plan: PruningPlan, model: nn.Module, undo: contextlib.ExitSt
         if isinstance(cache, (dict, list, set)):
             undo.callback(setattr, owner, name, cache)
             setattr(owner, name, type(cache)())
-    copies: dict[int, Any] = {}
+    own_settings(model, plan.attributes, undo)
     for attribute, value in plan.attributes.items():
-        own_settings(model, attribute, undo, copies)
         for held, name, old in set_attributes(model, {attribute: value}):
             undo.callback(held.__setitem__, name, old)
 

@@ -18,7 +18,7 @@ from chanprune_ext.copying import copied, copies_plainly, keeps_to_itself
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
 from chanprune_ext.module_tree import modules_of
 from chanprune_ext.plan_inputs import inputs_from
-from chanprune_ext.widths import WIDTH_NAMES
+from chanprune_ext.widths import WIDTH_NAMES, shape_after
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -160,9 +160,7 @@ def _run_on_meta(pruned: nn.Module, inputs: Any, kept: Mapping[str, Mapping[int,
     with steady_calls(pruned), MetaCalls(meta):
         tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
         for name, dims in kept.items():
-            shape = list(tensors[name].shape)
-            for dim, index in dims.items():
-                shape[dim] = len(index)
+            shape = shape_after(tensors[name].shape, dims)
             tensors[name] = torch.empty(shape, dtype=tensors[name].dtype, device=meta)
         try:
             call_substituted(pruned, tensors, inputs)
@@ -196,10 +194,7 @@ def is_as_replayed(plan: PruningPlan, model: nn.Module, pruned: nn.Module) -> bo
     """
     expected = dict(plan.fingerprint["tensors"])
     for entry, dims in plan.kept.items():
-        shape = list(expected[entry])
-        for dim, kept in dims.items():
-            shape[dim] = len(kept)
-        expected[entry] = shape
+        expected[entry] = shape_after(expected[entry], dims)
     tensors = tensors_of(pruned)
     if {name: list(t.shape) for name, t in tensors.items()} != expected:
         return False

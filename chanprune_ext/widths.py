@@ -1,8 +1,8 @@
-"""The widths that torch's own layers tell as attributes."""
+"""The widths that are left, and those that torch's own layers tell as attributes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from chanprune_ext.module_modes import evaluating
 from chanprune_ext.module_tree import modules_of
 
-__all__ = ["WIDTH_NAMES", "restore_widths", "set_widths"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence, Sized
+
+__all__ = ["WIDTH_NAMES", "restore_widths", "set_widths", "shape_after"]
 
 WIDTH_NAMES = frozenset(
     {
@@ -20,6 +23,14 @@ WIDTH_NAMES = frozenset(
 )
 
 Changes = list[tuple[nn.Module, str, Any]]
+
+
+def shape_after(shape: Sequence[int], kept: Mapping[int, Sized]) -> list[int]:
+    """The shape of a tensor of which only some indices are kept, given by dim."""
+    left = list(shape)
+    for dim, indices in kept.items():
+        left[dim] = len(indices)
+    return left
 
 
 def set_widths(model: nn.Module) -> Changes:

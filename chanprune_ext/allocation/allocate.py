@@ -126,10 +126,16 @@ def _ranked_counts(
         ratio: Share of all units that goes, of each build alike.
         savings: Group index -> what the removal of one unit saves: scores count per saving.
     """
+    least = fewest_units(pool, selection)
     counts: dict[int, float] = {}
-    together = (pool,) if selection.scope == "global" else _isomorphic(analysis, pool)
-    for groups in together:
-        counts.update(_global_counts(groups, scores, selection, ratio, savings))
+    for groups in [pool] if selection.scope == "global" else _isomorphic(analysis, pool):
+        ranked = [
+            _normalised(scores[g.index], selection.normalise)
+            / (1.0 if savings is None else max(savings[g.index], 1e-12))
+            for g in groups
+        ]
+        taken = _lowest(ranked, [g.units - least[g.index] for g in groups], ratio)
+        counts.update({g.index: float(g.units - n) for g, n in zip(groups, taken, strict=True)})
     return counts
 
 
@@ -150,34 +156,19 @@ def _isomorphic(
     return builds.values()
 
 
-def _global_counts(
-    pool: Sequence[CouplingGroup],
-    scores: Sequence[np.ndarray],
-    selection: Selection,
-    ratio: float,
-    savings: Mapping[int, float] | None = None,
-) -> dict[int, float]:
-    """One threshold over all groups, on scores made comparable by ``selection.normalise``.
+def _lowest(ranked: Sequence[np.ndarray], spare: Sequence[float], ratio: float) -> np.ndarray:
+    """How many units of each group are among the lowest of all, none losing more than it can spare.
 
     Args:
-        pool: Groups that are ranked together.
-        scores: One score per unit of each group.
-        selection: What the user asked for.
-        ratio: Share of all their units that goes.
-        savings: Group index -> what the removal of one unit saves: scores count per saving.
+        ranked: Scores of each group's units, comparable.
+        spare: The most units that each group may lose.
+        ratio: Share of all units that goes.
     """
-    if not pool:
-        return {}
-    ranked = [
-        _normalised(scores[g.index], selection.normalise)
-        / (1.0 if savings is None else max(savings[g.index], 1e-12))
-        for g in pool
-    ]
+    taken = np.zeros(len(ranked), dtype=int)
+    if not len(ranked):
+        return taken
     owners = _owners_in_order(ranked)
     goal = int(np.floor(ratio * len(owners) + 0.5))
-    least = fewest_units(pool, selection)
-    spare = np.array([g.units - least[g.index] for g in pool])
-    taken = np.zeros(len(pool), dtype=int)
     count = 0
     for k in owners:
         if count >= goal:
@@ -185,7 +176,7 @@ def _global_counts(
         if taken[k] < spare[k]:
             taken[k] += 1
             count += 1
-    return {g.index: float(g.units - taken[k]) for k, g in enumerate(pool)}
+    return taken
 
 
 def _owners_in_order(ranked: Sequence[np.ndarray]) -> np.ndarray:

@@ -179,11 +179,11 @@ class LinearSizes:
         rows: dict[bytes, Coefficients] = {}
         for equation in self.analysis.trace.equations:
             found = self.row(equation)
-            if found is not None and not found.without_round_off().vanish:
+            if found is not None and not found.vanish:
                 rounded = np.round(found.values, 6)
                 used = np.flatnonzero(rounded)
                 key = found.unknowns[used].tobytes() + rounded[used].tobytes()
-                rows.setdefault(key, found.without_round_off())
+                rows.setdefault(key, found)
         return self._binding(list(rows.values()))
 
     def _binding(self, rows: list[Coefficients]) -> list[Coefficients]:
@@ -211,12 +211,12 @@ class LinearSizes:
         expr = equation.expr
         whole = self.of(expr)
         if whole is not None:
-            return whole[0] - target[0]
+            return (whole[0] - target[0]).without_round_off()
         if isinstance(expr, Op) and expr.symbol == "//" and target[0].vanish:
             # a // b stays what it is: a follows b.
             left, right = self.of(expr.left), self.of(expr.right)
             if left is not None and right is not None:
-                return left[0] - right[0] * target[1]
+                return (left[0] - right[0] * target[1]).without_round_off()
         return None
 
 

@@ -64,7 +64,7 @@ def pinned_groups(analysis: Analysis, active: Sequence[CouplingGroup]) -> dict[i
     """
     linear = LinearSizes(analysis, active)
     rows = [(equation, linear.row(equation)) for equation in analysis.trace.equations]
-    links = [(e, row.without_round_off()) for e, row in rows if row is not None]
+    links = [(equation, row) for equation, row in rows if row is not None]
     free = np.ones(len(linear.values), dtype=bool)
     found: dict[int, Equation] = {}
     progress = True

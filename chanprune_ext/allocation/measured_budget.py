@@ -20,8 +20,9 @@ from chanprune_ext.errors import InvalidArgumentError, NothingToPruneError
 from chanprune_ext.latency import Latency, measure_latency
 from chanprune_ext.latency.layer_times import LatencyTable, default_table
 from chanprune_ext.latency.prediction import LatencyModel
+from chanprune_ext.widths import shape_after
 
-from .saved_size import saved_bytes, shape_after, tensor_bytes
+from .saved_size import saved_bytes, tensor_bytes
 from .selection import Goal
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class _SizeSearch:
         self.limit = math.floor(fraction * self.whole)
         self.element_bytes = tensor_bytes(model)
         self.shapes = analysis.trace.shapes
-        self.overhead = self.whole - self._counted(analysis.sizes(analysis.removed_labels({})))
+        self.overhead = self.whole - self._counted(lambda name: math.prod(self.shapes[name]))
         self.failures = 0
 
     def goal(self) -> Goal:
@@ -202,7 +203,9 @@ class _SizeSearch:
         placeholder = {"latency": dict.fromkeys(range(5), "0" * 20)}
         size = self._bytes(self.with_size(made, placeholder))
         if size > self.limit:
-            counted = self._counted_after(made)
+            counted = self._counted(
+                lambda name: math.prod(shape_after(self.shapes[name], made.kept.get(name, {})))
+            )
             # At least so much that this very plan does not meet the goal any more; after a few
             # rounds all that is not counted in it, which may cost others a little.
             few = max(self.overhead + size - self.limit, self.limit - counted + 1)
@@ -230,18 +233,12 @@ class _SizeSearch:
         return saved_bytes(self.model, made)
 
     def _cost(self, sizes: Sizes) -> float:
-        return self._counted(sizes) + self.overhead
+        return self._counted(lambda name: sizes.params([name])) + self.overhead
 
-    def _counted(self, sizes: Sizes) -> int:
+    def _counted(self, elements: Callable[[str], int]) -> int:
+        """Bytes of the tensors whose sizes are known, given how many elements each has."""
         return sum(
-            size * sizes.params([name])
-            for name, size in self.element_bytes.items()
-            if name in self.shapes
-        )
-
-    def _counted_after(self, made: PruningPlan) -> int:
-        return sum(
-            size * math.prod(shape_after(self.shapes[name], made.kept.get(name, {})))
+            size * elements(name)
             for name, size in self.element_bytes.items()
             if name in self.shapes
         )

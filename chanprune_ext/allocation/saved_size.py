@@ -11,15 +11,14 @@ import torch
 from chanprune_ext.checkpoint import description, shared_names
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.plan import plans_of
+from chanprune_ext.widths import shape_after
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence, Sized
-
     from torch import Tensor, nn
 
     from chanprune_ext.plan import PruningPlan
 
-__all__ = ["saved_bytes", "shape_after", "tensor_bytes"]
+__all__ = ["saved_bytes", "tensor_bytes"]
 
 # The dtypes of the safetensors format, in the order in which its writer puts them.
 _DTYPES = {
@@ -79,14 +78,6 @@ def tensor_bytes(model: nn.Module) -> dict[str, int]:
     state = model.state_dict(keep_vars=True)
     aliases = shared_names(state)
     return {n: t.element_size() for n, t in state.items() if n not in aliases}
-
-
-def shape_after(shape: Sequence[int], kept: Mapping[int, Sized]) -> list[int]:
-    """The shape of a tensor of which only some indices are kept, given by dim."""
-    left = list(shape)
-    for dim, indices in kept.items():
-        left[dim] = len(indices)
-    return left
 
 
 def _known(name: str, tensor: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     import contextlib
+    from collections.abc import Iterable
 
     from chanprune_ext.analysis.provenance import Attribute
 
@@ -58,25 +59,23 @@ def owner_of(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
 
 
 def own_settings(
-    model: nn.Module, attribute: Attribute, undo: contextlib.ExitStack, done: dict[int, Any]
+    model: nn.Module, attributes: Iterable[Attribute], undo: contextlib.ExitStack
 ) -> None:
-    """Gives a model a copy of the settings object that an attribute is part of.
+    """Gives a model copies of the settings objects that attributes are part of.
 
-    Other models may hold the same object: they are to keep their settings.
+    Other models may hold the same objects: they are to keep their settings.
 
     Args:
-        model: The model whose attribute is about to change.
-        attribute: The attribute; nothing happens if it is a module's own.
-        undo: Receives what puts the object back.
-        done: Copies made so far, by their ``id``; this one is added.
+        model: The model whose attributes are about to change.
+        attributes: The attributes; those of modules themselves need nothing.
+        undo: Receives what puts the objects back.
     """
-    owner, _ = owner_of(model, attribute)
-    if isinstance(owner, nn.Module) or id(owner) in done:
+    owners = [owner for owner, _ in (owner_of(model, attribute) for attribute in attributes)]
+    copies = {id(o): copy.copy(o) for o in owners if not isinstance(o, nn.Module)}
+    if not copies:
         return
-    mine = copy.copy(owner)
-    done[id(mine)] = mine
     for _, module in modules_of(model):
         for name, value in module.__dict__.items():
-            if value is owner:
-                undo.callback(module.__dict__.__setitem__, name, owner)
-                module.__dict__[name] = mine
+            if id(value) in copies:
+                undo.callback(module.__dict__.__setitem__, name, value)
+                module.__dict__[name] = copies[id(value)]

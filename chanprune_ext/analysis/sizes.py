@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.provenance import Dim, TracedInt
 
 if TYPE_CHECKING:
@@ -143,13 +144,7 @@ def _attention_scale(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     return float(scale)
 
 
-def _on(*names: str) -> Callable[[Handler], Handler]:
-    def register(function: Handler) -> Handler:
-        for name in names:
-            _HANDLERS[name] = function
-        return function
-
-    return register
+_on = entering(_HANDLERS)
 
 
 def _sizes(args: Sequence[Any], kwargs: dict[str, Any], *keys: str) -> list[Any]:
@@ -180,32 +175,20 @@ def _shape_of_view(
     _equate_shape(tracer, _sizes(args[1:], kwargs, "size", "shape"), output)
 
 
-@_on("zeros", "ones", "empty", "rand", "randn")
-def _shape_of_new(
-    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    _equate_shape(tracer, _sizes(args, kwargs, "size"), output)
+def _register_shape(sizes: slice, *names: str) -> None:
+    """The shape of a new tensor is the sizes among these positional arguments, or by keyword."""
+
+    @_on(*names)
+    def shape_of_new(
+        tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        _equate_shape(tracer, _sizes(args[sizes], kwargs, "size"), output)
 
 
-@_on("full")
-def _shape_of_full(
-    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    _equate_shape(tracer, _sizes(args[:1], kwargs, "size"), output)
-
-
-@_on("new_full")
-def _shape_of_new_full(
-    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    _equate_shape(tracer, _sizes(args[1:2], kwargs, "size"), output)
-
-
-@_on("new_zeros", "new_ones", "new_empty")
-def _shape_of_method(
-    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    _equate_shape(tracer, _sizes(args[1:], kwargs, "size"), output)
+_register_shape(slice(None), "zeros", "ones", "empty", "rand", "randn")
+_register_shape(slice(0, 1), "full")
+_register_shape(slice(1, None), "new_zeros", "new_ones", "new_empty")
+_register_shape(slice(1, 2), "new_full")
 
 
 @_on("unflatten")

@@ -10,9 +10,8 @@ from torch._C import _AutoDispatchBelowAutograd
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import kd_kl_div_registration as _registration  # noqa: F401
 from chanprune_ext.ops._loader import inside_transform, works_in_place
-from chanprune_ext.ops.kd_kl_div_arguments import Reduction, flat_rows
+from chanprune_ext.ops.kd_kl_div_arguments import Numbers, Reduction, flat_rows
 from chanprune_ext.ops.kd_kl_div_call import (
-    Numbers,
     check_range,
     name_the_culprit,
     operands,
@@ -99,18 +98,18 @@ def kd_kl_div(
     loss: Tensor
     if not plain and reference_only(student):
         loss = reference_loss(student, call)
-        return loss if not loss.dim() else loss.reshape(student.shape[:-1])
-    try:
-        if not plain and torch.compiler.is_compiling():
-            loss = _OPS.kd_kl_div(flat_rows(student), *call)[0]
-        elif student.requires_grad and torch.is_grad_enabled():
-            loss = _EagerLoss.apply(student, call, gradient_in_forward)
-        else:
-            with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
-                loss = _OPS.kd_kl_div.default(flat_rows(student), *call)[0]
-    except RuntimeError:
-        name_the_culprit(student, teacher, numbers, labels, reduction)
-        raise
+    else:
+        try:
+            if not plain and torch.compiler.is_compiling():
+                loss = _OPS.kd_kl_div(flat_rows(student), *call)[0]
+            elif student.requires_grad and torch.is_grad_enabled():
+                loss = _EagerLoss.apply(student, call, gradient_in_forward)
+            else:
+                with _AutoDispatchBelowAutograd():  # past the registered gradient, which is Python
+                    loss = _OPS.kd_kl_div.default(flat_rows(student), *call)[0]
+        except RuntimeError:
+            name_the_culprit(student, teacher, numbers, labels, reduction)
+            raise
     return loss if plain or not loss.dim() else loss.reshape(student.shape[:-1])
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REDUCTIONS",
+    "Numbers",
     "Reduction",
     "check_arguments",
     "check_label_values",
@@ -26,6 +27,8 @@ __all__ = [
 Reduction = Literal["none", "sum", "batchmean"]
 
 REDUCTIONS: dict[Reduction, int] = {"none": 0, "sum": 1, "batchmean": 2}  # as the operator has them
+# Temperature, soft weight, hard weight, label smoothing, ignored label.
+Numbers = tuple[float, float, float, float, int]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,14 +44,13 @@ def _is_integer(value: object) -> bool:
 def check_arguments(
     student: Tensor,
     teacher: Tensor,
-    temperature: float,
+    numbers: Numbers,
     labels: Tensor | None,
-    factors: tuple[float, float],
-    label_smoothing: float,
-    ignore_index: int,
     reduction: str,
 ) -> None:
     """Raises `InvalidArgumentError`, naming the argument; reads no values of tensors."""
+    temperature, soft_weight, hard_weight, label_smoothing, ignore_index = numbers
+    factors = (soft_weight, hard_weight)
     for name, logits in (("student", student), ("teacher", teacher)):
         check_is_tensor(name, logits)
         if logits.dtype not in _FLOATS:

@@ -10,6 +10,7 @@ from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops._loader import CPU_MODULE, inside_transform, native_available
 from chanprune_ext.ops.kd_kl_div_arguments import (
     REDUCTIONS,
+    Numbers,
     Reduction,
     check_arguments,
     check_label_values,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Numbers",
     "check_range",
     "name_the_culprit",
     "operands",
@@ -30,8 +30,6 @@ __all__ = [
     "reference_only",
 ]
 
-# Temperature, soft weight, hard weight, label smoothing, ignored label.
-Numbers = tuple[float, float, float, float, int]
 _HAS_CPU = CPU_MODULE.loaded
 
 
@@ -73,7 +71,7 @@ def operands(
     )
     row_weights = None
     if not plain:
-        _check(student, teacher, numbers, labels, reduction)
+        check_arguments(student, teacher, numbers, labels, reduction)
         if teacher.dtype != student.dtype:
             dtype = torch.promote_types(student.dtype, teacher.dtype)
             student, teacher = student.to(dtype), teacher.to(dtype)
@@ -88,19 +86,6 @@ def operands(
     return student, others, plain
 
 
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    numbers: Numbers,
-    labels: Tensor | None,
-    reduction: str,
-) -> None:
-    temperature, soft_weight, hard_weight, label_smoothing, ignore_index = numbers
-    factors = (soft_weight, hard_weight)
-    others = (label_smoothing, ignore_index, reduction)
-    check_arguments(student, teacher, temperature, labels, factors, *others)
-
-
 def name_the_culprit(
     student: Tensor,
     teacher: Tensor,
@@ -109,7 +94,7 @@ def name_the_culprit(
     reduction: str,
 ) -> None:
     """Raises what says more than the kernel did, if an argument is the reason."""
-    _check(student, teacher, numbers, labels, reduction)
+    check_arguments(student, teacher, numbers, labels, reduction)
     if student.is_cpu:
         check_label_values(labels, student.shape[-1], numbers[-1])
 
