@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from chanprune_ext.ops import channel_norms, kd_kl_div, slice_channels
+from chanprune_ext.ops import (
+    channel_norms,
+    kd_kl_div,
+    kd_kl_div_with_gradient,
+    slice_channels,
+)
 from chanprune_ext.ops._loader import CPU_MODULE
 
 if TYPE_CHECKING:
@@ -77,6 +82,20 @@ def test_labels_out_of_range_give_nan(classes: int, early: bool) -> None:
     loss.sum().backward()
     assert student.grad is not None
     assert student.grad.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("classes", [5, 1500])
+def test_labels_out_of_range_give_nan_in_loss_and_gradient(classes: int) -> None:
+    student, teacher = torch.randn(2, 3, classes)
+    loss, gradient = kd_kl_div_with_gradient(
+        student,
+        teacher,
+        labels=torch.tensor([0, classes, 1]),
+        hard_weight=1.0,
+        reduction="none",
+    )
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
 def test_the_order_of_threads_changes_no_bit() -> None:
