@@ -16,7 +16,7 @@ from chanprune_ext.analysis.couplings import Couplings
 from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.scales import Rescaling
-from chanprune_ext.analysis.settings import owner_of
+from chanprune_ext.analysis.settings import contents_of, owner_of
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.atomic_files import write_text
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
@@ -168,7 +168,7 @@ class PruningPlan:
         if difference is None:
             for attribute in self.attributes:
                 owner, name = owner_of(model, attribute)
-                value = getattr(owner, name, None)
+                value = contents_of(owner).get(name)
                 if attribute.position is not None and isinstance(value, (tuple, list)):
                     value = value[attribute.position]
                 if value != attribute.value:

@@ -122,7 +122,12 @@ def test_prune_writes_model_and_plan(tmp_path: Path, narrow_weights: Path) -> No
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--preset", "ResNet18_Weights.DEFAULT"), ("--image-size", 96), ("--resize", 96)],
+    [
+        ("--preset", "ResNet18_Weights.DEFAULT"),
+        ("--image-size", 96),
+        ("--resize", 96),
+        ("--crop-mode", "squash"),
+    ],
 )
 def test_prune_refuses_to_ignore_how_images_are_read(
     tmp_path: Path, option: str, value: object

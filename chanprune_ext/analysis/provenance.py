@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from chanprune_ext.analysis.settings import settings_of
+from chanprune_ext.analysis.settings import contents_of, settings_of
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Dim:
 class Attribute:
     """An int stored on a module: ``module.name``, or ``module.name[position]``.
 
-    The name has a dot for one of a settings object that the module holds (``config.num_heads``).
+    The name has a dot for one of the settings that the module holds: ``config.num_heads``, of a
+    dict too.
     """
 
     module: str
@@ -179,6 +180,16 @@ for _symbol, _method in (
     _arithmetic(_symbol, _method)
 
 
+def _may_be_a_width(name: object) -> bool:
+    """Whether a number of this name may be one; keys of dicts can be anything."""
+    return (
+        isinstance(name, str)
+        and name.isidentifier()
+        and not name.startswith("__")
+        and name not in _WINDOW_NAMES
+    )
+
+
 def _traced(value: Any, module: str, name: str) -> Any:
     """``value`` with its ints traced, or ``value`` itself where there are none."""
     if type(value) is int:
@@ -194,7 +205,7 @@ def traced_attributes(
 ) -> Iterator[None]:
     """Replace the ints stored on all modules by traced ones, and put them back on exit.
 
-    So are those of settings objects that modules hold.
+    So are those of settings that modules hold.
 
     Args:
         model: The model about to run.
@@ -208,9 +219,9 @@ def traced_attributes(
             *((path, "", module) for path, module in modules_of(model)),
             *((path, f"{name}.", settings) for path, name, settings in settings_of(model)),
         ]:
-            held = vars(owner)
+            held = contents_of(owner)
             for name, value in list(held.items()):
-                if type(value) not in _TRACEABLE or name.startswith("__") or name in _WINDOW_NAMES:
+                if type(value) not in _TRACEABLE or not _may_be_a_width(name):
                     continue
                 # Torch's own modules call an axis so, others a width.
                 if name == "dim" and type(owner).__module__.startswith("torch."):

@@ -15,7 +15,7 @@ from chanprune_ext.analysis.meta_calls import MetaCalls
 from chanprune_ext.analysis.meta_kernels import empty, has_no_values
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
-from chanprune_ext.analysis.settings import owner_of
+from chanprune_ext.analysis.settings import contents_of, owner_of
 from chanprune_ext.analysis.sizes import literals_in, numbers_in
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
@@ -71,7 +71,7 @@ class DivergenceError(VerificationError):
 def set_attributes(
     model: nn.Module, values: Mapping[Attribute, int]
 ) -> list[tuple[dict[str, Any], str, Any]]:
-    """Set ints stored on modules, or on settings of theirs.
+    """Set ints stored on modules, or in settings of theirs.
 
     Returns:
         ``(where they stand, name, old value)`` of each for undoing.
@@ -79,7 +79,7 @@ def set_attributes(
     done: list[tuple[dict[str, Any], str, Any]] = []
     for attribute, value in values.items():
         owner, name = owner_of(model, attribute)
-        held = vars(owner)  # settings may be frozen
+        held = contents_of(owner)  # settings may be frozen
         old = held[name]
         done.append((held, name, old))
         if attribute.position is None:

@@ -1,4 +1,4 @@
-"""Settings objects that modules hold (``self.config``): ints of theirs that forwards read."""
+"""Settings that modules hold, objects (``self.config``) or dicts: their ints that forwards read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.provenance import Attribute
 
-__all__ = ["own_settings", "owner_of", "settings_of"]
+__all__ = ["contents_of", "own_settings", "owner_of", "settings_of"]
 
 # Objects that have a __dict__, but no settings in it.
 _NO_SETTINGS = (
@@ -34,36 +34,40 @@ def _has_settings(kind: Any) -> bool:
 
 
 def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
-    """Every settings object once: path of the first module that holds it, under which name."""
+    """Settings, each once: path of the first module that holds them, under which name."""
     found: list[tuple[str, str, Any]] = []
     seen: set[int] = set()
     for path, module in modules_of(model):
         for name, value in module.__dict__.items():
             kind: Any = type(value)
-            if not _has_settings(kind) or id(value) in seen:
+            if id(value) in seen or not (kind is dict or _has_settings(kind)):
                 continue
-            held = getattr(value, "__dict__", None)
-            if held and any(type(v) in (int, tuple, list) for v in held.values()):
+            if any(type(number) in (int, tuple, list) for number in contents_of(value).values()):
                 seen.add(id(value))
                 found.append((path, name, value))
     return found
 
 
+def contents_of(owner: Any) -> dict[str, Any]:
+    """Where the numbers of a module, a settings object, or a dict of settings stand."""
+    return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+
+
 def owner_of(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
-    """The module or settings object that has an attribute, or None, and its name there."""
+    """The module or settings that have an attribute, or None, and its name there."""
     owner: Any = model.get_submodule(attribute.module)
     *holders, name = attribute.name.split(".")
     for holder in holders:
-        owner = getattr(owner, holder, None)
+        owner = contents_of(owner).get(holder)
     return owner, name
 
 
 def own_settings(
     model: nn.Module, attributes: Iterable[Attribute], undo: contextlib.ExitStack
 ) -> None:
-    """Gives a model copies of the settings objects that attributes are part of.
+    """Gives a model copies of the settings that attributes are part of.
 
-    Other models may hold the same objects: they are to keep their settings.
+    Other models may hold the same ones: they are to keep theirs.
 
     Args:
         model: The model whose attributes are about to change.

@@ -8,6 +8,7 @@ import typer
 
 from chanprune_ext.atomic_files import check_writable, write_text
 from chanprune_ext.cli.image_options import (
+    CropModeName,
     ImageSize,
     PresetName,
     Resize,
@@ -45,6 +46,7 @@ def evaluate(
     preset: PresetName = None,
     image_size: ImageSize = None,
     resize: Resize = None,
+    crop_mode: CropModeName = None,
     batch_size: BatchSize = 128,
     json_out: JsonOut = None,
     device: Device = "auto",
@@ -55,7 +57,7 @@ def evaluate(
         check_writable(json_out)
     arguments = model_arguments(model, model_arg, weights)
     network = load_model(model, arguments, weights, device)
-    images = open_images(data, split, class_file, preset, image_size, resize)
+    images = open_images(data, split, class_file, preset, image_size, resize, crop_mode)
     with images_that_fit(network, model, images, data):
         found = measure(network, images, batch_size=batch_size, device=place(device))
     warn_of_missing_classes(network, images, class_file)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AutoAugment",
     "AutoAugmentation",
+    "CropMode",
+    "CropModeName",
     "ImageSize",
     "Magnitude",
     "PresetName",
@@ -51,6 +53,13 @@ class AutoAugment(str, Enum):
 
     RANDAUGMENT = "randaugment"
     TRIVIALAUGMENT = "trivialaugment"
+
+
+class CropMode(str, Enum):
+    """How an oblong image becomes a square."""
+
+    CENTER = "center"
+    SQUASH = "squash"
 
 
 TestData = Annotated[
@@ -86,6 +95,14 @@ Resize = Annotated[
         show_default="as --preset says, or size x 256/224",
     ),
 ]
+CropModeName = Annotated[
+    CropMode | None,
+    typer.Option(
+        help="Of a test image keep the proportions and lose what is beside its centre, or squash "
+        "it to a square.",
+        show_default="as --preset says, or center",
+    ),
+]
 AutoAugmentation = Annotated[
     AutoAugment | None,
     typer.Option("--auto-augment", help="Change colours, shear and so on.", show_default=False),
@@ -107,6 +124,7 @@ def open_images(
     preset: str | None = None,
     size: int | None = None,
     resize: int | None = None,
+    crop_mode: CropMode | None = None,
     *,
     like: tuple[int, ...] | None = None,
 ) -> ImageDataset:
@@ -119,6 +137,7 @@ def open_images(
         preset: What the weights expect.
         size: Edge of the images.
         resize: Shorter side before the centre is cut out.
+        crop_mode: How an oblong image becomes a square.
         like: Shape of one input that a model is analysed with, without the batch: images are
             scaled to it, where no size is asked for. Default: None, whatever the images are.
 
@@ -130,7 +149,13 @@ def open_images(
         size = like[1]
     looks = None if preset is None else Preset.of(preset)
     images = open_dataset(
-        data, split, class_file=class_file, preset=looks, size=size, resize=resize
+        data,
+        split,
+        class_file=class_file,
+        preset=looks,
+        size=size,
+        resize=resize,
+        crop_mode=None if crop_mode is None else crop_mode.value,
     )
     if like is not None and images.shape != like:
         raise InvalidArgumentError(

@@ -17,6 +17,8 @@ from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.calibration import CriterionName, criterion_of, images_to_draw
 from chanprune_ext.cli.example_inputs import example_inputs
 from chanprune_ext.cli.image_options import (
+    CropMode,
+    CropModeName,
     ImageSize,
     PresetName,
     Resize,
@@ -154,6 +156,7 @@ def prune(
     preset: PresetName = None,
     image_size: ImageSize = None,
     resize: Resize = None,
+    crop_mode: CropModeName = None,
     calibration_images: Annotated[
         int | None,
         typer.Option(
@@ -178,9 +181,9 @@ def prune(
     arguments = model_arguments(model, model_arg, weights)
     network = load_model(model, arguments, weights, device)
     place = device_of(network)
+    looks = (class_file, preset, image_size, resize, crop_mode)
     if data is None and test_data is None:
-        _refuse_without_images(preset, image_size, resize, class_file)
-    looks = (class_file, preset, image_size, resize)
+        _refuse_without_images(*looks)
     inputs = example_inputs(model, network, shapes) if shapes else None
     shape = None if inputs is None else tuple(tensors_in(inputs)[0].shape[1:])
     test = training = None
@@ -246,13 +249,18 @@ def prune(
 
 
 def _refuse_without_images(
-    preset: str | None, image_size: int | None, resize: int | None, class_file: Path | None
+    class_file: Path | None,
+    preset: str | None,
+    image_size: int | None,
+    resize: int | None,
+    crop_mode: CropMode | None,
 ) -> None:
     """Says so where options tell how to read images, and there are none."""
     given = {
         "--preset": preset,
         "--image-size": image_size,
         "--resize": resize,
+        "--crop-mode": crop_mode,
         "--class-file": class_file,
     }
     for option, value in given.items():

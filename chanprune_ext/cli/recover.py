@@ -12,6 +12,7 @@ from chanprune_ext.atomic_files import check_writable, make_folder
 from chanprune_ext.checkpoint import save
 from chanprune_ext.cli.image_options import (
     AutoAugmentation,
+    CropModeName,
     ImageSize,
     Magnitude,
     PresetName,
@@ -95,6 +96,7 @@ def recover(
     preset: PresetName = None,
     image_size: ImageSize = None,
     resize: Resize = None,
+    crop_mode: CropModeName = None,
     auto_augment: AutoAugmentation = None,
     magnitude: Magnitude = 9,
     random_erasing: RandomErasing = 0.0,
@@ -311,7 +313,7 @@ def recover(
     if report is not None:
         make_folder(report)
     classes = classes_of_test(data, test_data, class_file)
-    test = open_images(test_data or data, "test", classes, preset, image_size, resize)
+    test = open_images(test_data or data, "test", classes, preset, image_size, resize, crop_mode)
     try:
         with contextlib.ExitStack() as fitting:
             if not several:  # one of several that fails must not wait for the others

@@ -18,6 +18,7 @@ from chanprune_ext.cli.calibration import (
     needs_images,
 )
 from chanprune_ext.cli.image_options import (
+    CropModeName,
     ImageSize,
     PresetName,
     Resize,
@@ -59,6 +60,7 @@ def sensitivity(
     preset: PresetName = None,
     image_size: ImageSize = None,
     resize: Resize = None,
+    crop_mode: CropModeName = None,
     ratios: Annotated[
         str, typer.Option(metavar="R,R,...", help="Shares of a group to remove, rising.")
     ] = "0.25,0.5,0.75",
@@ -89,14 +91,14 @@ def sensitivity(
     arguments = model_arguments(model, model_arg, weights)
     network = load_model(model, arguments, weights, device)
     place = device_of(network)
-    test = open_images(data, "test", class_file, preset, image_size, resize)
+    test = open_images(data, "test", class_file, preset, image_size, resize, crop_mode)
     check_writable(out)
     if report is not None:
         make_folder(report)
     training, drawn = None, 0
     if compensate or needs_images(criterion):
         training = open_images(
-            data, "train", class_file, preset, image_size, resize, like=test.shape
+            data, "train", class_file, preset, image_size, resize, crop_mode, like=test.shape
         )
         drawn = images_to_draw(compensate or None, training, "--compensate")
     ranking = criterion_of(criterion, training, drawn, seed)

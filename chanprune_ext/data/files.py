@@ -29,9 +29,9 @@ __all__ = ["EncodedImages", "FileImages", "collated"]
 class EncodedImages(ImageDataset):
     """What images that are decoded anew in every epoch have in common.
 
-    Without augmentation the shorter side is scaled to ``preset.resize`` and the centre is cut out;
-    with it, a random part of the image is scaled to that size, and changed further as the
-    augmentation says. An image that can't be read is left out of its batch, and counted.
+    Without augmentation an image is scaled to ``preset.resize`` and its centre is cut out; with it,
+    a random part of the image is scaled to that size, and changed further as the augmentation says.
+    An image that can't be read is left out of its batch, and counted.
 
     Attributes:
         unreadable (UnreadableImages): the count of those.
@@ -61,7 +61,9 @@ class EncodedImages(ImageDataset):
             raise InvalidArgumentError(f"resize: expected at least size = {size}, got {resize}")
         self._source = source
         self._length = length
-        self._plain = evaluation_transform(size, resize, interpolation=preset.interpolation)
+        self._plain = evaluation_transform(
+            size, resize, interpolation=preset.interpolation, crop_mode=preset.crop_mode
+        )
         self._random = training_transform(
             size, self.augmentation, mean=preset.mean, interpolation=preset.interpolation
         )

@@ -6,6 +6,7 @@ import os
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,13 @@ from .files import FileImages
 from .sets import ImageDataset, TensorImages, require_positive
 from .shard_files import count_images, find_shards, is_shard_pattern
 from .shards import ShardedImages
-from .transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Preset
+from .transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augmentation,
+    Preset,
+    evaluation_transform,
+)
 from .unreadable import UnreadableImages
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ def open_dataset(
     augment: bool | Augmentation = False,
     size: int | None = None,
     resize: int | None = None,
+    crop_mode: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     class_file: ClassFile | None = None,
@@ -70,6 +78,9 @@ def open_dataset(
             they are if the first one is square and at most 64 pixels wide, otherwise 224.
         resize (int, optional): shorter side before the centre is cut out, for images larger than
             64 pixels. Default: ``size * 256 / 224``.
+        crop_mode (str, optional): ``"center"`` keeps an image's proportions, ``"squash"`` scales
+            both sides to ``resize``, as for :class:`Preset`; for folders and archives. Default:
+            ``"center"``.
         mean (Sequence[float], optional): subtracted from pixels on the scale 0 to 1, one value a
             channel. Default: ImageNet's for colour, 0.5 otherwise, the set's own for digits.
         std (Sequence[float], optional): what the difference is divided by, likewise.
@@ -78,8 +89,8 @@ def open_dataset(
             themselves, such as the ``class_names`` of the training images for a test set that may
             lack some. Default: labels follow the sorted folder names.
         seed (int): seed of the augmentation. Default: 0.
-        preset (Preset, optional): what the weights expect; sets size, resize, mean and std where
-            these are not given, and the interpolation. Default: None.
+        preset (Preset, optional): what the weights expect; sets size, resize, crop_mode, mean
+            and std where these are not given, and the interpolation. Default: None.
 
     Returns:
         ImageDataset: :class:`TensorImages` for images up to 64 pixels, else :class:`FileImages`,
@@ -100,17 +111,21 @@ def open_dataset(
     if preset is not None:
         size, resize = size or preset.size, resize or preset.resize
         mean, std = mean or preset.mean, std or preset.std
-    interpolation = "bilinear" if preset is None else preset.interpolation
+    of_files = Preset(
+        size or 224,
+        resize,
+        *_normalisation(3, mean, std),
+        interpolation=(preset or Preset()).interpolation,
+        crop_mode=crop_mode or (preset or Preset()).crop_mode,
+    )
     if is_shard_pattern(name):
-        looks = _looks(size or 224, resize, mean, std, interpolation)
         shards = count_images(find_shards(name, split))
-        return ShardedImages(shards, class_file, looks, augment, seed)
+        return ShardedImages(shards, class_file, of_files, augment, seed)
     if _is_folder_or_archive(path):
         archive = ImageArchive(path)
-        return _from_archive(
-            archive, split, augment, size, resize, mean, std, class_file, seed, interpolation
-        )
-    for argument, given in (("size", size), ("resize", resize), ("class_file", class_file)):
+        return _from_archive(archive, split, augment, size, of_files, class_file, seed)
+    only_files = {"size": size, "resize": resize, "crop_mode": crop_mode, "class_file": class_file}
+    for argument, given in only_files.items():
         if given is not None:
             raise InvalidArgumentError(f"{argument}: only folders and archives of images take it")
     pad, flip = 4, True
@@ -264,13 +279,11 @@ def _from_archive(
     split: str,
     augment: bool | Augmentation,
     size: int | None,
-    resize: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    preset: Preset,
     class_file: ClassFile | None,
     seed: int,
-    interpolation: str,
 ) -> ImageDataset:
+    """The images of a folder or archive, as the preset has them; but ``size`` is what was asked."""
     kinds, kind_of = archive.entries.kinds, archive.entries.kind_of
     folders = (name for _, name in kinds)
     classes = class_names(str(archive.path), folders, class_file, archive.empty_classes)
@@ -284,24 +297,13 @@ def _from_archive(
         width, height = _size_of_first(archive, positions)
         size = width if width == height <= SMALL_EDGE else 224
     if size > SMALL_EDGE:
-        looks = _looks(size, resize, mean, std, interpolation)
-        return FileImages(archive, positions, labels, classes, looks, augment, seed)
-    if resize is not None:
+        preset = replace(preset, size=size)
+        return FileImages(archive, positions, labels, classes, preset, augment, seed)
+    if preset.resize is not None:
         raise InvalidArgumentError(f"resize: only taken with size > {SMALL_EDGE}, got size {size}")
-    mean, std = _normalisation(3, mean, std)
-    images, readable = _decode_all(archive, positions, size)
+    images, readable = _decode_all(archive, positions, size, preset.crop_mode)
+    mean, std = preset.mean, preset.std
     return TensorImages(images, labels[readable], classes, mean, std, augment, seed)
-
-
-def _looks(
-    size: int,
-    resize: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    interpolation: str,
-) -> Preset:
-    mean, std = _normalisation(3, mean, std)
-    return Preset(size, resize, mean, std, interpolation)
 
 
 def _size_of_first(archive: ImageArchive, positions: Sequence[int]) -> tuple[int, int]:
@@ -330,12 +332,10 @@ def _wanted_split(archive: ImageArchive, split: str) -> str | None:
 
 
 def _decode_all(
-    archive: ImageArchive, positions: Sequence[int], size: int
+    archive: ImageArchive, positions: Sequence[int], size: int, crop_mode: str
 ) -> tuple[Tensor, Tensor]:
     """The images that can be read, and which of them these are."""
-    from torchvision.transforms import v2
-
-    fit = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    fit = evaluation_transform(size, size, crop_mode=crop_mode)
     images = torch.empty((len(positions), 3, size, size), dtype=torch.uint8)
     readable = torch.ones(len(positions), dtype=torch.bool)
     errors: dict[int, str] = {}

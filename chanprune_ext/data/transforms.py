@@ -16,6 +16,7 @@ __all__ = ["Augmentation", "Preset", "evaluation_transform", "training_transform
 
 AUTO_AUGMENTS = ("randaugment", "trivialaugment")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+CROP_MODES = ("center", "squash")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -78,6 +79,12 @@ class Preset:
         mean, std (Sequence[float]): of each channel on the scale 0 to 1. Default: ImageNet's.
         interpolation (str): ``"bilinear"``, ``"bicubic"`` or ``"nearest"``. Default:
             ``"bilinear"``.
+        crop_mode (str): ``"center"`` keeps the proportions of an image and loses what is beside its
+            centre; ``"squash"`` scales the longer side to ``resize`` as well (timm's names).
+            Default: ``"center"``.
+
+    Raises:
+        InvalidArgumentError: an interpolation or a crop mode is none of these.
     """
 
     size: int = 224
@@ -85,13 +92,14 @@ class Preset:
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            raise InvalidArgumentError(
-                f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got "
-                f"{self.interpolation!r}"
-            )
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if getattr(self, name) not in known:
+                raise InvalidArgumentError(
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
 
     @classmethod
     def of(cls, name: str) -> Preset:
@@ -145,6 +153,7 @@ def _timm_preset(name: str) -> Preset:
         mean=tuple(config.mean),
         std=tuple(config.std),
         interpolation=config.interpolation,
+        crop_mode=config.crop_mode,
     )
 
 
@@ -189,7 +198,7 @@ def training_transform(
 
 
 def evaluation_transform(
-    size: int, resize: int, *, interpolation: str = "bilinear"
+    size: int, resize: int, *, interpolation: str = "bilinear", crop_mode: str = "center"
 ) -> Callable[[Tensor], Tensor]:
     """Scales the shorter side to ``resize`` and cuts the centre ``size`` x ``size`` out.
 
@@ -197,6 +206,7 @@ def evaluation_transform(
         size (int): edge of the result in pixels.
         resize (int): shorter side before the cut, at least ``size``.
         interpolation (str): as for :class:`Preset`. Default: ``"bilinear"``.
+        crop_mode (str): as for :class:`Preset`. Default: ``"center"``.
 
     Returns:
         Callable: uint8 ``[C, H, W]`` -> uint8 ``[C, size, size]``; a torchvision transform.
@@ -204,4 +214,5 @@ def evaluation_transform(
     from torchvision.transforms import v2
 
     mode = v2.InterpolationMode(interpolation)
-    return v2.Compose([v2.Resize(resize, interpolation=mode, antialias=True), v2.CenterCrop(size)])
+    scaled = [resize, resize] if crop_mode == "squash" else [resize]
+    return v2.Compose([v2.Resize(scaled, interpolation=mode, antialias=True), v2.CenterCrop(size)])

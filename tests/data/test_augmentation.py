@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from image_files import jpeg, write_folder
+from torchvision.io import encode_png
 
 from chanprune_ext.data import Augmentation, Preset, TensorImages, make_loader, open_dataset
 from chanprune_ext.data.decoding import decoded
@@ -75,6 +76,28 @@ def test_evaluation_scales_the_shorter_side_and_cuts_the_centre() -> None:
     cut = evaluation_transform(40, 100)(ramp)
     assert torch.equal(cut, ramp[:, 30:70, 80:120])
     assert evaluation_transform(40, 50)(ramp).shape == (3, 40, 40)
+
+
+def test_evaluation_squashes_both_sides_where_asked(tmp_path: Path) -> None:
+    half = torch.cat([torch.zeros(3, 100, 100), torch.full((3, 100, 100), 255)], 2).byte()
+    squashed = evaluation_transform(40, 40, crop_mode="squash")(half)
+    assert squashed.shape == (3, 40, 40)
+    assert squashed[:, :, :18].max() == 0
+    assert squashed[:, :, 22:].min() == 255
+    third = torch.cat([torch.full((3, 90, 60), 255), torch.zeros(3, 90, 120)], 2).byte()
+    folder = write_folder(tmp_path, {"a/0.png": encode_png(third).numpy().tobytes()})
+    for size, resize in ((48, None), (80, 80)):  # decoded once, decoded anew
+        looks: dict[str, Any] = {"size": size, "resize": resize, "mean": (0,) * 3, "std": (1,) * 3}
+        white = {
+            mode: open_dataset(folder, crop_mode=mode, **looks)[0][0].mean().item()
+            for mode in ("center", "squash")
+        }
+        assert white["squash"] == pytest.approx(1 / 3, abs=0.02)
+        assert white["center"] < 0.25  # three quarters of it are beside the centre
+    with pytest.raises(InvalidArgumentError, match="crop_mode: expected one of center, squash"):
+        open_dataset(folder, crop_mode="border")
+    with pytest.raises(InvalidArgumentError, match="crop_mode: only folders and archives"):
+        open_dataset("digits", crop_mode="squash")
 
 
 def test_repeats_come_in_a_row_and_differ(tmp_path: Path) -> None:
@@ -155,5 +178,7 @@ def test_presets_of_timm() -> None:
     preset = Preset.of("timm:vit_base_patch16_224.augreg_in21k_ft_in1k")
     assert (preset.size, preset.resize, preset.interpolation) == (224, 248, "bicubic")
     assert tuple(preset.mean) == (0.5, 0.5, 0.5)
+    assert preset.crop_mode == "center"
+    assert Preset.of("timm:eva_large_patch14_336.in22k_ft_in1k").crop_mode == "squash"
     with pytest.raises(InvalidArgumentError, match=r"timm:nothing: .*list_pretrained"):
         Preset.of("timm:nothing")
