@@ -16,7 +16,7 @@ from chanprune_ext.analysis.settings import contents_of, settings_of
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy as np
     from torch import nn
@@ -31,6 +31,7 @@ __all__ = [
     "TracedInt",
     "expression",
     "leaves",
+    "may_hold_traced",
     "traced_attributes",
 ]
 
@@ -250,19 +251,20 @@ def plain(value: Any) -> Any:
     if kind is slice:
         return slice(plain(value.start), plain(value.stop), plain(value.step))
     if kind in (tuple, list):
-        return kind(plain(v) for v in value) if _has_traced(value) else value
+        return kind(plain(v) for v in value) if may_hold_traced(value) else value
     if kind is dict:
         return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, tuple) and _has_traced(value):
+    if isinstance(value, tuple) and may_hold_traced(value):
         return tuple(plain(v) for v in value)
     return value
 
 
-def _has_traced(values: Any) -> bool:
+def may_hold_traced(values: Iterable[Any]) -> bool:
+    """Whether a traced int is among values and what tuples and lists hold, or may be in a dict."""
     for value in values:
         kind = type(value)
         if kind is TracedInt or kind is slice or kind is dict:
             return True
-        if isinstance(value, (tuple, list)) and _has_traced(value):
+        if isinstance(value, (tuple, list)) and may_hold_traced(value):
             return True
     return False

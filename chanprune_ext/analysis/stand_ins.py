@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.memories import memories_apart
 from chanprune_ext.module_tree import modules_of, remembered
 
 __all__ = [
@@ -140,9 +141,10 @@ def call_substituted(
             _put_in(path, module, attributes, stand_ins, contents, empty)
         if prepare is not None:
             prepare(model)
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        with memories_apart(model):
+            if isinstance(inputs, Mapping):
+                return model(**inputs)
+            return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     finally:
         for _, module, attributes in before:
             module.__dict__.clear()

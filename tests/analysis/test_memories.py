@@ -1,0 +1,167 @@
+"""What code remembers beside its modules: neither found by an analysis nor left behind by one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import chanprune_ext as cpx
+
+TABLES: dict[int, Tensor] = {}
+X = torch.randn(2, 3, 6, 6)
+
+
+@functools.lru_cache(maxsize=64)
+def split_shape(batch: int, channels: int, height: int, width: int) -> tuple[int, ...]:
+    return batch, 4, channels // 4, height, width
+
+
+@functools.lru_cache(maxsize=64)
+def ramp(channels: int) -> Tensor:
+    return torch.arange(channels).float()[:, None, None]
+
+
+@functools.lru_cache(maxsize=64)
+def label_of(channels: int) -> object:
+    return object()
+
+
+class Net(nn.Module):
+    """A convolution, something that remembers, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.between(self.first(x)))
+        return out
+
+    def between(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Shapes(Net):
+    def between(self, h: Tensor) -> Tensor:
+        parts = h.reshape(split_shape(*h.shape))
+        return (parts * parts.sigmoid()).flatten(1, 2)
+
+
+class Tables(Net):
+    def between(self, h: Tensor) -> Tensor:
+        return h + ramp(h.shape[3])[:, 0, 0]
+
+
+class OfClass(Net):
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - what people write
+    def window(self, size: int) -> Tensor:
+        return torch.hann_window(size)
+
+    def between(self, h: Tensor) -> Tensor:
+        return h * self.window(h.shape[-1])
+
+
+class OfModule(Net):
+    """As ``compile_compatible_method_lru_cache`` of transformers does it."""
+
+    def window(self, size: int) -> Tensor:
+        if "cached" not in self.__dict__:
+            self.cached = functools.lru_cache(maxsize=8)(self.make)
+        found: Tensor = self.cached(size)
+        return found
+
+    def make(self, size: int) -> Tensor:
+        return torch.hann_window(size)
+
+    def between(self, h: Tensor) -> Tensor:
+        return h * self.window(h.shape[-1])
+
+
+class OfFile(Net):
+    def between(self, h: Tensor) -> Tensor:
+        size = h.shape[-1]
+        if size not in TABLES:
+            TABLES[size] = torch.hann_window(size)
+        return h * TABLES[size]
+
+
+KINDS = [Shapes, Tables, OfClass, OfModule, OfFile]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> None:
+    for remembers in (split_shape, ramp, OfClass.window):
+        remembers.cache_clear()
+    TABLES.clear()
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_do_not_depend_on_what_is_remembered(kind: type[Net], ran_before: bool) -> None:
+    model = kind().eval()
+    expected = model(X) if ran_before else None
+    plan = cpx.plan(model, X, 0.5)
+    assert [(group.name, group.width_after) for group in plan.groups] == [("first", 8)]
+    assert [entry.entry for entry in plan.frozen] == ["last.weight"]
+    small = plan.apply(model, verify="numeric")
+    assert small(X).shape == (2, 2, 4, 4)
+    if expected is not None:
+        assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stand_ins_are_not_left_behind(kind: type[Net]) -> None:
+    model = kind().eval()
+    cpx.plan(model, X, 0.5)
+    assert TABLES == {}
+    assert ramp(4).device.type == "cpu"
+    assert type(split_shape(2, 16, 4, 4)[2]) is int
+    other = kind().eval()
+    assert cpx.plan(other, X, 0.5).params_after < cpx.plan(other, X, 0.25).params_after
+    assert model(X).shape == (2, 2, 4, 4)
+    assert type(model(X)) is Tensor
+
+
+def test_plain_results_stay_remembered() -> None:
+    class Labels(Net):
+        def between(self, h: Tensor) -> Tensor:
+            seen.append(label_of(7))
+            return h
+
+    seen: list[Any] = [label_of(7)]
+    cpx.plan(Labels().eval(), X, 0.5)
+    assert len(seen) > 2
+    assert len(set(seen)) == 1
+    assert label_of.cache_info().currsize == 1
+
+
+def test_einops_after_a_forward() -> None:
+    einops = pytest.importorskip("einops")
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 4
+            self.qkv, self.out = nn.Linear(16, 96), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                einops.rearrange(t, "b n (h d) -> b h n d", h=self.heads)
+                for t in self.qkv(x).chunk(3, -1)
+            )
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            out: Tensor = self.out(einops.rearrange(y, "b h n d -> b n (h d)"))
+            return x + out
+
+    model, x = (
+        nn.Sequential(Attention(), Attention(), nn.Linear(16, 16)).eval(),
+        torch.randn(1, 5, 16),
+    )
+    expected = cpx.plan(model, x, 0.5).params_after
+    model(x)
+    assert cpx.plan(model, x, 0.5).params_after == expected
+    assert model(x).shape == x.shape
