@@ -196,7 +196,7 @@ def source_line() -> tuple[str, int]:
     """File and line of the nearest frame outside torch and outside this package's machinery."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_user_file(frame.f_code.co_filename):
+        if is_user_file(frame.f_code.co_filename):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return "?", 0
@@ -207,14 +207,14 @@ def raising_line(error: BaseException) -> str:
     place = ""
     step = error.__traceback__
     while step is not None:
-        if _is_user_file(step.tb_frame.f_code.co_filename):
+        if is_user_file(step.tb_frame.f_code.co_filename):
             place = f"{Path(step.tb_frame.f_code.co_filename).name}:{step.tb_lineno}"
         step = step.tb_next
     return place
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_user_file(name: str) -> bool:
+def is_user_file(name: str) -> bool:
     return name in _MODEL_FILES or not (
         name.startswith((_TORCH_DIRECTORY, _PACKAGE_DIRECTORY, "<"))
         or name.endswith(("contextlib.py", "functools.py"))

@@ -9,9 +9,13 @@ match.
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from chanprune_ext.analysis import recollection
 from chanprune_ext.analysis.settings import contents_of, settings_of
 from chanprune_ext.module_tree import modules_of
 
@@ -27,8 +31,10 @@ __all__ = [
     "Dim",
     "Equation",
     "Expr",
+    "GuessedInt",
     "Op",
     "TracedInt",
+    "TracedRatio",
     "expression",
     "leaves",
     "may_hold_traced",
@@ -41,6 +47,13 @@ _WINDOW_NAMES = frozenset(
 )
 
 _TRACEABLE = frozenset({int, tuple, list})
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+}
+_FINEST = 4096
 
 
 @dataclass(frozen=True)
@@ -136,13 +149,115 @@ class TracedInt(int):
 
     __hash__ = int.__hash__
 
+    def __int__(self) -> int:
+        number = self.__index__()
+        recollection.note(number, self.expr, _same)
+        return number
+
     def __neg__(self) -> int:
         return TracedInt(-int(self), Op("*", self.expr, Const(-1)))
+
+    def __truediv__(self, other: Any) -> Any:
+        value = super().__truediv__(other)
+        if value is NotImplemented or not isinstance(other, int):
+            return value
+        return TracedRatio(value, self.expr, expression(other))
+
+    def __rtruediv__(self, other: Any) -> Any:
+        value = super().__rtruediv__(other)
+        return value if value is NotImplemented else TracedRatio(value, Const(other), self.expr)
+
+    def __rshift__(self, other: int) -> int:
+        return self // 2 ** int(other)
+
+    def __lshift__(self, other: int) -> int:
+        return self * 2 ** int(other)
+
+    def __divmod__(self, other: int) -> tuple[int, int]:
+        return self // other, self % other
+
+
+class GuessedInt(TracedInt):
+    """A plain int that equals one made of a traced int by the same code: likely that one."""
+
+
+class TracedRatio(float):
+    """A quotient of two ints; rounded, it is an int again, with the expression it came from."""
+
+    over: Expr
+    under: Expr
+
+    def __new__(cls, value: float, over: Expr, under: Expr) -> TracedRatio:  # noqa: D102
+        self = super().__new__(cls, value)
+        self.over, self.under = over, under
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> float:
+        return float(self)
+
+    def __mul__(self, other: Any) -> Any:
+        value = super().__mul__(other)
+        if value is NotImplemented or not isinstance(other, int):
+            return value
+        return TracedRatio(value, _folded("*", self.over, expression(other)), self.under)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        value = super().__truediv__(other)
+        if value is NotImplemented or not isinstance(other, int):
+            return value
+        return TracedRatio(value, self.over, _folded("*", self.under, expression(other)))
+
+    def __int__(self) -> int:
+        number = super().__int__()
+        if self >= 0:
+            recollection.note(number, self._rounded_down, _same)
+        return number
+
+    def __floor__(self) -> int:
+        return TracedInt(super().__floor__(), self._rounded_down)
+
+    def __trunc__(self) -> int:
+        return self.__floor__() if self >= 0 else super().__trunc__()
+
+    def __ceil__(self) -> int:
+        raised = _folded("+", self.over, _folded("-", self.under, Const(1)))
+        return TracedInt(super().__ceil__(), _folded("//", raised, self.under))
+
+    def __round__(self, digits: Any = None) -> Any:
+        value = super().__round__(digits)
+        if digits is not None or value != self:
+            return value  # halves go to the even side, which no expression says
+        return TracedInt(value, self._rounded_down)
+
+    @property
+    def _rounded_down(self) -> Expr:
+        return _folded("//", self.over, self.under)
 
 
 def expression(value: int) -> Expr:
     """The expression of a number: its own if it is traced, else a constant."""
     return value.expr if isinstance(value, TracedInt) else Const(int(value))
+
+
+def _folded(symbol: str, left: Expr, right: Expr) -> Expr:
+    """An operation, or its result where both sides are plain numbers."""
+    if isinstance(left, Const) and isinstance(right, Const):
+        return Const(_OPERATIONS[symbol](left.value, right.value))
+    return Op(symbol, left, right)
+
+
+def _same(a: Expr, b: Expr) -> bool:
+    """Whether two expressions are made of the same sizes in the same way."""
+    if isinstance(a, Dim) and isinstance(b, Dim):
+        return a.slots.shape == b.slots.shape and bool((a.slots == b.slots).all())
+    if isinstance(a, Op) and isinstance(b, Op):
+        return a.symbol == b.symbol and _same(a.left, b.left) and _same(a.right, b.right)
+    return a == b
 
 
 def leaves(expr: Expr) -> list[Expr]:
@@ -152,11 +267,22 @@ def leaves(expr: Expr) -> list[Expr]:
     return [expr]
 
 
+def _times(number: TracedInt, factor: float) -> float:
+    """``number * factor``, a ratio where the factor is a half, a quarter and so on."""
+    value = float(number) * factor
+    if math.isfinite(factor) and (share := Fraction(factor)).denominator <= _FINEST:
+        over = _folded("*", number.expr, Const(share.numerator))
+        return TracedRatio(value, over, Const(share.denominator))
+    return value
+
+
 def _arithmetic(symbol: str, method: str) -> None:
     plain = getattr(int, f"__{method}__")
 
     def forward(self: TracedInt, other: Any) -> Any:
         result = plain(self, other)
+        if symbol == "*" and type(other) is float:
+            return _times(self, other)
         if result is NotImplemented or not isinstance(other, int):
             return result
         return TracedInt(result, Op(symbol, self.expr, expression(other)))
@@ -243,11 +369,16 @@ def traced_attributes(
                 held[name] = int(now)
 
 
+_TRACED = frozenset((TracedInt, GuessedInt, TracedRatio))
+
+
 def plain(value: Any) -> Any:
     """``value`` with every traced int inside tuples, lists, dicts and slices made plain."""
     kind = type(value)
-    if kind is TracedInt:
-        return int(value)
+    if kind is TracedInt or kind is GuessedInt:
+        return value.__index__()
+    if kind is TracedRatio:
+        return float(value)
     if kind is slice:
         return slice(plain(value.start), plain(value.stop), plain(value.step))
     if kind in (tuple, list):
@@ -263,7 +394,7 @@ def may_hold_traced(values: Iterable[Any]) -> bool:
     """Whether a traced int is among values and what tuples and lists hold, or may be in a dict."""
     for value in values:
         kind = type(value)
-        if kind is TracedInt or kind is slice or kind is dict:
+        if kind in _TRACED or kind is slice or kind is dict:
             return True
         if isinstance(value, (tuple, list)) and may_hold_traced(value):
             return True

@@ -21,7 +21,7 @@ from chanprune_ext.analysis.provenance import Dim, TracedInt
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
 
-__all__ = ["literals_in", "numbers_in", "record_equations"]
+__all__ = ["TAKES_SIZES", "literals_in", "numbers_in", "record_equations"]
 
 Handler = Callable[["Tracer", tuple[Any, ...], dict[str, Any], Any], None]
 _HANDLERS: dict[str, Handler] = {}
@@ -43,6 +43,15 @@ _READ_BY_RULES = frozenset(
         *(f"conv_transpose{d}d" for d in (1, 2, 3)),
         *("convolution", "group_norm", "channel_shuffle", "native_channel_shuffle", "repeat"),
         *("repeat_interleave", "tile", "pad", "constant_pad_nd", "deform_conv2d"),
+    )
+)
+# Calls in which a size may also be a plain number that code has made of one.
+TAKES_SIZES = frozenset(
+    (
+        *("view", "reshape", "expand", "_unsafe_view", "unflatten", "__getitem__", "narrow"),
+        *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"),
+        *("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty"),
+        *("layer_norm", "rms_norm", "group_norm"),
     )
 )
 _MAKES_CONSTANTS = frozenset(("tensor", "new_tensor", "as_tensor", "asarray", "scalar_tensor"))
@@ -126,7 +135,7 @@ def _collect_literals(values: Iterable[Any], kinds: frozenset[type], found: list
             continue
         if kind in kinds:
             found.append(value)
-        elif kind is TracedInt:
+        elif issubclass(kind, TracedInt):
             if int in kinds:
                 found.append(None)
         elif isinstance(value, (tuple, list)):

@@ -34,12 +34,14 @@ from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.provenance import (
     Dim,
     Equation,
+    GuessedInt,
     TracedInt,
     plain,
     traced_attributes,
 )
+from chanprune_ext.analysis.recollection import noting, recollected
 from chanprune_ext.analysis.rules import apply_rule, give_up
-from chanprune_ext.analysis.sizes import literals_in, numbers_in, record_equations
+from chanprune_ext.analysis.sizes import TAKES_SIZES, literals_in, numbers_in, record_equations
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
     substitute,
@@ -166,6 +168,8 @@ class _ProvenanceMode(CallMode):
     def call(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.next_index += 1
         tracer = self.tracer
+        if name in TAKES_SIZES:
+            args, kwargs = recollected(args, GuessedInt), recollected(kwargs, GuessedInt)
         outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
         tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
         tracer.enter_call()
@@ -273,7 +277,7 @@ def _watch(
     """One forward under all three layers; its outputs must keep their shape."""
     mode = _ProvenanceMode(tracer, flow, tracer.device)
     try:
-        with traced_attributes(model, tracer.compared), _RuleMode(mode, tracer), mode:
+        with noting(), traced_attributes(model, tracer.compared), _RuleMode(mode, tracer), mode:
             output = call_substituted(model, stand_ins, inputs, tracer.caches)
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error

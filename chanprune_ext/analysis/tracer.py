@@ -13,6 +13,7 @@ from chanprune_ext.analysis.provenance import (
     Dim,
     Equation,
     Expr,
+    GuessedInt,
     Op,
     TracedInt,
     expression,
@@ -310,7 +311,7 @@ class Tracer:
         if isinstance(size, bool) or not isinstance(size, int):
             return
         # A plain number for a dimension nobody may shorten says nothing; a traced one must stay.
-        if len(slots) or isinstance(size, TracedInt):
+        if len(slots) or (isinstance(size, TracedInt) and not isinstance(size, GuessedInt)):
             self.equations.append(
                 Equation(expression(size), slots, self.reason(detail or f"size {int(size)}"))
             )

@@ -1,0 +1,197 @@
+"""Sizes that code rounds or makes plain: ``int(x.shape[1] / 2)``."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import chanprune_ext as cpx
+from chanprune_ext.analysis.equations import attribute_key, evaluate
+from chanprune_ext.analysis.provenance import Attribute, TracedInt, TracedRatio, plain
+from chanprune_ext.errors import NothingToPruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+X = torch.randn(2, 3, 6, 6)
+
+
+def gated(x: Tensor, width: int) -> Tensor:
+    return torch.cat([x[:, :width].sigmoid() * x[:, width:], x[:, :width]], 1)
+
+
+def split_in_halves(x: Tensor) -> Tensor:
+    first, second = torch.split(x, int(x.shape[1] / 2), dim=1)
+    return torch.cat([second.sigmoid(), first], 1)
+
+
+def slice_half(x: Tensor) -> Tensor:
+    width = int(x.size(1) * 0.5)
+    return torch.cat([x[:, :width].sigmoid() * x[:, width:], x[:, :width]], 1)
+
+
+def slice_floor(x: Tensor) -> Tensor:
+    return gated(x, math.floor(x.shape[1] / 2))
+
+
+def slice_ceil(x: Tensor) -> Tensor:
+    return gated(x, math.ceil(x.shape[1] / 2))
+
+
+def slice_round(x: Tensor) -> Tensor:
+    return gated(x, round(x.shape[1] / 2))
+
+
+def slice_shift(x: Tensor) -> Tensor:
+    return gated(x, x.shape[1] >> 1)
+
+
+def slice_divmod(x: Tensor) -> Tensor:
+    return gated(x, divmod(x.shape[1], 2)[0])
+
+
+def view_of_plain_sizes(x: Tensor) -> Tensor:
+    batch, channels, height, width = (int(size) for size in x.shape)
+    return x.reshape(batch, channels, -1).softmax(-1).view(batch, channels, height, width)
+
+
+def view_of_a_list(x: Tensor) -> Tensor:
+    sizes = [int(size) for size in x.shape]
+    return x.flatten(1).sigmoid().view(sizes)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, 2, int(c / 2), h, w).transpose(1, 2).reshape(b, -1, h, w)
+
+
+def normalise(x: Tensor) -> Tensor:
+    width = int(x.shape[1])
+    return F.layer_norm(x.movedim(1, -1), [width]).movedim(-1, 1)
+
+
+class Between(nn.Module):
+    """Two convolutions and a function between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], width: int = 16) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Conv2d(3, width, 3), nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.function(self.first(x)))
+        return out
+
+
+FOLLOWED = [
+    *(split_in_halves, slice_half, slice_floor, slice_ceil, slice_round, slice_shift),
+    *(slice_divmod, view_of_plain_sizes, view_of_a_list, shuffle),
+]
+
+
+@pytest.mark.parametrize("function", FOLLOWED, ids=lambda f: f.__name__)
+def test_rounded_sizes_are_followed(function: Callable[[Tensor], Tensor]) -> None:
+    model = Between(function).eval()
+    plan = cpx.plan(model, X, 0.5)
+    assert [(group.name, group.width_after) for group in plan.groups] == [("first", 8)]
+    assert plan.apply(model, verify="numeric")(X).shape == (2, 2, 4, 4)
+
+
+def test_a_plain_size_may_be_a_normalised_shape() -> None:
+    assert cpx.plan(Between(normalise).eval(), X, 0.5).groups[0].width_after == 8
+
+
+def test_a_literal_of_the_same_value_stays_a_literal() -> None:
+    def function(x: Tensor) -> Tensor:
+        width = int(x.shape[1])
+        return x.reshape(len(x), 16, -1).reshape(len(x), width, 4, 4)
+
+    with pytest.raises(NothingToPruneError, match=r"16 channels .*size 16"):
+        cpx.plan(Between(function).eval(), X, 0.5)
+
+
+def test_two_sizes_of_one_value_are_not_mixed_up() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            wide, wider = int(a.shape[1]), int(b.shape[1])
+            rows = a.view(-1, wide, 1) @ b.view(-1, 1, wider)
+            out: Tensor = self.out(rows.sum(1))
+            return out
+
+    with pytest.raises(NothingToPruneError, match="size 8"):
+        cpx.plan(Two().eval(), torch.randn(3, 5), 0.5)
+
+
+def test_another_size_may_have_the_value_of_a_noted_one() -> None:
+    model, x = Between(shuffle).eval(), torch.randn(1, 3, 10, 10)
+    assert model.first(x).shape[-1] == model.first.out_channels // 2
+    assert cpx.plan(model, x, 0.5).groups[0].width_after == 8
+
+
+def test_other_runs_of_a_function_are_others() -> None:
+    """Each block notes its own width, equal or not."""
+    blocks = [Between(shuffle), nn.Conv2d(2, 3, 1), Between(shuffle), nn.Conv2d(2, 3, 1)]
+    model = nn.Sequential(*blocks, Between(shuffle, 8)).eval()
+    x = torch.randn(1, 3, 12, 12)
+    plan = cpx.plan(model, x, 0.5, ignore=["0.*"])
+    widths = {group.name: group.width_after for group in plan.groups}
+    assert (widths["2.first"], widths["4.first"]) == (8, 4)
+    assert plan.apply(model, verify="numeric")(x).shape == model(x).shape
+
+
+def width(value: int) -> TracedInt:
+    return TracedInt(value, Attribute("net", "width", None, value))
+
+
+WAYS: list[Callable[[Any, int], Any]] = [
+    lambda w, d: math.floor(w / d),
+    lambda w, d: math.ceil(w / d),
+    lambda w, d: math.trunc(w / d),
+    lambda w, d: round(w * d / d),
+    lambda w, d: math.floor(w * 0.75 / d),
+    lambda w, d: math.ceil(d * (w / 2)),
+    lambda w, d: math.floor(d / w),
+    lambda w, d: (w << 2) >> 1,
+    lambda w, d: divmod(w, d)[1],
+]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.sampled_from(WAYS))
+def test_expressions_say_what_the_code_does(
+    now: int, later: int, other: int, way: Callable[[Any, int], Any]
+) -> None:
+    traced = way(width(now), other)
+    assert plain(traced) == way(now, other)
+    assert isinstance(traced, TracedInt)
+    key = attribute_key(Attribute("net", "width", None, now))
+    assert evaluate(traced.expr, None, {key: later}) == way(later, other)  # type: ignore[arg-type]
+
+
+def test_ratios_are_floats_to_everybody_else() -> None:
+    ratio = width(7) / 2
+    assert isinstance(ratio, TracedRatio)
+    for same in (plain(ratio), copy.deepcopy(ratio), pickle.loads(pickle.dumps(ratio))):
+        assert type(same) is float
+        assert same == 3.5
+    assert type(plain([ratio])[0]) is float
+    assert torch.full((1,), ratio).item() == 3.5
+    assert (type(ratio + 1), type(ratio * 0.3), type(width(7) * 0.3)) == (float,) * 3
+    assert (width(7) * math.inf, round(ratio), round(ratio, 1)) == (math.inf, 4, 3.5)
+    assert int(width(7) / -2) == -3
+    with pytest.raises(ZeroDivisionError):
+        width(7) / 0
+    assert type(int(width(7))) is int
