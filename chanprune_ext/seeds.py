@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["drawing_from", "generator_of", "mixed"]
 
@@ -25,8 +25,13 @@ def generator_of(*numbers: int) -> torch.Generator:
 
 
 @contextmanager
-def drawing_from(*numbers: int) -> Iterator[None]:
-    """Lends torch's global generator, seeded so, and puts it back as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mixed(*numbers))
+def drawing_from(*numbers: int, gpus: Iterable[int] = ()) -> Iterator[None]:
+    """Lends torch's global generator, and those of some GPUs, seeded so; puts them back after."""
+    gpus = list(gpus)
+    with torch.random.fork_rng(devices=gpus):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[g] for g in gpus),
+        ):
+            generator.manual_seed(mixed(*numbers))
         yield

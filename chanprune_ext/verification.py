@@ -18,6 +18,7 @@ from chanprune_ext.copying import copied, copies_plainly, keeps_to_itself
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
 from chanprune_ext.module_tree import modules_of
 from chanprune_ext.plan_inputs import inputs_from
+from chanprune_ext.seeds import drawing_from
 from chanprune_ext.widths import WIDTH_NAMES, shape_after
 
 if TYPE_CHECKING:
@@ -285,7 +286,9 @@ def _inputs_of(plan: PruningPlan, inputs: Any) -> Any:
 
 
 def _run_in_float64(plan: PruningPlan, model: nn.Module, inputs: Any) -> Any:
-    with steady_calls(model):
+    gpus = {t.device.index for t in tensors_of(model).values() if t.is_cuda}
+    # What a forward draws at random is the same for both models.
+    with steady_calls(model), drawing_from(0, gpus=gpus):
         try:
             output = call_substituted(model, {}, inputs)
         except Exception as error:

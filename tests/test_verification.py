@@ -213,3 +213,24 @@ def test_a_forward_bound_to_a_dtype_cannot_be_compared() -> None:
     inputs = torch.randn(2, 6)
     with pytest.raises(VerificationError, match=r"does not run in float64.*use verify='replay'"):
         cpx.prune(Half(), inputs, 0.5, verify="numeric")
+
+
+def test_what_a_forward_draws_is_the_same_for_both_models() -> None:
+    class Sampling(nn.Module):
+        """As a variational autoencoder does in eval mode as well."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = self.b(self.a(x).relu())
+            out: Tensor = self.out(mean + torch.randn_like(mean))
+            return out
+
+    model, x = Sampling().eval(), torch.randn(2, 5)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    cpx.prune(model, x, 0.5, ignore=["b"], verify="numeric")
+    assert torch.equal(torch.rand(3), expected)
