@@ -17,6 +17,7 @@ from chanprune_ext.checkpoint import read_description
 from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.module_modes import without_cache
 from chanprune_ext.plan import PruningPlan, plans_of, plans_within
+from chanprune_ext.soundness import is_sound
 
 if TYPE_CHECKING:
     import os
@@ -140,14 +141,14 @@ def _against_original(
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, list[int]], list[str]]:
-    """Shapes by name, and the names of tensors with values that are not finite."""
+    """Shapes by name, and the names of tensors with broken values; any of them may be a mask."""
     shapes: dict[str, list[int]] = {}
     bad: list[str] = []
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             tensor = file.get_tensor(name)
             shapes[name] = list(tensor.shape)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            if not is_sound(name, tensor, parameter=False):
                 bad.append(name)
     return shapes, bad
 

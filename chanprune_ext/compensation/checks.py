@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, PlanMismatchError
 from ..plan import plan_of, plans_within
+from ..soundness import is_sound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,11 +138,12 @@ def check_networks(
                 f"pruned: {entry} was made inside torch.inference_mode, so its values can't be "
                 "changed outside of it; load or prune the network under torch.no_grad instead"
             )
-    for name, state in states.items():
+    for (name, state), model in zip(states.items(), (pruned, original), strict=True):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for entry, tensor in state.items():
             if tensor.is_meta:
                 raise InvalidArgumentError(f"{name}: {entry} is on the meta device, without values")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if not is_sound(entry, tensor, parameter=entry in parameters):
                 raise InvalidArgumentError(f"{name}: {entry} contains NaN or infinity")
     first = _first_names(original)
     for entry, tensor in states["original"].items():

@@ -65,7 +65,13 @@ def _averages_all(facts: CallFacts) -> bool:
     if not isinstance(x, Activation) or facts.output_shape is None:
         return False
     axes = len(x.shape) - 2
-    if facts.name != "mean" and _POOLS.get(facts.name) != axes:
+    if facts.name == "mean":
+        dims = facts.args[1] if len(facts.args) > 1 else facts.kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims or ()
+        # Tokens may be as many as channels: shapes don't tell over which the average goes.
+        if sorted(dim % len(x.shape) for dim in dims) != list(range(2, 2 + axes)):
+            return False
+    elif _POOLS.get(facts.name) != axes:
         return False
     return (
         1 <= axes <= 3

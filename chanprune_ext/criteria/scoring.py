@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.stand_ins import tensors_of
 from chanprune_ext.errors import InvalidArgumentError
+from chanprune_ext.soundness import is_sound
 
 from .geometric import fpgm
 from .magnitude import bn_scale, l1, l2, linf, random
@@ -121,10 +122,11 @@ def _check_values(model: nn.Module) -> None:
             for k in kinds
         ):
             return
-    name = next(n for n, t in tensors.items() if not bool(torch.isfinite(t).all()))
-    raise InvalidArgumentError(
-        f"'{name}' contains NaN or Inf; channels of such a model cannot be ranked"
-    )
+    for name, tensor in tensors_of(model).items():
+        if not is_sound(name, tensor):
+            raise InvalidArgumentError(
+                f"'{name}' contains NaN or Inf; channels of such a model cannot be ranked"
+            )
 
 
 def _holds_numbers(tensor: Tensor) -> bool:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..soundness import is_sound
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -35,9 +37,10 @@ def own_slice(tensor: Tensor) -> Tensor:
 
 
 def broken(model: nn.Module) -> str | None:
-    """The first of them that is not finite."""
+    """The first of them with values that nothing can be computed with."""
+    parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in named_tensors(model).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not is_sound(name, tensor, parameter=name in parameters):
             return name
     return None
 

@@ -177,3 +177,24 @@ def test_samples_that_have_judged_serve_the_output_layer_in_the_end(monkeypatch)
     samples, without = run()
     assert samples == 60
     assert error < 0.9 * without
+
+
+def test_an_average_over_the_second_axis_has_no_windows():
+    """As many tokens as channels: only the axis tells that tokens are averaged."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.hidden = nn.Linear(5, 16), nn.Linear(16, 8)
+            self.classes = nn.Linear(8, 12)
+
+        def forward(self, x):
+            return self.classes(self.hidden(self.embed(x).relu()).mean(1))
+
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(6, 4, 5)
+    pruned = cpx.prune(model, x, 0.5)
+    assert pruned.hidden.out_features == x.shape[1]
+    before = (pruned(x) - model(x)).norm()
+    cpx.compensate(pruned, model, [x, torch.randn(6, 4, 5)])
+    assert (pruned(x) - model(x)).norm() < 0.8 * before
