@@ -450,7 +450,13 @@ def _moved(mode: _RowMode, call: _Running) -> Any:
     *("dropout", "alias", "neg", "__neg__", "positive", "cuda", "cpu", "type"),
 )
 def _same(mode: _RowMode, call: _Running) -> Any:
-    return mode.of(call.args[0])
+    entry = mode.entries.get(id(call.args[0]))
+    if entry is None or call.args[0].dim() == 1:
+        return mode.of(call.args[0])
+    # The parameter in another dtype, or itself: a layer will find its rows.
+    mode.entries[id(call.output)] = entry
+    mode.alive.append(call.output)
+    return ()
 
 
 @_on(

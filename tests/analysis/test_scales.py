@@ -93,6 +93,17 @@ class LateBias(Separate):
         return q, k, v
 
 
+class Converting(Separate):
+    """Its layers bring their weights to the dtype of the input, as Whisper's do."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, n, _ = x.shape
+        q = F.linear(x, self.q.weight.to(x.dtype)).view(b, n, self.heads, -1).transpose(1, 2)
+        kv = F.linear(x, self.kv.weight.type_as(x), self.kv.bias.to(x.dtype))
+        k, v = kv.view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
 class Convolved(Attention):
     """Heads cut from the channels of an image, with a batch norm that does the scaling."""
 
@@ -135,7 +146,7 @@ def made(kind: type[Attention]) -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize(
     "kind",
-    [Attention, ScaledQuery, DividedLogits, Rotated, Separate, LateBias, Convolved],
+    [Attention, ScaledQuery, DividedLogits, Rotated, Separate, LateBias, Converting, Convolved],
     ids=lambda kind: kind.__name__,
 )
 def test_head_width_is_pruned_and_the_logits_keep_their_scale(kind: type[Attention]) -> None:
