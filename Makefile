@@ -9,7 +9,7 @@
 #                  CUDA toolkit
 #   make wheel-test  one wheel, audited, its operator tests under several releases of torch (TORCHES='2.11.0? latest')
 #   make bench     benchmarks; writes runs/benchmarks-*.json, renders docs/benchmarks.md (NOTE='words on the run')
-#   make coverage  prune every model of torchvision, timm, transformers and the toys; writes
+#   make coverage  prune every model of torchvision, timm, transformers, eight more libraries and the toys; writes
 #                  docs/results/coverage-*.json and docs/coverage.md (SUITES='timm toys' chooses,
 #                  PEER=1 runs Torch-Pruning on the same models)
 #   make docs      build the documentation into site/
@@ -89,9 +89,9 @@ bench: $(INSTALLED)
 	done
 	$(BIN)/python benchmarks/render.py docs '$(NOTE)' $(OPERATORS:%=runs/benchmarks-%.json)
 
-SUITES ?= torchvision timm transformers toys
+SUITES ?= torchvision timm transformers libraries toys
 coverage: $(INSTALLED)
-	$(PIP_INSTALL) -e '.[coverage]' --no-build-isolation
+	$(PIP_INSTALL) -e '.[coverage,libraries]' --no-build-isolation
 	set -e; for suite in $(SUITES); do \
 	  $(BIN)/python -m benchmarks.coverage --suite $$suite $(if $(PEER),--peer torch-pruning) \
 	    --json docs/results/coverage-$$suite.json || test $$? -eq 1; \

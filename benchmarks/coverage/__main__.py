@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from benchmarks.coverage.case import Case
 
-SUITES = ("torchvision", "timm", "transformers", "toys")
+SUITES = ("torchvision", "timm", "transformers", "libraries", "toys")
 
 
 def catalogue(suite: str) -> list[Case]:

@@ -56,8 +56,8 @@ def _settled(output: Any) -> Any:
     """Of detections, what does not hang on the order of boxes with equal scores."""
     if isinstance(output, (list, tuple)) and type(output) in (list, tuple):
         return type(output)(_settled(v) for v in output)
-    if type(output) is dict and {"boxes", "scores"} <= output.keys() and len(output["scores"]):
-        scores = output["scores"]
+    scores = output.get("scores") if type(output) is dict and "boxes" in output else None
+    if isinstance(scores, Tensor) and scores.dim() == 1 and len(scores):
         gaps = torch.cat([scores.new_ones(1), scores.diff().abs(), scores.new_ones(1)])
         alone = (gaps[1:] > 1e-6) & (gaps[:-1] > 1e-6)
         return {k: v if k == "scores" else v[alone] for k, v in output.items()}

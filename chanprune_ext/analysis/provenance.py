@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from chanprune_ext.analysis import recollection
-from chanprune_ext.analysis.settings import contents_of, settings_of
+from chanprune_ext.analysis.settings import contents_of, derived_of, settings_of
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
@@ -357,6 +357,11 @@ def traced_attributes(
                 if traced is not value:
                     held[name] = traced
                     replaced.append((held, name, value, traced))
+        for _, module in modules_of(model):
+            for name, derived in derived_of(module).items():
+                held = module.__dict__
+                replaced.append((held, name, held.get(name), derived))
+                held[name] = derived
         yield
     finally:
         _NOTICES.remove(compared)

@@ -15,7 +15,7 @@ from chanprune_ext.analysis.meta_calls import MetaCalls
 from chanprune_ext.analysis.meta_kernels import empty, has_no_values
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.scales import fold_scales, scale_factor
-from chanprune_ext.analysis.settings import contents_of, owner_of
+from chanprune_ext.analysis.settings import contents_of, derived_of, owner_of
 from chanprune_ext.analysis.sizes import literals_in, numbers_in
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
@@ -88,6 +88,10 @@ def set_attributes(
             items = list(old)
             items[attribute.position] = value
             held[name] = type(old)(items)
+        module = model.get_submodule(attribute.module)
+        for name, derived in derived_of(module).items():
+            done.append((module.__dict__, name, module.__dict__.get(name)))
+            module.__dict__[name] = derived
     return done
 
 

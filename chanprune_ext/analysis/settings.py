@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from chanprune_ext.analysis.provenance import Attribute
 
-__all__ = ["contents_of", "own_settings", "owner_of", "settings_of"]
+__all__ = ["contents_of", "derived_of", "own_settings", "owner_of", "settings_of"]
 
 # Objects that have a __dict__, but no settings in it.
 _NO_SETTINGS = (
@@ -51,6 +51,13 @@ def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
 def contents_of(owner: Any) -> dict[str, Any]:
     """Where the numbers of a module, a settings object, or a dict of settings stand."""
     return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+
+
+def derived_of(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps of its settings in another form, as it is with their present numbers."""
+    if "axes_lengths" in module.__dict__ and type(module).__module__.startswith("einops."):
+        return {"_axes_lengths": tuple(module.__dict__["axes_lengths"].items())}
+    return {}
 
 
 def owner_of(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
