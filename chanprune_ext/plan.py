@@ -110,7 +110,7 @@ class PruningPlan:
         for entry, dims in self.kept.items():
             shape = self.fingerprint["tensors"][entry]
             for dim, kept in dims.items():
-                mask = torch.ones(shape[dim], dtype=torch.bool)
+                mask = torch.ones(shape[dim], dtype=torch.bool, device="cpu")
                 mask[kept] = False
                 removed.setdefault(entry, {})[dim] = mask.nonzero().flatten()
         return removed
@@ -220,13 +220,16 @@ class PruningPlan:
                 attributes[Attribute(**fields)] = int(item["new"])
             kept = {
                 entry: {
-                    int(dim): torch.tensor(index, dtype=torch.int64) for dim, index in dims.items()
+                    int(dim): torch.tensor(index, dtype=torch.int64, device="cpu")
+                    for dim, index in dims.items()
                 }
                 for entry, dims in data["kept"].items()
             }
             _check_indices(kept, data["fingerprint"]["tensors"])
             rescalings = tuple(
-                Rescaling(**{**r, "indices": torch.tensor(r["indices"], dtype=torch.int64)})
+                Rescaling(
+                    **{**r, "indices": torch.tensor(r["indices"], dtype=torch.int64, device="cpu")}
+                )
                 for r in data["rescalings"]
             )
             return cls(

@@ -158,7 +158,7 @@ def _sliced_tensors(
 
 def _rescaled(plan: PruningPlan, rescaling: Rescaling, whole: int, tensor: Tensor) -> Tensor:
     """A successor with some indices of a dim, of size ``whole`` before, multiplied."""
-    factors = torch.ones(whole, dtype=torch.float64)
+    factors = torch.ones(whole, dtype=torch.float64, device="cpu")
     factors[rescaling.indices] = rescaling.factor
     kept = plan.kept.get(rescaling.entry, {}).get(rescaling.dim)
     if kept is not None:

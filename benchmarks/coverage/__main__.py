@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
     from benchmarks.coverage.case import Case
 
+_PACKAGES = {
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+    "libraries": (
+        *("diffusers", "monai", "openai-whisper", "pytorchcv", "segmentation-models-pytorch"),
+        *("ultralytics", "vit-pytorch", "x-transformers"),
+    ),
+}
 SUITES = ("torchvision", "timm", "transformers", "libraries", "toys")
 
 
@@ -46,7 +54,7 @@ def versions(suite: str, *, peer: bool = False) -> dict[str, str]:
 
     import chanprune_ext
 
-    names = ["torch", "torchvision", *({suite} & {"timm", "transformers"})]
+    names = ["torch", "torchvision", *_PACKAGES.get(suite, ())]
     names += ["torch-pruning"] if peer else []
     return {
         "chanprune_ext": chanprune_ext.__version__,

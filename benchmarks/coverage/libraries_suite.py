@@ -397,17 +397,10 @@ _SMALL = (
 _LARGE = (
     *("sparsenet121", "peleenet", "dpn68", "darknet53", "bagnet9", "dla34", "msdnet22"),
     *("fishnet99", "hrnet_w18_small_v1", "vovnet27s", "selecsls42", "hardnet39ds", "darts"),
-    *(
-        "shufflenetv2_wd2",
-        "igcv3_w1",
-        "proxylessnas_cpu",
-        "fbnet_cb",
-        "drnc26",
-        "condensenet74_c4_g4",
-    ),
-    *("mixnet_s", "ghostnet", "sknet50", "ibnresnet50", "bninception", "cbamresnet18", "scnet50"),
-    *("squeezenet_v1_0", "octresnet10_ad2", "res2net50_w14_s8", "resnesta18", "regnety002"),
-    *("airnet50_1x64d_r2", "bamresnet18", "spnasnet", "irevnet301", "espnetv2_wd2"),
+    *("shufflenetv2_wd2", "igcv3_w1", "proxylessnas_cpu", "fbnet_cb", "drnc26", "regnety002"),
+    *("mixnet_s", "ghostnet", "sknet50", "ibn_resnet50", "bninception", "cbam_resnet18"),
+    *("squeezenet_v1_0", "octresnet10_ad2", "scnet50", "resnesta18", "airnet50_1x64d_r2"),
+    *("bam_resnet18", "spnasnet", "irevnet301", "espnetv2_wd2"),
 )
 
 

@@ -276,7 +276,7 @@ class _RowMode(MetaCalls):
             return None
         if id(tensor) in self.entries and id(tensor) not in self.ids and tensor.dim() == 1:
             start = self.rows.add(self.entries[id(tensor)], 0, len(tensor))
-            return torch.arange(start, start + len(tensor))
+            return torch.arange(start, start + len(tensor), device="cpu")
         return self.ids.get(id(tensor))
 
     def along(self, parameter: Any, dim: int) -> Tensor | None:
@@ -285,7 +285,7 @@ class _RowMode(MetaCalls):
         if entry is None:
             return None
         start = self.rows.add(entry, dim, parameter.shape[dim])
-        return torch.arange(start, start + parameter.shape[dim])
+        return torch.arange(start, start + parameter.shape[dim], device="cpu")
 
     def leave(self, tensor: Tensor) -> None:
         """A value is used in a way that scaling would change: its rows must stay as they are."""
@@ -437,7 +437,7 @@ def _moved(mode: _RowMode, call: _Running) -> Any:
 
     def ids_of(tensor: Tensor) -> Tensor:
         ids = mode.of(tensor)
-        return torch.full((), -1).expand(tensor.shape) if ids is None else ids
+        return torch.full((), -1, device="cpu").expand(tensor.shape) if ids is None else ids
 
     # A tensor that serves as an index: a stand-in does not know its values.
     if isinstance(call.args[0], Tensor) and tensors_in(call.args[1:]):

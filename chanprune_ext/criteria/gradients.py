@@ -175,7 +175,7 @@ class _Units:
     def _signed(self, member: Member, signs: Tensor) -> Tensor:
         """The member's weights times their unit's sign, zero where no unit of the group is."""
         weight = self.weights[member.entry].detach()
-        factor = torch.zeros(weight.shape[member.dim], dtype=weight.dtype)
+        factor = torch.zeros(weight.shape[member.dim], dtype=weight.dtype, device="cpu")
         index = torch.from_numpy(np.ascontiguousarray(member.indices))
         factor[index] = signs[:, None].to(weight.dtype).expand(index.shape)
         shape = [1] * weight.dim()

@@ -158,6 +158,6 @@ class FileImages(EncodedImages):
 def collated(found: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Images ``[B, C, H, W]`` and labels ``[B]``; B is 0 where no image could be read."""
     if not found:
-        return torch.empty(0), torch.empty(0, dtype=torch.long)
+        return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.long, device="cpu")
     images, labels = default_collate(list(found))
     return images, labels

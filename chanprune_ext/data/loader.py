@@ -70,7 +70,9 @@ class EpochSampler(Sampler[Any]):
         return self.length
 
     def __iter__(self) -> Iterator[Index]:
-        order = torch.randperm(self.length, generator=generator_of(self.seed, self.epoch, 0))
+        order = torch.randperm(
+            self.length, generator=generator_of(self.seed, self.epoch, 0), device="cpu"
+        )
         start, self.start = self.start, 0
         if self.repeats == 1:
             return iter(order.tolist()[start:])
@@ -184,9 +186,9 @@ def calibration_batches(
     batches = list(torch.split(whole, batch_size))
     if mixed:
         generator = generator_of(seed, 0, 4)
-        share = torch.rand(len(whole), *[1] * (whole.ndim - 1), generator=generator)
+        share = torch.rand(len(whole), *[1] * (whole.ndim - 1), generator=generator, device="cpu")
         share = 0.25 + 0.5 * share
-        others = whole[torch.randperm(len(whole), generator=generator)]
+        others = whole[torch.randperm(len(whole), generator=generator, device="cpu")]
         batches += list(torch.split(share * whole + (1 - share) * others, batch_size))
     return batches
 
@@ -202,7 +204,7 @@ def _drawn(plain: ImageDataset, n: int, batch_size: int, seed: int) -> Iterator[
             if found >= n:
                 return
         return
-    order = torch.randperm(len(plain), generator=generator_of(seed, 0, 3)).tolist()
+    order = torch.randperm(len(plain), generator=generator_of(seed, 0, 3), device="cpu").tolist()
     while found < n and order:
         chosen, order = order[: min(batch_size, n - found)], order[min(batch_size, n - found) :]
         if isinstance(plain, TensorImages):

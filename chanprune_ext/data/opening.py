@@ -213,7 +213,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
-    held_out = torch.arange(len(labels)) % 5 == 0
+    held_out = torch.arange(len(labels), device="cpu") % 5 == 0
     chosen = ~held_out if split == "train" else held_out
     return images[chosen], labels[chosen], tuple(str(digit) for digit in range(10))
 
@@ -230,7 +230,7 @@ def _cifar10(root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
             f"{CIFAR10.base_folder} into {root}"
         ) from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(data.targets), tuple(data.classes)
+    return images, torch.tensor(data.targets, device="cpu"), tuple(data.classes)
 
 
 def _npz(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -336,8 +336,8 @@ def _decode_all(
 ) -> tuple[Tensor, Tensor]:
     """The images that can be read, and which of them these are."""
     fit = evaluation_transform(size, size, crop_mode=crop_mode)
-    images = torch.empty((len(positions), 3, size, size), dtype=torch.uint8)
-    readable = torch.ones(len(positions), dtype=torch.bool)
+    images = torch.empty((len(positions), 3, size, size), dtype=torch.uint8, device="cpu")
+    readable = torch.ones(len(positions), dtype=torch.bool, device="cpu")
     errors: dict[int, str] = {}
 
     def fill(index: int) -> None:

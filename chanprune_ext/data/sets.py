@@ -58,8 +58,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.augmentation = augment if isinstance(augment, Augmentation) else Augmentation()
         self.seed = seed
         self.epoch = 0
-        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
+        self._scale = torch.tensor([1 / (255 * s) for s in std], device="cpu").view(-1, 1, 1)
+        self._shift = torch.tensor(
+            [-m / s for m, s in zip(mean, std, strict=True)], device="cpu"
+        ).view(-1, 1, 1)
 
     @property
     def num_classes(self) -> int:
@@ -138,10 +140,12 @@ class TensorImages(ImageDataset):
     def batch(self, indices: Sequence[Index]) -> tuple[Tensor, Tensor]:
         """Images ``[B, C, H, W]`` and labels ``[B]`` at these positions, all at once."""
         places = [position_and_repeat(index) for index in indices]
-        chosen = torch.tensor([position for position, _ in places], dtype=torch.long)
+        chosen = torch.tensor([position for position, _ in places], dtype=torch.long, device="cpu")
         pixels = self.images[chosen]
         if self.augment:
-            pixels = self._moved(pixels, chosen, torch.tensor([repeat for _, repeat in places]))
+            pixels = self._moved(
+                pixels, chosen, torch.tensor([repeat for _, repeat in places], device="cpu")
+            )
             if self._further is not None:
                 for row, place in enumerate(places):
                     with drawing_from(self.seed, self.epoch, 2, *place):
@@ -151,11 +155,11 @@ class TensorImages(ImageDataset):
     def _moved(self, pixels: Tensor, chosen: Tensor, repeats: Tensor) -> Tensor:
         top, left, mirror = self._draws()[repeats, :, chosen].unbind(1)
         height, width = self.shape[1:]
-        rows = top[:, None] + torch.arange(height)
-        columns = torch.arange(width).expand(len(chosen), -1)
+        rows = top[:, None] + torch.arange(height, device="cpu")
+        columns = torch.arange(width, device="cpu").expand(len(chosen), -1)
         columns = left[:, None] + torch.where(mirror[:, None].bool(), columns.flip(1), columns)
         padded = F.pad(pixels, (self.pad,) * 4)
-        image = torch.arange(len(chosen))
+        image = torch.arange(len(chosen), device="cpu")
         moved = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         return moved.permute(0, 3, 1, 2).contiguous()
 

@@ -290,7 +290,7 @@ class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
         if not loader.shuffle:
             return data.samples(range(len(data.shards)), first, last)
         generator = generator_of(loader.seed, data.epoch, 0)
-        order = torch.randperm(len(data.shards), generator=generator).tolist()
+        order = torch.randperm(len(data.shards), generator=generator, device="cpu").tolist()
         # Rounding up for repeated images may lead past the end; the line goes round.
         samples = data.samples(order * 2, first, last)
         from webdataset.filters import shuffle

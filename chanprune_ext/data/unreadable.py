@@ -35,7 +35,7 @@ class UnreadableImages:
         self.source = source
         self._explain = explain
         # One byte an image: unlike a counter, nothing is lost when two processes write at once.
-        self._marks = torch.zeros(total, dtype=torch.uint8)
+        self._marks = torch.zeros(total, dtype=torch.uint8, device="cpu")
         self._marks.share_memory_()  # type: ignore[no-untyped-call]
 
     def mark(self, index: int) -> None:

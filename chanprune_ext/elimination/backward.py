@@ -44,7 +44,9 @@ class Problem:
         if bool(absent.any()):
             part[absent] = 0
             gap = absent.unsqueeze(1) | absent.unsqueeze(2)
-            block = torch.where(gap, torch.eye(block.shape[-1]).to(block), block)
+            block = torch.where(
+                gap, torch.eye(block.shape[-1], dtype=block.dtype, device=block.device), block
+            )
         half = torch.linalg.solve_triangular(_lower(block), part, upper=False)
         return half.square().sum((1, 2)) * self.scale
 
@@ -71,7 +73,7 @@ def _lower(blocks: Tensor) -> Tensor:
     strength = 1e-12
     while bool(failed.any()) and strength < 1:
         diagonal = blocks.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
-        eye = torch.eye(blocks.shape[-1]).to(blocks)
+        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         factors, failed = torch.linalg.cholesky_ex(blocks + strength * diagonal * eye)
         strength *= 100
     return factors

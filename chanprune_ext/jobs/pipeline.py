@@ -240,7 +240,7 @@ def _compensated(
         found = load(folder.path / "compensated.safetensors", job.model)
         return made, found, folder.done[_COMPENSATED]
     say("analysing the model and choosing channels")
-    made = plan(job.model, torch.zeros(1, *job.test.shape), **job.plan_options)
+    made = plan(job.model, torch.zeros(1, *job.test.shape, device="cpu"), **job.plan_options)
     made.save(folder.path / "plan.json")
     say("compensating: no labels, no gradients")
     compensated = made.apply(job.model)

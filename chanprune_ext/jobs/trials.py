@@ -191,7 +191,7 @@ def _rows(
 ) -> Iterator[tuple[TrialResult, nn.Module, float]]:
     """The trial's rows without draws, each with the network as it then is and CPU seconds."""
     start = time.process_time()
-    made = plan(model, torch.zeros(1, *test.shape), **trial.plan_options(batches))
+    made = plan(model, torch.zeros(1, *test.shape, device="cpu"), **trial.plan_options(batches))
     pruned = made.apply(model)
     if trial.after is not None:
         trial.after(pruned, model, batches)

@@ -201,5 +201,5 @@ class _Search:
                 continue
             size = self._shapes[entry][min(dim, len(self._shapes[entry]) - 1)]
             if (size, len(indices)) == self._sizes:
-                return torch.as_tensor(indices)
+                return torch.as_tensor(indices, device="cpu")
         return None

@@ -202,7 +202,10 @@ class Processes:
         own = [p.detach().double().sum().item() for p in model.parameters()]
         for index, other in enumerate(self.gathered(own)):
             if len(own) != len(other) or not torch.allclose(
-                torch.tensor(own), torch.tensor(other), rtol=1e-6, equal_nan=True
+                torch.tensor(own, device="cpu"),
+                torch.tensor(other, device="cpu"),
+                rtol=1e-6,
+                equal_nan=True,
             ):
                 raise InvalidArgumentError(
                     f"{what}: expected the same weights in all processes, those of process {index} "

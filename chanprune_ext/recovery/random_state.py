@@ -38,10 +38,12 @@ def random_state(device: torch.device, generators: Sequence[torch.Generator]) ->
     numbers = [*numpys["state"]["key"].tolist(), numpys["state"]["pos"], numpys["has_gauss"]]
     state = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor(words),
-        "python.gauss": torch.tensor([_NAN if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor(numbers),
-        "numpy.gauss": torch.tensor([numpys["gauss"]], dtype=torch.float64),
+        "python": torch.tensor(words, device="cpu"),
+        "python.gauss": torch.tensor(
+            [_NAN if gauss is None else gauss], dtype=torch.float64, device="cpu"
+        ),
+        "numpy": torch.tensor(numbers, device="cpu"),
+        "numpy.gauss": torch.tensor([numpys["gauss"]], dtype=torch.float64, device="cpu"),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
