@@ -1,4 +1,4 @@
-"""Names of devices, and waiting for them."""
+"""Names of devices, waiting for them, and which tensors are on which."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["cpu_name", "device_name", "synchroniser"]
+    from torch import Tensor
+
+__all__ = ["by_device", "cpu_name", "device_name", "synchroniser"]
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the tensors of each device; a large model may be spread over several."""
+    found: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        found.setdefault(tensor.device, []).append(position)
+    return list(found.values())
 
 
 def device_name(device: torch.device) -> str:

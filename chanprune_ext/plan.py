@@ -17,7 +17,7 @@ from chanprune_ext.analysis.groups import Frozen
 from chanprune_ext.analysis.provenance import Attribute
 from chanprune_ext.analysis.scales import Rescaling
 from chanprune_ext.analysis.settings import contents_of, owner_of
-from chanprune_ext.analysis.stand_ins import tensors_of
+from chanprune_ext.analysis.stand_ins import tensors_with
 from chanprune_ext.atomic_files import write_text
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from chanprune_ext.group_summary import GroupSummary
@@ -25,7 +25,7 @@ from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -159,7 +159,7 @@ class PruningPlan:
             raise InvalidArgumentError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}"
             )
-        structure = structure_of(model)
+        structure = structure_of(model, self.kept)
         for name, _ in model.named_buffers():
             # A buffer that does not shrink may have been filled by a forward since.
             if name not in self.kept and name in self.fingerprint["tensors"]:
@@ -396,12 +396,18 @@ def attach_plans(model: nn.Module, plans: tuple[PruningPlan, ...]) -> None:
         model.__dict__.pop(_ATTRIBUTE, None)
 
 
-def structure_of(model: nn.Module) -> dict[str, Any]:
-    """What must agree between two models for a plan to mean the same in both."""
+def structure_of(model: nn.Module, kept: Container[str] = ()) -> dict[str, Any]:
+    """What must agree between two models for a plan to mean the same in both.
+
+    Args:
+        model: One of them.
+        kept: Entries that the plan shortens: what else a module holds as a plain attribute may have
+            been left there by a forward.
+    """
     return {
         "class": _class_name(model),
         "modules": {name: _class_name(m) for name, m in modules_of(model) if name},
-        "tensors": {name: list(t.shape) for name, t in tensors_of(model).items()},
+        "tensors": {name: list(t.shape) for name, t in tensors_with(model, kept).items()},
     }
 
 

@@ -218,7 +218,7 @@ def plan_of_scores(
             "seed": seed,
             "substrate": analysis.trace.substrate,
         },
-        fingerprint=structure_of(model),
+        fingerprint=structure_of(model, removal.masks),
         inputs=input_shapes(example_inputs),
         deferred_couplings=functools.partial(couplings_of, analysis, aliases_of(model)),
         outputs=outputs,

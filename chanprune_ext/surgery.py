@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.replay import set_attributes
 from chanprune_ext.analysis.settings import own_settings
-from chanprune_ext.analysis.stand_ins import tensors_of
+from chanprune_ext.analysis.stand_ins import tensors_with
 from chanprune_ext.copying import carry_over, copied
+from chanprune_ext.devices import by_device
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import slice_channels
 from chanprune_ext.plan import attach_plans, plans_of
@@ -88,7 +89,7 @@ def apply_plan(
     if inplace and optimizer is None and verify != "numeric":
         # What runs there before the first cut are the very stand-ins of the replay.
         return _apply_streaming(plan, model, None if replayed else verify)
-    tensors = tensors_of(model)
+    tensors = tensors_with(model, plan.kept)
     changing = _changing(plan, tensors)
     sliced = _sliced_tensors(plan, tensors, changing)
     gradients = _sliced_gradients(plan, tensors, changing)
@@ -108,7 +109,7 @@ def apply_plan(
         if expected is not None:
             verify_outputs(plan, pruned, expected, example_inputs)
         if optimizer is not None:
-            _rebind(optimizer, state, tensors, tensors_of(pruned), undo)
+            _rebind(optimizer, state, tensors, tensors_with(pruned, plan.kept), undo)
         undo.pop_all()
     return pruned
 
@@ -119,7 +120,7 @@ def _apply_streaming(plan: PruningPlan, model: nn.Module, verify: str | None) ->
     Everything that can fail comes first: the pruned model runs on stand-ins, and the largest
     successor is made and dropped. From then on each tensor is freed as its successor is put in.
     """
-    tensors = tensors_of(model)
+    tensors = tensors_with(model, plan.kept)
     changing = _changing(plan, tensors)
     with contextlib.ExitStack() as undo:
         _set_attributes(plan, model, undo)
@@ -184,11 +185,14 @@ def _sliced_gradients(
 
 
 def sliced_like(tensors: Sequence[Tensor], kept: Sequence[Mapping[int, Tensor]]) -> list[Tensor]:
-    """Every tensor restricted to its kept indices, in one call of the native op."""
-    rows = [k.get(0) for k in kept]
-    cols = [k.get(1) for k in kept]
+    """Every tensor restricted to its kept indices, in one call of the native op for each device."""
+    results = [tensor.detach() for tensor in tensors]
     with torch.no_grad():
-        results = [t.detach() for t in slice_channels([t.detach() for t in tensors], rows, cols)]
+        for here in by_device(tensors):
+            rows, cols = ([kept[i].get(dim) for i in here] for dim in (0, 1))
+            made = slice_channels([results[i] for i in here], rows, cols)
+            for i, result in zip(here, made, strict=True):
+                results[i] = result.detach()
         for i, (result, dims) in enumerate(zip(results, kept, strict=True)):
             for dim, index in dims.items():
                 if dim > 1:

@@ -13,7 +13,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from chanprune_ext.analysis.calls import steady_calls, tensors_in
 from chanprune_ext.analysis.meta_calls import MetaCalls
-from chanprune_ext.analysis.stand_ins import call_substituted, substitute, tensors_of
+from chanprune_ext.analysis.stand_ins import (
+    call_substituted,
+    held_tensors_of,
+    substitute,
+    tensors_of,
+    tensors_with,
+)
 from chanprune_ext.copying import copied, copies_plainly, keeps_to_itself
 from chanprune_ext.errors import InvalidArgumentError, VerificationError
 from chanprune_ext.module_tree import modules_of
@@ -159,7 +165,7 @@ def verify_runs(
 def _run_on_meta(pruned: nn.Module, inputs: Any, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     meta = torch.device("meta")
     with steady_calls(pruned), MetaCalls(meta):
-        tensors = {n: t.detach().to("meta") for n, t in tensors_of(pruned).items()}
+        tensors = {n: t.detach().to("meta") for n, t in held_tensors_of(pruned).items()}
         for name, dims in kept.items():
             shape = shape_after(tensors[name].shape, dims)
             tensors[name] = torch.empty(shape, dtype=tensors[name].dtype, device=meta)
@@ -196,12 +202,12 @@ def is_as_replayed(plan: PruningPlan, model: nn.Module, pruned: nn.Module) -> bo
     expected = dict(plan.fingerprint["tensors"])
     for entry, dims in plan.kept.items():
         expected[entry] = shape_after(expected[entry], dims)
-    tensors = tensors_of(pruned)
+    tensors = tensors_with(pruned, plan.kept)
     if {name: list(t.shape) for name, t in tensors.items()} != expected:
         return False
     if pruned is model:
         return True
-    originals = tensors_of(model)
+    originals = tensors_with(model, plan.kept)
     if any(t.dtype != originals[name].dtype for name, t in tensors.items()):
         return False
     before, after = modules_of(model), modules_of(pruned)

@@ -19,10 +19,10 @@ from chanprune_ext.analysis.settings import contents_of, derived_of, owner_of
 from chanprune_ext.analysis.sizes import literals_in, numbers_in
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
+    held_tensors_of,
     substitute,
     substrate_device,
     substrate_mode,
-    tensors_of,
 )
 from chanprune_ext.analysis.tracer import Event
 from chanprune_ext.errors import VerificationError
@@ -295,7 +295,7 @@ def replay(
     ):
         tensors = {
             name: _narrowed(t, masks[name], stand_in) if name in masks else stand_in(t)
-            for name, t in tensors_of(model).items()
+            for name, t in held_tensors_of(model).items()
         }
         inputs = substitute(example_inputs, stand_in)
         mode = _ReplayMode(analysis, sizes, path)

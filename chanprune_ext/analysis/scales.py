@@ -28,10 +28,10 @@ from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.meta_calls import MetaCalls, run_call
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
+    held_tensors_of,
     substitute,
     substrate_device,
     substrate_mode,
-    tensors_of,
 )
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _followed(
 ) -> _RowMode:
     """The model run with row numbers in place of values."""
     with steady_calls(model), substrate_mode(substrate) as stand_in:
-        tensors = {name: stand_in(t) for name, t in tensors_of(model).items()}
+        tensors = {name: stand_in(t) for name, t in held_tensors_of(model).items()}
         inputs = substitute(example_inputs, stand_in)
         mode = _RowMode(tensors, factors, substrate_device(substrate), watch)
         with mode:

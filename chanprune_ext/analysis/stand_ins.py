@@ -6,13 +6,14 @@ import contextlib
 import logging
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from chanprune_ext.analysis.attribute_tensors import attribute_tensors_of
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.memories import memories_apart
 from chanprune_ext.module_tree import modules_of, remembered
@@ -20,10 +21,12 @@ from chanprune_ext.module_tree import modules_of, remembered
 __all__ = [
     "call_substituted",
     "fake_tensors_silent",
+    "held_tensors_of",
     "substitute",
     "substrate_device",
     "substrate_mode",
     "tensors_of",
+    "tensors_with",
 ]
 
 
@@ -48,6 +51,19 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     if known is not None:
         known.tensors = found
     return found
+
+
+def held_tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """:func:`tensors_of`, and plain attributes that are tensors."""
+    registered = tensors_of(model)
+    return {**registered, **attribute_tensors_of(model, registered.values())}
+
+
+def tensors_with(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:
+    """:func:`tensors_of`, and plain attributes that have one of the names."""
+    registered = tensors_of(model)
+    attributes = attribute_tensors_of(model, registered.values()).items()
+    return {**registered, **{name: tensor for name, tensor in attributes if name in names}}
 
 
 def substitute(value: Any, change: Any) -> Any:
@@ -130,7 +146,7 @@ def call_substituted(
     it has written to. ``prepare`` is called with the model before it runs; what that changes is
     forgotten too.
     """
-    originals = tensors_of(model)
+    originals = held_tensors_of(model)
     stand_ins = {id(originals[name]): tensor for name, tensor in tensors.items()}
     before = [(path, module, module.__dict__.copy()) for path, module in modules_of(model)]
     # Containers as they are now: what is in them, and those with nothing in them.

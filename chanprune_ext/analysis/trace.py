@@ -44,6 +44,7 @@ from chanprune_ext.analysis.rules import apply_rule, give_up
 from chanprune_ext.analysis.sizes import TAKES_SIZES, literals_in, numbers_in, record_equations
 from chanprune_ext.analysis.stand_ins import (
     call_substituted,
+    held_tensors_of,
     substitute,
     substrate_device,
     substrate_mode,
@@ -226,7 +227,8 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
         tracer = Tracer(LabelStore(), path, substrate_device(substrate))
         parameters: dict[str, tuple[Slots, ...]] = {}
         stand_ins: dict[str, Tensor] = {}
-        for name, tensor in tensors_of(model).items():
+        registered = tensors_of(model)
+        for name, tensor in held_tensors_of(model).items():
             stand_ins[name] = stand_in(tensor)
             dims = tuple(tracer.fresh(n) for n in tensor.shape)
             parameters[name] = dims
@@ -242,7 +244,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
         unused = [
             name
             for name, t in stand_ins.items()
-            if id(t) not in tracer.used and t.is_floating_point()
+            if id(t) not in tracer.used and t.is_floating_point() and name in registered
         ]
         if unused or not _trains_alike(tracer, model, stand_ins, inputs, flow):
             _watch_training(tracer, model, stand_ins, inputs, unused, outputs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chanprune_ext.analysis.stand_ins import tensors_of
+from chanprune_ext.devices import by_device
 from chanprune_ext.errors import InvalidArgumentError
 from chanprune_ext.ops import channel_norms
 from chanprune_ext.ops.accumulation import widened
@@ -69,7 +70,7 @@ def _norms(
     reduction: str,
     normalise: bool,
 ) -> Scores:
-    """All weights of the model are read in one call of the native operator."""
+    """All weights of the model are read in one call of the native operator for each device."""
     tensors = tensors_of(model)
     sides = ("makers", "readers") if members == "both" else (members,)
     chosen = [[chosen_members(group, tensors, side) for side in sides] for group in groups]
@@ -77,7 +78,7 @@ def _norms(
     for member in (m for found in chosen for side in found for m in side):
         keys.setdefault((member.entry, member.dim), len(keys))
     weights = [_measurable(tensors[entry].detach()) for entry, _ in keys]
-    norms = [n.cpu().double().numpy() for n in channel_norms(weights, [dim for _, dim in keys], p)]
+    norms = _norms_of(weights, [dim for _, dim in keys], p)
     scores = []
     for group, found in zip(groups, chosen, strict=True):
         parts = []
@@ -90,6 +91,14 @@ def _norms(
         # channel that nothing makes, or nothing reads, is worth nothing.
         scores.append(np.prod(parts, axis=0) ** (1 / len(parts)))
     return scores
+
+
+def _norms_of(weights: Sequence[Tensor], dims: Sequence[int], p: float) -> list[np.ndarray]:
+    norms: dict[int, np.ndarray] = {}
+    for here in by_device(weights):
+        found = channel_norms([weights[i] for i in here], [dims[i] for i in here], p)
+        norms |= {i: n.cpu().double().numpy() for i, n in zip(here, found, strict=True)}
+    return [norms[i] for i in range(len(weights))]
 
 
 def _measurable(weight: Tensor) -> Tensor:
