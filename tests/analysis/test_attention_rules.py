@@ -37,7 +37,7 @@ class Attention(nn.Module):
         super().__init__()
         self.core = core
         # On meta tensors torch takes attention apart; only elsewhere is it one operation.
-        self.plain = None if substrate == "meta" else torch.ones(5, dtype=torch.float64)
+        self.plain = [] if substrate == "meta" else [torch.ones(5, dtype=torch.float64)]
         self.by_value = substrate == "real"
         self.heads, self.kv_heads = heads, kv_heads
         self.stem = nn.Linear(5, 12)
@@ -47,8 +47,8 @@ class Attention(nn.Module):
         self.extra = nn.Parameter(torch.randn(extra)) if extra else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plain is not None:
-            x = x * self.plain  # a tensor on the CPU that no meta run can use
+        for tensor in self.plain:
+            x = x * tensor  # it stays on the CPU, where no meta run can use it
         if self.by_value:
             x = x[x.mean((1, 2)) > -1e9]  # a shape that depends on values
         x = self.stem(x)

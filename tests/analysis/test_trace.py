@@ -100,14 +100,14 @@ class ShapeFromValues(Net):
 
 
 class MixesDevices(Net):
-    """A plain tensor attribute on the CPU, which no meta run can use."""
+    """A tensor in a list, which stays on the CPU, where no meta run can use it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = torch.rand(1, 3, 1, 1)
+        self.scales = [torch.rand(1, 3, 1, 1)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x * self.scale)
+        return super().forward(x * self.scales[0])
 
 
 @pytest.mark.parametrize(
