@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 from collections import OrderedDict, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.provenance import may_hold_traced
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
-__all__ = ["memories_apart"]
+__all__ = ["memories_apart", "refill", "same_values", "values_of"]
 
 _Cached = type(functools.lru_cache(lambda: None))
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
@@ -30,8 +31,19 @@ _ELSEWHERE = sys.stdlib_module_names | {
     *("chanprune_ext", "torch", "triton", "numpy", "scipy", "pandas", "sympy", "mpmath"),
     *("networkx", "matplotlib", "PIL", "IPython", "pytest", "_pytest", "hypothesis", "setuptools"),
 }
-# Where loaded files have names for functions that remember, and how many files were loaded then.
-_in_loaded: list[tuple[dict[str, Any], str]] = []
+
+
+class _Named(NamedTuple):
+    """A function that remembers, under a name of a file, a class or a module."""
+
+    held: Any
+    name: str
+    cached: Any
+    anew: Callable[..., Any]
+
+
+# Those of the files that are loaded, and how many files that were.
+_in_loaded: list[_Named] = []
 _loaded = 0
 # What has remembered something in the run that is going on.
 _polluted: set[Any] = set()
@@ -53,30 +65,47 @@ def memories_apart(model: nn.Module) -> Iterator[None]:
     )
     files = {name: sys.modules[name] for name in {k.__module__ for k in kinds} & {*sys.modules}}
     contents = [pair for owner in (*kinds, *files.values()) for pair in _contents(vars(owner))]
-    in_dicts = [
-        *_in_files(vars(file) for file in files.values()),
-        *((m.__dict__, name) for _, m in modules_of(model) for name in _names(m.__dict__)),
-    ]
-    in_classes = [(kind, name) for kind in kinds for name in _names(vars(kind))]
-    before = [held[name] for held, name in in_dicts]
-    before_in_classes = [vars(kind)[name] for kind, name in in_classes]
+    in_dicts = [*_in_files(vars(file) for file in files.values())]
+    for _, module in modules_of(model):
+        in_dicts += _found_in(module.__dict__)
+    in_classes = [(kind, found) for kind in kinds for found in _found_in(vars(kind))]
     try:
-        for (held, name), cached in zip(in_dicts, before, strict=True):
-            held[name] = _computing_anew(cached)
-        for (kind, name), cached in zip(in_classes, before_in_classes, strict=True):
-            setattr(kind, name, _computing_anew(cached))
+        for held, name, _, anew in in_dicts:
+            held[name] = anew
+        for kind, found in in_classes:
+            setattr(kind, found.name, found.anew)
         yield
     finally:
-        for (held, name), cached in zip(in_dicts, before, strict=True):
+        for held, name, cached, _ in in_dicts:
             held[name] = cached
-        for (kind, name), cached in zip(in_classes, before_in_classes, strict=True):
-            setattr(kind, name, cached)
+        for kind, found in in_classes:
+            setattr(kind, found.name, found.cached)
         while _polluted:
             _polluted.pop().cache_clear()
-        _put_back(contents)
+        for container, content in contents:
+            now = values_of(container)
+            changed = not same_values(now, values_of(content))
+            if changed and (tensors_in(now) or may_hold_traced(now)):
+                refill(container, content)
 
 
-def _in_files(again: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+def values_of(container: Any) -> list[Any]:
+    """What a dict, list or set holds."""
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def same_values(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether they are the same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def refill(container: Any, content: Any) -> None:
+    """Gives a dict, list or set the content of another."""
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _in_files(again: Iterable[Mapping[str, Any]]) -> Iterator[_Named]:
     """Every function that remembers, wherever a loaded file has a name for it.
 
     Args:
@@ -89,21 +118,23 @@ def _in_files(again: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
         for path, file in list(sys.modules.items()):
             held = getattr(file, "__dict__", None)
             if held is not None and path.partition(".")[0] not in _ELSEWHERE:
-                _in_loaded.extend((held, name) for name in _names(held))
+                _in_loaded.extend(_found_in(held))
     looked_through = {id(held): held for held in again}
-    for held, name in _in_loaded:
-        if id(held) not in looked_through and type(held.get(name)) is _Cached:
-            yield held, name
+    for found in _in_loaded:
+        if id(found.held) not in looked_through and found.held.get(found.name) is found.cached:
+            yield found
     for held in looked_through.values():
-        yield from ((held, name) for name in _names(held))
+        yield from _found_in(held)
 
 
-def _names(held: Mapping[str, Any]) -> list[str]:
-    """Names of the functions that remember."""
-    return [name for name, value in list(held.items()) if type(value) is _Cached]
+def _found_in(held: Mapping[str, Any]) -> list[_Named]:
+    return [
+        _Named(held, name, value, _computing_anew(value))
+        for name, value in list(held.items())
+        if type(value) is _Cached
+    ]
 
 
-@functools.lru_cache(maxsize=10_000)
 def _computing_anew(cached: Any) -> Callable[..., Any]:
     """What is called in place of a function that ``functools.lru_cache`` made."""
     function = cached.__wrapped__
@@ -133,14 +164,3 @@ def _contents(namespace: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         for name, value in list(namespace.items())
         if type(value) in _CONTAINERS and not name.startswith("__")
     ]
-
-
-def _put_back(contents: list[tuple[Any, Any]]) -> None:
-    """Empties containers of what has come since, where tensors or traced numbers are in it."""
-    for now, then in contents:
-        if len(now) == len(then):
-            continue
-        values = list(now.values() if isinstance(now, dict) else now)
-        if tensors_in(values) or may_hold_traced(values):
-            now.clear()
-            now.extend(then) if isinstance(now, list) else now.update(then)

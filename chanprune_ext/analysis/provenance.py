@@ -225,6 +225,8 @@ class TracedRatio(float):
         return self.__floor__() if self >= 0 else super().__trunc__()
 
     def __ceil__(self) -> int:
+        if self < 0:
+            return super().__ceil__()
         raised = _folded("+", self.over, _folded("-", self.under, Const(1)))
         return TracedInt(super().__ceil__(), _folded("//", raised, self.under))
 

@@ -24,6 +24,7 @@ _NO_SETTINGS = (
     *(nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.ModuleType),
     *(functools.partial, dict, list, tuple, set, BaseException),
 )
+_MOST_SETTINGS = 1000  # a vocabulary has more
 
 
 @functools.lru_cache(maxsize=4096)
@@ -41,6 +42,8 @@ def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
         for name, value in module.__dict__.items():
             kind: Any = type(value)
             if id(value) in seen or not (kind is dict or _has_settings(kind)):
+                continue
+            if len(contents_of(value)) > _MOST_SETTINGS:
                 continue
             if any(type(number) in (int, tuple, list) for number in contents_of(value).values()):
                 seen.add(id(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chanprune_ext.analysis.attribute_tensors import attribute_tensors_of
 from chanprune_ext.analysis.calls import tensors_in
-from chanprune_ext.analysis.memories import memories_apart
+from chanprune_ext.analysis.memories import memories_apart, refill, same_values, values_of
 from chanprune_ext.module_tree import modules_of, remembered
 
 __all__ = [
@@ -170,13 +169,12 @@ def call_substituted(
             for path, _, attributes in before:
                 contents += [(path, n, v, ()) for n, v in attributes.items() if id(v) in filled]
         for path, name, value, content in contents:
-            now, then = (list(c.values() if isinstance(c, dict) else c) for c in (value, content))
-            if len(now) == len(then) and all(map(operator.is_, now, then)):
+            now = values_of(value)
+            if same_values(now, values_of(content)):
                 continue
             if caches is not None and tensors_in(now):
                 caches.add((path, name))
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            refill(value, content)
 
 
 def _put_in(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -137,3 +139,27 @@ def test_plain_results_stay_remembered() -> None:
     assert len(seen) > 2
     assert len(set(seen)) == 1
     assert label_of.cache_info().currsize == 1
+
+
+def test_what_is_replaced_in_a_container_is_put_back() -> None:
+    class Replacing(Net):
+        def between(self, h: Tensor) -> Tensor:
+            TABLES[0] = torch.hann_window(h.shape[-1])
+            return h * TABLES[0]
+
+    model = Replacing().eval()
+    model(X)
+    table = TABLES[0]
+    cpx.plan(model, X, 0.5)
+    assert list(TABLES) == [0]
+    assert TABLES[0] is table
+
+
+def test_models_are_not_kept_alive() -> None:
+    model = OfModule().eval()
+    model(X)
+    cpx.plan(model, X, 0.5)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
