@@ -25,6 +25,8 @@ _NO_SETTINGS = (
     *(functools.partial, dict, list, tuple, set, BaseException),
 )
 _MOST_SETTINGS = 1000  # a vocabulary has more
+_NUMBERS = frozenset({int, tuple, list})
+_OWN = frozenset(nn.Module().__dict__)  # parameters, hooks and so on
 
 
 @functools.lru_cache(maxsize=4096)
@@ -41,11 +43,10 @@ def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
     for path, module in modules_of(model):
         for name, value in module.__dict__.items():
             kind: Any = type(value)
-            if id(value) in seen or not (kind is dict or _has_settings(kind)):
+            if name in _OWN or id(value) in seen or not (kind is dict or _has_settings(kind)):
                 continue
-            if len(contents_of(value)) > _MOST_SETTINGS:
-                continue
-            if any(type(number) in (int, tuple, list) for number in contents_of(value).values()):
+            numbers = contents_of(value).values()
+            if len(numbers) <= _MOST_SETTINGS and any(type(n) in _NUMBERS for n in numbers):
                 seen.add(id(value))
                 found.append((path, name, value))
     return found
