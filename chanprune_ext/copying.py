@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.errors import InvalidArgumentError
-from chanprune_ext.module_tree import modules_of
+from chanprune_ext.module_tree import OWN_ATTRIBUTES, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,8 +83,6 @@ def _scripted_in(value: Any) -> list[Any]:
     return [item for item in items if isinstance(item, torch.jit.ScriptFunction)]
 
 
-# What every module has for itself: mostly empty dicts of hooks.
-_OWN = frozenset(nn.Module().__dict__)
 _HOLDERS = frozenset({dict, OrderedDict, set})
 # What copy.deepcopy gives back as it is.
 _ATOMS = frozenset(
@@ -108,7 +106,7 @@ def keeps_to_itself(module: nn.Module) -> bool:
     """
     kind: Any = type(module)
     return _code_keeps_to_itself(kind) and all(
-        (name in _OWN and not value) or _holds_nothing_else(value)
+        (name in OWN_ATTRIBUTES and not value) or _holds_nothing_else(value)
         for name, value in module.__dict__.items()
         if type(value) not in _SIMPLE
     )
@@ -191,7 +189,7 @@ def _copy_plain(modules: Sequence[tuple[str, nn.Module]], memo: dict[int, Any]) 
             kind = type(value)
             if kind in _ATOMS or (kind is tuple and all(type(v) in _ATOMS for v in value)):
                 target[name] = value
-            elif name in _OWN and kind in _HOLDERS and not value:
+            elif name in OWN_ATTRIBUTES and kind in _HOLDERS and not value:
                 target[name] = kind()
             else:
                 try:

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Remembered", "modules_of", "plain_module", "remembered", "structure_remembered"]
+__all__ = [
+    "OWN_ATTRIBUTES",
+    "Remembered",
+    "modules_of",
+    "plain_module",
+    "remembered",
+    "structure_remembered",
+]
+
+
+# What every module has for itself: parameters, mostly empty dicts of hooks, and so on.
+OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
 def plain_module(model: nn.Module) -> nn.Module:

@@ -108,6 +108,12 @@ def _noisy(
     }
 
 
+def _with_text(*shape: int) -> Callable[[], dict[str, Any]]:
+    """Latents, and a text both as tokens and pooled."""
+    text = {"encoder_hidden_states": (5, 32), "pooled_projections": (32,)}
+    return _noisy(*shape, name="hidden_states", **text)
+
+
 def _diffusers() -> Iterator[Case]:
     blocks: dict[str, Any] = {"block_out_channels": (32, 64), "norm_num_groups": 8}
     crossed: dict[str, Any] = {
@@ -118,6 +124,7 @@ def _diffusers() -> Iterator[Case]:
         "attention_head_dim": 4,
     }
     transformer = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2}
+    of_text = {"patch_size": 1, "joint_attention_dim": 32, "pooled_projection_dim": 32}
     yield _case(
         "diffusers",
         "UNet2DModel",
@@ -163,43 +170,29 @@ def _diffusers() -> Iterator[Case]:
     yield _case(
         "diffusers",
         "SD3Transformer2DModel",
-        _noisy(
-            *(4, 8, 8),
-            name="hidden_states",
-            encoder_hidden_states=(5, 32),
-            pooled_projections=(32,),
-        ),
+        _with_text(4, 8, 8),
         sample_size=8,
-        patch_size=1,
         in_channels=4,
         out_channels=4,
         caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
+        **of_text,
         **transformer,
     )
     yield _case(
         "diffusers",
         "FluxTransformer2DModel",
         lambda: {
-            **_noisy(
-                *(16, 4),
-                name="hidden_states",
-                encoder_hidden_states=(5, 32),
-                pooled_projections=(32,),
-            )(),
+            **_with_text(16, 4)(),
             "img_ids": torch.zeros(16, 3),
             "txt_ids": torch.zeros(5, 3),
         },
-        patch_size=1,
         in_channels=4,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
+        **of_text,
     )
 
 

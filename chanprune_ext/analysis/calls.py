@@ -193,13 +193,17 @@ def source_place() -> str:
 
 
 def source_line() -> tuple[str, int]:
-    """File and line of the nearest frame outside torch and outside this package's machinery."""
+    """File and line of :func:`user_frame`."""
+    frame = user_frame()
+    return ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def user_frame() -> FrameType | None:
+    """The nearest frame outside torch and outside this package's machinery."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if is_user_file(frame.f_code.co_filename):
-            return frame.f_code.co_filename, frame.f_lineno
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return "?", 0
+    return frame
 
 
 def raising_line(error: BaseException) -> str:

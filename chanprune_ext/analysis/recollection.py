@@ -12,7 +12,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from chanprune_ext.analysis.calls import is_user_file
+from chanprune_ext.analysis.calls import is_user_file, user_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,9 +73,7 @@ def recollected(values: Any, traced: Callable[[int, Any], int]) -> Any:
     """
     if not _noted:
         return values
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_user_file(frame.f_code.co_filename):
-        frame = frame.f_back
+    frame = user_frame()
     if frame is None:
         return values
     frame = _function_of(frame)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from chanprune_ext.module_tree import modules_of
+from chanprune_ext.module_tree import OWN_ATTRIBUTES, modules_of
 
 if TYPE_CHECKING:
     import contextlib
@@ -26,7 +26,6 @@ _NO_SETTINGS = (
 )
 _MOST_SETTINGS = 1000  # a vocabulary has more
 _NUMBERS = frozenset({int, tuple, list})
-_OWN = frozenset(nn.Module().__dict__)  # parameters, hooks and so on
 
 
 @functools.lru_cache(maxsize=4096)
@@ -43,7 +42,11 @@ def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
     for path, module in modules_of(model):
         for name, value in module.__dict__.items():
             kind: Any = type(value)
-            if name in _OWN or id(value) in seen or not (kind is dict or _has_settings(kind)):
+            if (
+                name in OWN_ATTRIBUTES
+                or id(value) in seen
+                or not (kind is dict or _has_settings(kind))
+            ):
                 continue
             numbers = contents_of(value).values()
             if len(numbers) <= _MOST_SETTINGS and any(type(n) in _NUMBERS for n in numbers):

@@ -170,7 +170,7 @@ class _ProvenanceMode(CallMode):
         self.next_index += 1
         tracer = self.tracer
         if name in TAKES_SIZES:
-            args, kwargs = recollected(args, GuessedInt), recollected(kwargs, GuessedInt)
+            args, kwargs = recollected((args, kwargs), GuessedInt)
         outer = (tracer.call_name, tracer.call_args, tracer.call_kwargs)
         tracer.call_name, tracer.call_args, tracer.call_kwargs = name, args, kwargs
         tracer.enter_call()

@@ -108,6 +108,7 @@ def open_dataset(
         if value is not None:
             require_positive(**{name: value})
     name, path = os.fspath(spec), Path(spec)
+    looks = preset or Preset()
     if preset is not None:
         size, resize = size or preset.size, resize or preset.resize
         mean, std = mean or preset.mean, std or preset.std
@@ -115,8 +116,8 @@ def open_dataset(
         size or 224,
         resize,
         *_normalisation(3, mean, std),
-        interpolation=(preset or Preset()).interpolation,
-        crop_mode=crop_mode or (preset or Preset()).crop_mode,
+        interpolation=looks.interpolation,
+        crop_mode=crop_mode or looks.crop_mode,
     )
     if is_shard_pattern(name):
         shards = count_images(find_shards(name, split))

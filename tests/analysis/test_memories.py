@@ -58,16 +58,21 @@ class Tables(Net):
         return h + ramp(h.shape[3])[:, 0, 0]
 
 
-class OfClass(Net):
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - what people write
+class Windowed(Net):
     def window(self, size: int) -> Tensor:
-        return torch.hann_window(size)
+        raise NotImplementedError
 
     def between(self, h: Tensor) -> Tensor:
         return h * self.window(h.shape[-1])
 
 
-class OfModule(Net):
+class OfClass(Windowed):
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - what people write
+    def window(self, size: int) -> Tensor:
+        return torch.hann_window(size)
+
+
+class OfModule(Windowed):
     """As ``compile_compatible_method_lru_cache`` of transformers does it."""
 
     def window(self, size: int) -> Tensor:
@@ -78,9 +83,6 @@ class OfModule(Net):
 
     def make(self, size: int) -> Tensor:
         return torch.hann_window(size)
-
-    def between(self, h: Tensor) -> Tensor:
-        return h * self.window(h.shape[-1])
 
 
 class OfFile(Net):
