@@ -18,6 +18,7 @@ from chanprune_ext.errors import ChanpruneError
 from chanprune_ext.module_modes import without_cache
 from chanprune_ext.plan import PruningPlan, plans_of, plans_within
 from chanprune_ext.soundness import is_sound
+from chanprune_ext.widths import shape_after
 
 if TYPE_CHECKING:
     import os
@@ -156,8 +157,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, list[int]], list[str]]:
 def _shapes_after(plan: PruningPlan) -> dict[str, list[int]]:
     shapes = {name: list(shape) for name, shape in plan.fingerprint["tensors"].items()}
     for name, dims in plan.kept.items():
-        for dim, kept in dims.items():
-            shapes[name][dim] = len(kept)
+        shapes[name] = shape_after(shapes[name], dims)
     return shapes
 
 

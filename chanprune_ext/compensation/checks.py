@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InvalidArgumentError, PlanMismatchError
 from ..plan import plan_of, plans_within
 from ..soundness import is_sound
+from ..widths import shape_after
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -147,9 +148,7 @@ def check_networks(
                 raise InvalidArgumentError(f"{name}: {entry} contains NaN or infinity")
     first = _first_names(original)
     for entry, tensor in states["original"].items():
-        shape = list(tensor.shape)
-        for axis, indices in kept.get(first[entry], {}).items():
-            shape[axis] = len(indices)
+        shape = shape_after(tensor.shape, kept.get(first[entry], {}))
         found = states["pruned"].get(entry)
         if found is None or list(found.shape) != shape:
             raise PlanMismatchError(
