@@ -18,7 +18,7 @@ _STATISTICS = frozenset(("running_mean", "running_var"))
 def is_sound(name: str, tensor: Tensor, *, parameter: bool | None = None) -> bool:
     """Whether all values are finite, or -inf where that is meant.
 
-    A mask of attention, for example, is a buffer of zeros and -inf.
+    A mask of attention, for example, is a buffer, or a parameter, of zeros and -inf.
 
     Args:
         name: Name in the model.
@@ -34,6 +34,9 @@ def is_sound(name: str, tensor: Tensor, *, parameter: bool | None = None) -> boo
         return True
     if parameter is None:
         parameter = isinstance(tensor, nn.Parameter)
-    if parameter or tensor.is_complex() or name.rpartition(".")[2] in _STATISTICS:
+    if tensor.is_complex() or name.rpartition(".")[2] in _STATISTICS:
         return False
+    if parameter:
+        zero = values == 0
+        return bool(zero.any() and (zero | values.isneginf()).all())
     return not bool((values.isnan() | values.isposinf()).any())

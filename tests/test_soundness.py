@@ -51,22 +51,24 @@ def test_a_model_with_a_mask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "parameter", "sound"),
+    ("name", "values", "parameter", "sound"),
     [
-        ("mask", -math.inf, False, True),
-        ("mask", -math.inf, True, False),
-        ("mask", math.inf, False, False),
-        ("mask", math.nan, False, False),
-        ("bn.running_var", -math.inf, False, False),
-        ("mask", 1.0, True, True),
+        ("mask", [0.5, -math.inf], False, True),
+        ("mask", [0.0, -math.inf], True, True),
+        ("weight", [0.5, 0.0, -math.inf], True, False),
+        ("weight", [-math.inf, -math.inf], True, False),
+        ("weight", [0.0, math.inf], True, False),
+        ("mask", [0.0, math.inf], False, False),
+        ("mask", [0.0, math.nan], False, False),
+        ("bn.running_var", [0.0, -math.inf], False, False),
+        ("mask", [0.0, 1.0], True, True),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinity_is_meant_in_masks(
-    name: str, value: float, parameter: bool, sound: bool, dtype: torch.dtype
+    name: str, values: list[float], parameter: bool, sound: bool, dtype: torch.dtype
 ) -> None:
-    tensor = torch.tensor([0.0, value], dtype=dtype)
-    assert is_sound(name, tensor, parameter=parameter) is sound
+    assert is_sound(name, torch.tensor(values, dtype=dtype), parameter=parameter) is sound
 
 
 def test_other_dtypes() -> None:

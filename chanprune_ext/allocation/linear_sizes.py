@@ -165,6 +165,10 @@ class LinearSizes:
             sign = 1.0 if expr.symbol == "+" else -1.0
             total = left[1] + sign * right[1]
             return left[0] + right[0] * sign, total
+        if left[0].vanish and right[0].vanish and right[1] and expr.symbol in ("//", "%"):
+            # Of plain numbers: there is nothing to be linear in, and the rest counts.
+            quotient_of_numbers, rest = divmod(left[1], right[1])
+            return NOTHING, quotient_of_numbers if expr.symbol == "//" else rest
         if right[0].vanish and right[1]:
             if expr.symbol == "*":
                 return left[0] * right[1], left[1] * right[1]

@@ -135,7 +135,9 @@ def _kind(trace: Trace, flags: int, members: Iterable[Member]) -> str:
         if flags & bit:
             return kind
     maker = next(m for m in members if m.role == "out")
-    return "mlp" if len(trace.shapes[maker.entry]) == 2 else "hidden"
+    # The last dim of a matrix, or of several in one tensor, makes or reads; that of a kernel not.
+    last = len(trace.shapes[maker.entry]) - 1
+    return "mlp" if (maker.entry, last) in trace.roles else "hidden"
 
 
 def _freeze_literals(trace: Trace) -> None:

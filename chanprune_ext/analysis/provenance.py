@@ -112,6 +112,8 @@ class Equation:
 # Called with both sides when code compares two sizes, and whether they are equal: what follows was
 # written for that case.
 _NOTICES: list[Callable[[Expr, Expr, bool], None]] = []
+# Called with a size that code asks to be larger than another.
+_ASKED: list[Callable[[Expr], None]] = []
 
 
 class TracedInt(int):
@@ -146,6 +148,11 @@ class TracedInt(int):
 
     def __ne__(self, other: object) -> bool:
         return not self == other
+
+    def __gt__(self, other: int) -> bool:
+        for ask in _ASKED:
+            ask(self.expr)
+        return super().__gt__(other)
 
     __hash__ = int.__hash__
 
@@ -330,7 +337,9 @@ def _traced(value: Any, module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def traced_attributes(
-    model: nn.Module, compared: Callable[[Expr, Expr, bool], None]
+    model: nn.Module,
+    compared: Callable[[Expr, Expr, bool], None],
+    asked: Callable[[Expr], None],
 ) -> Iterator[None]:
     """Replace the ints stored on all modules by traced ones, and put them back on exit.
 
@@ -340,9 +349,11 @@ def traced_attributes(
         model: The model about to run.
         compared: Called with the two expressions, and the result, whenever a traced int is compared
             by ``==`` or ``!=``.
+        asked: Called with the expression of a traced int that is compared by ``>``.
     """
     replaced: list[tuple[dict[str, Any], str, Any, Any]] = []
     _NOTICES.append(compared)
+    _ASKED.append(asked)
     try:
         for path, prefix, owner in [
             *((path, "", module) for path, module in modules_of(model)),
@@ -367,6 +378,7 @@ def traced_attributes(
         yield
     finally:
         _NOTICES.remove(compared)
+        _ASKED.remove(asked)
         for held, name, value, traced in reversed(replaced):
             now = held.get(name)
             if now is traced:

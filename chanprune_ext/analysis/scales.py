@@ -207,6 +207,10 @@ class _Running:
     kwargs: dict[str, Any]
     output: Any
 
+    def given(self, position: int, name: str = "input") -> Any:
+        """An argument, given by its position or by its name; None if it was left out."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+
 
 def _distinct(ids: Tensor) -> np.ndarray:
     """Different row numbers of a tensor, stretched dims looked at once."""
@@ -230,6 +234,7 @@ class _RowMode(MetaCalls):
     ) -> None:
         super().__init__(device)
         self.entries = {id(t): name for name, t in tensors.items() if t.is_floating_point()}
+        self.turned: set[int] = set()  # of those in ``entries``: transposed
         self.factors = factors
         self.rows = _Rows()
         self.ids: dict[int, Tensor] = {}
@@ -284,18 +289,30 @@ class _RowMode(MetaCalls):
         entry = self.entries.get(id(parameter))
         if entry is None:
             return None
-        start = self.rows.add(entry, dim, parameter.shape[dim])
-        return torch.arange(start, start + parameter.shape[dim], device="cpu")
+        n = parameter.shape[dim]
+        start = self.rows.add(entry, 1 - dim if id(parameter) in self.turned else dim, n)
+        return torch.arange(start, start + n, device="cpu")
+
+    def stand_for(self, tensor: Tensor, parameter: Tensor, *, turned: bool = False) -> Any:
+        """``tensor`` is the parameter in another dtype, or transposed: layers will find its rows.
+
+        What it is made by has no other row numbers to give.
+        """
+        self.entries[id(tensor)] = self.entries[id(parameter)]
+        change = set.add if turned != (id(parameter) in self.turned) else set.discard
+        change(self.turned, id(tensor))
+        self.alive.append(tensor)
+        return ()
 
     def leave(self, tensor: Tensor) -> None:
         """A value is used in a way that scaling would change: its rows must stay as they are."""
         ids = self.ids.get(id(tensor))
         if ids is not None:
             self.exits.append((None, _distinct(ids)))
-        elif id(tensor) in self.entries:
-            for dim, n in enumerate(tensor.shape):
-                start = self.rows.add(self.entries[id(tensor)], dim, n)
-                self.exits.append((None, np.arange(start, start + n)))
+        for dim in range(tensor.dim()) if ids is None else ():
+            rows = self.along(tensor, dim)
+            if rows is not None:
+                self.exits.append((None, rows.numpy()))
 
     def _give(self, output: Any, made: Any) -> None:
         results = tensors_in(output)
@@ -379,38 +396,31 @@ def _produced(
 
 @_on("linear")
 def _linear(mode: _RowMode, call: _Running) -> Any:
-    weight = call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
-    bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-    mode.leave(call.args[0])
+    mode.leave(call.given(0))
+    weight, bias = call.given(1, "weight"), call.given(2, "bias")
     return _produced(mode, weight, 0, bias, call.output.shape, -1)
 
 
 @_on("conv1d", "conv2d", "conv3d")
 def _convolution(mode: _RowMode, call: _Running) -> Any:
-    mode.leave(call.args[0])
-    bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-    return _produced(
-        mode,
-        call.args[1],
-        0,
-        bias,
-        call.output.shape,
-        call.output.dim() - len(call.args[1].shape[1:]),
-    )
+    mode.leave(call.given(0))
+    weight, bias = call.given(1, "weight"), call.given(2, "bias")
+    return _produced(mode, weight, 0, bias, call.output.shape, call.output.dim() - weight.dim() + 1)
 
 
 @_on("addmm")
 def _addmm(mode: _RowMode, call: _Running) -> Any:
-    mode.leave(call.args[1])
-    return _produced(mode, call.args[2], 1, call.args[0], call.output.shape, -1)
+    mode.leave(call.given(1, "mat1"))
+    weight, bias = call.given(2, "mat2"), call.given(0)
+    return _produced(mode, weight, 1, bias, call.output.shape, -1)
 
 
 @_on("layer_norm", "rms_norm")
 def _norm(mode: _RowMode, call: _Running) -> Any:
-    mode.leave(call.args[0])
-    weight = call.args[2] if len(call.args) > 2 else call.kwargs.get("weight")
+    mode.leave(call.given(0))
+    weight = call.given(2, "weight")
     # The fourth argument of an RMS norm is its epsilon.
-    bias = call.args[3] if len(call.args) > 3 else call.kwargs.get("bias")
+    bias = call.given(3, "bias")
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     return _produced(mode, weight, 0, bias, call.output.shape, -1)
@@ -418,10 +428,17 @@ def _norm(mode: _RowMode, call: _Running) -> Any:
 
 @_on("batch_norm")
 def _batch_norm(mode: _RowMode, call: _Running) -> Any:
-    mode.leave(call.args[0])
-    if not isinstance(call.args[1], Tensor):
+    mode.leave(call.given(0))
+    # torch.batch_norm has the weight in front of the running mean, which is not scaled.
+    first = 1 if call.func is torch.batch_norm else 3
+    weight = call.given(first, "weight")
+    if not isinstance(weight, Tensor):
         return None
-    return _produced(mode, call.args[1], 0, call.args[2], call.output.shape, 1)
+    return _produced(mode, weight, 0, call.given(first + 1, "bias"), call.output.shape, 1)
+
+
+_TURNS = frozenset(["t", "transpose", "swapaxes", "permute", "movedim", "__get__.T", "__get__.mT"])
+"""Calls that may transpose a matrix."""
 
 
 @_on(
@@ -432,6 +449,12 @@ def _batch_norm(mode: _RowMode, call: _Running) -> Any:
 )
 def _moved(mode: _RowMode, call: _Running) -> Any:
     """The same movement of row numbers; what has none next to what has is -1."""
+    whole = call.given(0)
+    if id(whole) in mode.entries and whole.dim() == 2 and call.name in _TURNS:
+        like = torch.empty(2, 3, device="cpu")
+        given = substitute((call.args, call.kwargs), lambda _: like)
+        turned = call.func(*given[0], **given[1]).shape[0] == 3
+        return mode.stand_for(call.output, whole, turned=turned)
     # Row numbers are stretched tensors, which a view may refuse.
     move = Tensor.reshape if call.name == "view" else call.func
 
@@ -440,7 +463,7 @@ def _moved(mode: _RowMode, call: _Running) -> Any:
         return torch.full((), -1, device="cpu").expand(tensor.shape) if ids is None else ids
 
     # A tensor that serves as an index: a stand-in does not know its values.
-    if isinstance(call.args[0], Tensor) and tensors_in(call.args[1:]):
+    if isinstance(call.given(0), Tensor) and tensors_in(call.args[1:]):
         return None
     return move(*substitute(call.args, ids_of), **substitute(call.kwargs, ids_of))
 
@@ -450,13 +473,10 @@ def _moved(mode: _RowMode, call: _Running) -> Any:
     *("dropout", "alias", "neg", "__neg__", "positive", "cuda", "cpu", "type"),
 )
 def _same(mode: _RowMode, call: _Running) -> Any:
-    entry = mode.entries.get(id(call.args[0]))
-    if entry is None or call.args[0].dim() == 1:
-        return mode.of(call.args[0])
-    # The parameter in another dtype, or itself: a layer will find its rows.
-    mode.entries[id(call.output)] = entry
-    mode.alive.append(call.output)
-    return ()
+    value = call.given(0)
+    if id(value) not in mode.entries or value.dim() == 1:
+        return mode.of(value)
+    return mode.stand_for(call.output, value)
 
 
 @_on(
@@ -465,14 +485,15 @@ def _same(mode: _RowMode, call: _Running) -> Any:
 )
 def _product(mode: _RowMode, call: _Running) -> Any:
     """Linear in the one factor that has rows; a vector parameter counts where no other does."""
-    tracked = [t for t in tensors_in(call.args) if id(t) in mode.ids]
-    leaves = [t for t in tensors_in(call.args) if id(t) in mode.entries and t.dim() == 1]
+    factors = tensors_in((call.args, call.kwargs))
+    tracked = [t for t in factors if id(t) in mode.ids]
+    leaves = [t for t in factors if id(t) in mode.entries and t.dim() == 1]
     quotient = "div" in call.name
     if leaves and not quotient:
         for tensor in tracked:
             mode.leave(tensor)
         tracked = leaves
-    if len(tracked) != 1 or (quotient and tracked[0] is not call.args[0]):
+    if len(tracked) != 1 or (quotient and tracked[0] is not call.given(0)):
         return None
     ids = mode.of(tracked[0])
     return None if ids is None else ids.expand(call.output.shape)
@@ -480,17 +501,18 @@ def _product(mode: _RowMode, call: _Running) -> Any:
 
 @_on("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__")
 def _sum(mode: _RowMode, call: _Running) -> Any:
-    parts = [mode.of(a) for a in call.args[:2]]
-    if len(parts) < 2 or parts[0] is None or parts[1] is None:
+    left, right = mode.of(call.given(0)), mode.of(call.given(1, "other"))
+    if left is None or right is None:
         return None
-    mode.rows.unite(parts[0], parts[1])
-    return parts[0].expand(call.output.shape)
+    mode.rows.unite(left, right)
+    return left.expand(call.output.shape)
 
 
 @_on("matmul", "__matmul__", "bmm", "mm")
 def _matrix_product(mode: _RowMode, call: _Running) -> Any:
     """Linear in the rows of the left factor, or in the columns of a right one."""
-    left, right = call.args[:2]
+    left = call.given(0)
+    right = call.given(1, "other" if "matmul" in call.name else "mat2")
     if id(right) in mode.entries and right.dim() == 2:
         mode.leave(left)
         return _produced(mode, right, 1, None, call.output.shape, -1)

@@ -17,6 +17,8 @@ from torch import Tensor
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.provenance import Dim, TracedInt
+from chanprune_ext.analysis.rules.blocks import one_of_each_run
+from chanprune_ext.analysis.rules.reshape import reshaped
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
@@ -255,13 +257,42 @@ def _bool() -> Any:
 
 def _equate_slice(tracer: Tracer, item: slice, slots: Any) -> None:
     n = slots.shape[1]
-    for bound in (item.start, item.stop):
+    if isinstance(item.step, TracedInt):
+        tracer.keep_value(item.step, "every n-th channel is taken, n being this size")
+    start = item.start
+    if item.step not in (None, 1) and one_of_each_run(n, slice(start, item.stop, item.step)):
+        # A place within each run, and no channels before it that have to stay.
+        if isinstance(start, TracedInt):
+            tracer.keep_value(start, "a place within every n channels")
+        start = None
+    for bound in (start, item.stop):
         if bound is None or not isinstance(bound, int) or abs(int(bound)) >= n or int(bound) == 0:
             continue
         if int(bound) < 0:
             tracer.equate(-bound, slots[:, int(bound) :], f"slice at {int(bound)}")
         else:
             tracer.equate(bound, slots[:, : int(bound)], f"slice at {int(bound)}")
+
+
+@_on("scaled_dot_product_attention")
+def _shared_keys(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """``enable_gqa``: how many query heads share a key head is nowhere said, and follows.
+
+    Code that repeats keys itself where this operation can't (behind a mask, say) does so by a
+    number it keeps: the one it has asked for. Where there is none, there might be one all the same.
+    """
+    query, key = (*args[:2], *(kwargs[name] for name in ("query", "key")[len(args) :]))
+    if not kwargs.get("enable_gqa") or query.shape[-3] == key.shape[-3]:
+        return
+    keys, share = key.shape[-3], query.shape[-3] // key.shape[-3]
+    _, sharing = reshaped(tracer, [tracer.dims(query)[-3]], (keys, share))
+    known = tracer.asked_of(share)
+    if known is None:
+        tracer.freeze(sharing, "as many queries share a key, which code may know as a number")
+    else:
+        tracer.equate(known, sharing)
 
 
 @_on("narrow")

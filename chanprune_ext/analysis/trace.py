@@ -8,6 +8,7 @@ real tensors where shapes depend on values.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -55,7 +56,7 @@ from chanprune_ext.errors import AnalysisError, ChanpruneError, InvalidArgumentE
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Trace", "TracedCall", "trace_model"]
 
@@ -206,9 +207,23 @@ class _ProvenanceMode(CallMode):
         """Run a call: by itself where it is an everyday one, else through torch's dispatcher."""
         found = lowered(name, args, kwargs)
         if found is None:
-            return func(*args, **kwargs)
+            if name != "lstm":
+                return func(*args, **kwargs)
+            with _step_by_step():
+                return func(*args, **kwargs)
         apply_rule(self.tracer, found.op, found.args, {}, found.output)
         return found.result
+
+
+@contextlib.contextmanager
+def _step_by_step() -> Iterator[None]:
+    """Recurrent layers as their steps, and not as the one operation that processors have."""
+    usual = torch._C._get_mkldnn_enabled()  # noqa: SLF001 - the public way warns about other flags
+    torch._C._set_mkldnn_enabled(False)  # noqa: SLF001
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(usual)  # noqa: SLF001
 
 
 def _freeze_before(
@@ -279,7 +294,8 @@ def _watch(
     """One forward under all three layers; its outputs must keep their shape."""
     mode = _ProvenanceMode(tracer, flow, tracer.device)
     try:
-        with noting(), traced_attributes(model, tracer.compared), _RuleMode(mode, tracer), mode:
+        attributes = traced_attributes(model, tracer.compared, tracer.asked)
+        with noting(), attributes, _RuleMode(mode, tracer), mode:
             output = call_substituted(model, stand_ins, inputs, tracer.caches)
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error

@@ -84,6 +84,7 @@ class _State:
     shape: tuple[int, ...]
     zeros: tuple[bool, ...]
     origin: Origin | None = None
+    rows: bool = False  # chosen from a parameter
 
 
 def anonymous(n: int) -> Slots:
@@ -126,6 +127,7 @@ class Tracer:
     _overwritten: set[int] = field(default_factory=set)
     _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
     _where: tuple[str, str] | None = None
+    _asked: dict[str, dict[Attribute, None]] = field(default_factory=dict)
 
     # -- tensors ---------------------------------------------------------------------------------
 
@@ -169,6 +171,15 @@ class Tracer:
         """The parameter that ``tensor`` stands for, if it is computed from parameters alone."""
         state = self._states.get(id(tensor))
         return None if state is None else state.origin
+
+    def note_rows(self, tensor: Tensor, source: Tensor) -> None:
+        """``tensor`` holds what was picked from ``source`` by index."""
+        self._states[id(tensor)].rows = self.of_parameters(source)
+
+    def of_parameters(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is computed from parameters alone, or was picked from such."""
+        state = self._states.get(id(tensor))
+        return state is not None and (state.origin is not None or state.rows)
 
     def zeros(self, tensor: Tensor) -> tuple[bool, ...]:
         """For every dimension, whether the zeroed network is zero at what is removed of it.
@@ -274,6 +285,10 @@ class Tracer:
             if (piece >= first).any():
                 self.joins.append((reason, slots, piece[:, position]))
 
+    def same_channels(self, a: Slots, b: Slots) -> bool:
+        """Whether two dimensions are known to lose the same indices already."""
+        return a is b or np.array_equal(self.store.resolve(a), self.store.resolve(b))
+
     def freeze(self, slots: Slots, detail: str) -> None:
         """Keep every index of this dimension."""
         if len(slots):
@@ -344,6 +359,16 @@ class Tracer:
             self.equations.append(Equation(left, right.slots, reason))
         else:
             self.equations.append(Equation(Op("-", left, right), anonymous(0), reason))
+
+    def asked(self, size: Expr) -> None:
+        """The forward asked whether a size is larger than another."""
+        if isinstance(size, Attribute):
+            self._asked.setdefault(self.path.current, {})[size] = None
+
+    def asked_of(self, value: int) -> TracedInt | None:
+        """The one attribute of this value that the running module has asked about."""
+        found = [each for each in self._asked.get(self.path.current, ()) if each.value == value]
+        return TracedInt(value, found[0]) if len(found) == 1 else None
 
     def argument(self, position: int, name: str) -> Any:
         """An argument of the Python-level call that is running, as the caller wrote it."""

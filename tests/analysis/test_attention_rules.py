@@ -245,6 +245,40 @@ def test_what_is_attended_to_stays(core: Callable[..., Tensor], entry: str, subs
     assert relative_error(run(plan.apply(model), x), run(zeroed(model, plan), x)) < 1e-9
 
 
+def shares_keys(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As code does that repeats keys by hand where the operation can't share them."""
+    if m.sharing > 1 and not m.by_hand:
+        return attend(query=q, key=k, value=v, enable_gqa=True)
+    return attend(q, *(z.repeat_interleave(m.sharing, 1) for z in (k, v)))
+
+
+@pytest.mark.parametrize("substrate", ["meta", "fake", "real"])
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_both_ways_to_share_keys_stay_right(substrate: str, ratio: float) -> None:
+    model, x = made(shares_keys, heads=8, kv_heads=2, substrate=substrate)
+    model.sharing, model.by_hand = 4, False
+    plan = cpx.plan(model, x, ratio, kinds=("heads",))
+    assert plan.params_after < plan.params_before
+    pruned = plan.apply(model)
+    expected = run(zeroed(model, plan), x)
+    for by_hand in (False, True):
+        pruned.by_hand = by_hand
+        assert relative_error(run(pruned, x), expected) < 1e-9
+
+
+@pytest.mark.parametrize("substrate", ["meta", "fake", "real"])
+def test_a_number_that_nobody_tells_keeps_queries_and_keys_together(substrate: str) -> None:
+    core, _ = EXACT["grouped queries"]
+    model, x = made(core, heads=8, kv_heads=4, substrate=substrate)
+    plan = cpx.plan(model, x, 0.5, kinds=("heads",))
+    kept = {name: len(plan.kept[f"{name}.weight"][0]) // 6 for name in ("q", "k", "v")}
+    assert kept == {"q": 4, "k": 2, "v": 2}
+    assert relative_error(run(plan.apply(model), x), run(zeroed(model, plan), x)) < 1e-9
+    # All queries share one key: none can go.
+    model, x = made(EXACT["one key"][0], kv_heads=1, substrate=substrate)
+    assert "heads" not in {group.kind for group in analyse(model, x).groups}
+
+
 @pytest.mark.parametrize("kind", ["heads", "head_dim"])
 @pytest.mark.parametrize(
     ("toy", "heads", "width"),

@@ -204,3 +204,55 @@ def test_every_index_belongs_to_one_group_or_is_frozen(name: str) -> None:
         analysis.trace.shapes[e][d] for (e, d), r in analysis.trace.roles.items() if r == "out"
     )
     assert produced + frozen == every
+
+
+class _Feedforward(nn.Module):
+    """A layer with a way round it; the activation is a sum of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x)
+        y = 0.5 * y * (1 + (y + 0.044715 * y**3).tanh())
+        out: Tensor = self.out(x + self.c(y))
+        return out
+
+
+class _Experts(nn.Module):
+    """Matrices and biases of two experts, each in one tensor, chosen by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bias = nn.Parameter(torch.randn(2, 6, 16)), nn.Parameter(torch.randn(2, 16))
+        self.down = nn.Parameter(torch.randn(2, 8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = torch.tensor([1, 0], device=x.device)
+        y = torch.bmm(x[:, None], self.up[which])[:, 0] + self.bias[which]
+        y = y[:, ::2] * y[:, 1::2].sigmoid()
+        return torch.bmm(y[:, None], self.down.index_select(0, which))[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "kinds"),
+    [
+        (_Feedforward(), torch.randn(3, 6), {"a": "residual", "b": "mlp"}),
+        (_Experts(), torch.randn(2, 6), {"up": "mlp"}),
+        (
+            nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1)),
+            torch.randn(2, 2, 8),
+            {"0": "hidden"},
+        ),
+        (
+            nn.Sequential(nn.ConvTranspose1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1)),
+            torch.randn(2, 2, 8),
+            {"0": "hidden"},
+        ),
+    ],
+)
+def test_kinds(model: nn.Module, inputs: Tensor, kinds: dict[str, str]) -> None:
+    assert {group.name: group.kind for group in analyse(model.eval(), inputs).groups} == kinds

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import chanprune_ext as cpx
+from chanprune_ext.analysis import analyse
 from chanprune_ext.errors import NothingToPruneError
 
 if TYPE_CHECKING:
@@ -48,6 +49,27 @@ def test_channels_pass_through_packed_sequences(
 ) -> None:
     torch.manual_seed(0)
     model = randomised(Packed(kind, batch_first, **options))
+    plan = cpx.plan(model, TOKENS, 0.5)
+    small = plan.apply(model, verify="numeric")
+    assert (small.widen.out_features, small.recurrent.hidden_size) == (5, 6)
+    assert relative_error(run(small, TOKENS), run(zeroed(model, plan), TOKENS)) < 1e-9
+
+
+class OnlyRealTensors(Packed):
+    """How many steps there are is a value: nothing without values can run this."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.widen(self.embedding(tokens[:, : int(tokens.max()) % 3 + 4]))
+        out: Tensor = self.head(self.recurrent(x)[0])
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_of_real_tensors(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = randomised(OnlyRealTensors(kind, batch_first=True, **options)).float()
+    assert analyse(model, TOKENS).trace.substrate == "real"
     plan = cpx.plan(model, TOKENS, 0.5)
     small = plan.apply(model, verify="numeric")
     assert (small.widen.out_features, small.recurrent.hidden_size) == (5, 6)

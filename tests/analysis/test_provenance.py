@@ -121,7 +121,7 @@ class Layer(nn.Module):
 def test_attributes_are_traced_and_put_back() -> None:
     model = Layer()
     before = dict(model.__dict__)
-    with traced_attributes(model, lambda *_: None):
+    with traced_attributes(model, lambda *_: None, lambda _: None):
         assert expression(model.width) == Attribute("", "width", None, 8)
         assert expression(model.sizes[1]) == Attribute("", "sizes", 1, 6)
         assert expression(model.shape[0]) == Attribute("", "shape", 0, 8)
@@ -141,7 +141,7 @@ def test_attributes_are_traced_and_put_back() -> None:
 
 def test_attributes_are_put_back_after_an_error() -> None:
     model = Layer()
-    with pytest.raises(RuntimeError), traced_attributes(model, lambda *_: None):
+    with pytest.raises(RuntimeError), traced_attributes(model, lambda *_: None, lambda _: None):
         raise RuntimeError
     assert type(model.width) is int
     assert type(model.sizes[0]) is int
@@ -153,7 +153,13 @@ def test_comparisons_are_noticed() -> None:
     apart: list[tuple[Expr, Expr]] = []
     slots = np.arange(8)[None]
     size = TracedInt(8, Dim(slots))
-    with traced_attributes(model, lambda a, b, equal: (found if equal else apart).append((a, b))):
+    asked: list[Expr] = []
+
+    def compared(a: Expr, b: Expr, equal: bool) -> None:
+        (found if equal else apart).append((a, b))
+
+    with traced_attributes(model, compared, asked.append):
+        assert model.width > 1
         assert size == model.width
         differs = size != model.width
         assert not differs
@@ -173,8 +179,11 @@ def test_comparisons_are_noticed() -> None:
         {Dim, Attribute},
     ]
     assert found[0][1] == width
+    assert asked == [width]
     found.clear()
     assert size == 8
+    assert size > 7
     assert not found
+    assert len(asked) == 1
     assert hash(size) == hash(8)
     assert {8: "eight"}[size] == "eight"

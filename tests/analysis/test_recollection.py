@@ -106,6 +106,27 @@ def test_rounded_sizes_are_followed(function: Callable[[Tensor], Tensor]) -> Non
     assert plan.apply(model, verify="numeric")(X).shape == (2, 2, 4, 4)
 
 
+class Patches(Between):
+    """As MobileViT: channels times rounded numbers of patches, told by an attribute that stays."""
+
+    def __init__(self) -> None:
+        super().__init__(self.through_patches)
+        self.side = 3
+
+    def through_patches(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        rows, columns = (math.ceil(n / self.side) * self.side // self.side for n in (h, w))
+        x = x.reshape(b * c * rows, self.side, columns, self.side).transpose(1, 2)
+        x = x.reshape(b, c, rows * columns, self.side**2).softmax(-1)
+        return x.reshape(b, c, rows * self.side, columns * self.side)
+
+
+def test_a_rounded_quotient_of_what_stays_is_a_number() -> None:
+    model = Patches().eval()
+    plan = cpx.plan(model, torch.randn(2, 3, 8, 11), 0.5)
+    assert [(group.name, group.width_after) for group in plan.groups] == [("first", 8)]
+
+
 def test_a_plain_size_may_be_a_normalised_shape() -> None:
     assert cpx.plan(Between(normalise).eval(), X, 0.5).groups[0].width_after == 8
 

@@ -144,6 +144,14 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "sum of what is added in place": lambda m, x: x * x.add_(x.tanh()).sum(1, keepdim=True),
     "sum of what is copied over": lambda m, x: x * x.sigmoid().copy_(x).sum(1, keepdim=True),
     "transposed in place": lambda m, x: x.clone().transpose_(1, 2).transpose_(1, 2),
+    "pool beside channels": lambda m, x: F.avg_pool2d(x.transpose(1, 2), (1, 2)).transpose(1, 2),
+    "max_pool beside channels": lambda m, x: F.max_pool2d(
+        x.transpose(1, 2), (1, 3), (1, 2), (0, 1)
+    ).transpose(1, 2),
+    "triangles": lambda m, x: x.tril() + x.clone().triu_(1).sum(1, keepdim=True),
+    "triangular systems": lambda m, x: torch.linalg.solve_triangular(
+        x[..., :4].tril(-1), x, upper=False, unitriangular=True
+    ),
     "in place on a view": lambda m, x: x[:, :, 1:].mul_(2).sum(2, keepdim=True) + x,
 }
 
@@ -209,13 +217,23 @@ STAYS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "select": (lambda m, x: x.select(1, 3).unsqueeze(1) + x, "fixed position"),
     "index": (lambda m, x: x[:, 3:4] + x[:, 5:6] + x[:, [1]] + x, ""),
     "unbind": (lambda m, x: torch.stack(x.unbind(1), 1), "fixed position"),
-    "strided": (lambda m, x: x[:, ::2], "every n-th"),
+    "strided, not to the end": (lambda m, x: x[:, :7:2], "every n-th"),
+    "strided, with a rest": (lambda m, x: x[:, ::3], "every n-th"),
+    "strided, from the second pair": (lambda m, x: x[:, 2::2], "every n-th"),
+    "positions of a window of one": (
+        lambda m, x: (
+            F.max_pool2d(x.transpose(1, 2), (1, 2), return_indices=True)[1]
+            .to(x.dtype)
+            .transpose(1, 2)
+        ),
+        "a number counts",
+    ),
     "view by literals": (lambda m, x: x.view(2, 8, 24).view(2, 8, 4, 6), "size 8"),
     "no rule": (
         lambda m, x: torch.bucketize(x, x.new_tensor([0.0])).to(x.dtype),
         "no rule for aten::bucketize",
     ),
-    "triu": (lambda m, x: x.triu(), "triu"),
+    "triangle of channels": (lambda m, x: x.transpose(1, 2).triu().transpose(1, 2), "triangle"),
     "as_strided": (lambda m, x: x.as_strided(x.shape, x.stride()), "as_strided"),
     "mask": (lambda m, x: x[:, x.new_tensor([1, 0] * 4) > 0], "fixed position"),
     "channels by list": (lambda m, x: x[:, [1, 3, 4]], "fixed position"),
@@ -226,6 +244,14 @@ STAYS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "one channel against a number": (lambda m, x: x * x.shape[1], "used in a computation"),
     "conv over channels": (
         lambda m, x: F.conv3d(x[:, None], torch.ones(1, 1, 3, 1, 1), padding=(1, 0, 0))[:, 0],
+        "slides",
+    ),
+    "pool over pairs of channels": (
+        lambda m, x: F.avg_pool2d(x.transpose(1, 2), (2, 1), (1, 1)).transpose(1, 2),
+        "slides",
+    ),
+    "windows of one, every second": (
+        lambda m, x: F.max_pool2d(x.transpose(1, 2), 1, (2, 1)).transpose(1, 2),
         "slides",
     ),
     "pool over channels": (lambda m, x: F.max_pool1d(x.flatten(2).mT, 2).mT[..., None], "slides"),
@@ -241,6 +267,28 @@ def test_passes(name: str) -> None:
 @pytest.mark.parametrize("name", NORMALISED)
 def test_normalises(name: str) -> None:
     assert_normalises(NORMALISED[name])
+
+
+# Channels go in pairs of neighbours.
+PAIRS: dict[str, Callable[..., Tensor]] = {
+    "the first of each": lambda m, x: x[:, ::2],
+    "the second of each": lambda m, x: x[:, 1::2],
+    "both": lambda m, x: x[:, 1::2].sigmoid() * x[:, ::2],
+    "both, to a bound": lambda m, x: x[:, 0 : x.shape[1] : 2] - x[:, 1 : x.shape[1] : 2],
+    "both, beside positions": lambda m, x: x[:, 1::2, ::3, 1::2] * x[:, ::2, 1:2, ::2],
+    # As the rotary embedding of GPT-J.
+    "turned": lambda m, x: torch.stack([-x[:, 1::2], x[:, ::2]], 2).flatten(1, 2) * 0.5 + x,
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str) -> None:
+    model, images = between(PAIRS[name])
+    plan = cpx.plan(model, images, 0.5)
+    kept = plan.kept["a.weight"][0].tolist()
+    assert len(kept) == 4
+    assert {k // 2 for k in kept} == {k // 2 for k in kept if k % 2} == {kept[0] // 2, kept[2] // 2}
+    assert relative_error(run(plan.apply(model), images), run(zeroed(model, plan), images)) < 1e-9
 
 
 @pytest.mark.parametrize("name", STAYS)

@@ -104,6 +104,40 @@ class Converting(Separate):
         return q, k, v
 
 
+class ByName(Separate):
+    """Calls that name all their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Conv1d(WIDTH, INNER, 1)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, n, _ = x.shape
+        q = F.conv1d(input=x.mT, weight=self.q.weight, bias=self.q.bias)
+        q = torch.mul(input=torch.add(input=q, other=q), other=0.5)
+        kv = F.linear(input=x, weight=self.kv.weight, bias=self.kv.bias)
+        k, v = kv.view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return q.view(b, self.heads, -1, n).mT, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = torch.matmul(input=q, other=k.mT)
+        return torch.div(input=logits, other=q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+class Transposed(Separate):
+    """Falcon's layers multiply by transposed weights; others keep them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(WIDTH, INNER))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        b, n, _ = x.shape
+        _, k, v = super().project(x)
+        q = x @ self.q.weight.T.to(x.dtype) + F.linear(x, self.turned.permute(1, 0))
+        return q.view(b, n, self.heads, -1).transpose(1, 2), k, v
+
+
 class Convolved(Attention):
     """Heads cut from the channels of an image, with a batch norm that does the scaling."""
 
@@ -146,7 +180,10 @@ def made(kind: type[Attention]) -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize(
     "kind",
-    [Attention, ScaledQuery, DividedLogits, Rotated, Separate, LateBias, Converting, Convolved],
+    [
+        *(Attention, ScaledQuery, DividedLogits, Rotated, Separate, LateBias, Converting, ByName),
+        *(Transposed, Convolved),
+    ],
     ids=lambda kind: kind.__name__,
 )
 def test_head_width_is_pruned_and_the_logits_keep_their_scale(kind: type[Attention]) -> None:

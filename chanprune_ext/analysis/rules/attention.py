@@ -9,10 +9,18 @@ from torch import Tensor
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.contraction import contract
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.rules.reshape import merge
 from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS, anonymous
 
 if TYPE_CHECKING:
-    from chanprune_ext.analysis.tracer import Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
+
+
+def _repeated(tracer: Tracer, heads: Slots, n: int) -> Slots:
+    """The slots of ``n`` query heads that share these key or value heads, neighbours one."""
+    if heads.shape[1] == n:
+        return heads
+    return merge(tracer, (heads, tracer.fresh(n // heads.shape[1])))
 
 
 @rule(
@@ -39,11 +47,7 @@ def attention(
         tracer.freeze(slots, "every position attends to all others")
     for d, slots in enumerate(batch):
         for other in (tracer.dims(key)[d], tracer.dims(value)[d]):
-            if other.shape == slots.shape or other.shape[1] == slots.shape[1]:
-                tracer.unify(slots, other)
-            else:
-                tracer.freeze(slots, "query heads share key heads inside one operation")
-                tracer.freeze(other, "query heads share key heads inside one operation")
+            tracer.unify(slots, _repeated(tracer, other, slots.shape[1]))
     batch = [
         slots
         if len(slots)

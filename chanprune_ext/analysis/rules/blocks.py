@@ -1,4 +1,4 @@
-"""Which dimensions of a reshape belong together."""
+"""Which dimensions of a reshape belong together, and which channels of a strided slice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["blocks"]
+__all__ = ["blocks", "one_of_each_run"]
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[slice, slice]]:
@@ -26,3 +26,9 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[slice, slic
                 right *= new[j]
                 j += 1
         yield slice(first, i), slice(start, j)
+
+
+def one_of_each_run(n: int, taken: slice) -> bool:
+    """Whether a slice of ``n`` channels cuts them into runs of its step and takes one of each."""
+    first, last, step = taken.indices(n)
+    return 0 <= first < step and last == n and n % step == 0

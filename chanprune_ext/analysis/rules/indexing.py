@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from chanprune_ext.analysis.tracer import Slots, Tracer
+    from chanprune_ext.analysis.tracer import Origin, Slots, Tracer
 
 _POSITION = "a fixed position of these channels is read"
 
@@ -46,7 +46,9 @@ def index_select(
     tracer.freeze(dims[dim], _POSITION)
     tracer.freeze_tensor(index, _POSITION)
     dims[dim] = anonymous(output.shape[dim])
-    tracer.set(output, dims)
+    whose = [None if d == dim else d for d in range(source.dim())]
+    tracer.set(output, dims, _origin_of_matrices(tracer, source, whose))
+    tracer.note_rows(output, source)
 
 
 @rule("aten::index")
@@ -59,10 +61,23 @@ def index(
     chosen, together = _indexed_dims(tracer, dims, indices)
     # The result of the indices stands where they were, or in front when something is between them.
     place = chosen[0] if together else 0
-    rest = [slots for d, slots in enumerate(dims) if d not in chosen]
+    rest = [d for d in range(len(dims)) if d not in chosen]
     fresh = output.shape[place : place + output.dim() - len(rest)]
-    picked = [anonymous(n) for n in fresh]
-    tracer.set(output, [*rest[:place], *picked, *rest[place:]])
+    whose = [*rest[:place], *(None for _ in fresh), *rest[place:]]
+    sizes = zip(whose, output.shape, strict=True)
+    picked = [anonymous(n) if d is None else dims[d] for d, n in sizes]
+    tracer.set(output, picked, _origin_of_matrices(tracer, source, whose))
+    tracer.note_rows(output, source)
+
+
+def _origin_of_matrices(
+    tracer: Tracer, source: Tensor, whose: Sequence[int | None]
+) -> Origin | None:
+    """Of matrices picked from those packed in one parameter; rows of a table are activations."""
+    origin = tracer.origin(source)
+    if origin is None or source.dim() < 3:
+        return None
+    return origin[0], tuple(None if d is None else origin[1][d] for d in whose)
 
 
 def _indexed_dims(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chanprune_ext.analysis.rules.blocks import one_of_each_run
 from chanprune_ext.analysis.rules.registry import rule
-from chanprune_ext.analysis.rules.reshape import merge
+from chanprune_ext.analysis.rules.reshape import merge, reshaped
 from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
@@ -204,9 +205,17 @@ def slice_(
     stop = args[3] if len(args) > 3 else None
     step = args[4] if len(args) > 4 else 1
     dims = list(tracer.dims(source))
-    if step != 1:
-        tracer.freeze(dims[dim], "every n-th of these channels is taken")
-    dims[dim] = dims[dim][:, slice(start, stop, step)]
+    taken = slice(start, stop, step)
+    if step == 1:
+        dims[dim] = dims[dim][:, taken]
+    elif one_of_each_run(dims[dim].shape[1], taken):
+        # As of pairs: a run stays or goes as a whole.
+        runs, places = reshaped(tracer, [dims[dim]], (dims[dim].shape[1] // step, step))
+        tracer.freeze(places, "every n-th of these channels is taken")
+        dims[dim] = merge(tracer, (runs, places[:, taken][:, :1]))
+    else:
+        tracer.freeze(dims[dim], "every n-th of some of these channels is taken")
+        dims[dim] = dims[dim][:, taken]
     tracer.set(output, dims, tracer.origin(source))
 
 

@@ -72,10 +72,16 @@ def pointwise(
 
 
 def _join_paths(tracer: Tracer, inputs: list[Tensor]) -> bool:
-    """Whether two activations of one shape meet, as at the end of a residual block."""
+    """Whether two activations of one shape meet, as at the end of a residual block.
+
+    A sum within an activation function (``x + x**3``) joins nothing: its channels are the same.
+    """
     if len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
         return False
-    return not any(tracer.origin(t) for t in inputs)
+    if any(tracer.of_parameters(t) for t in inputs):
+        return False
+    left, right = (tracer.dims(t) for t in inputs)
+    return not all(map(tracer.same_channels, left, right))
 
 
 def _common_origin(tracer: Tracer, inputs: list[Tensor], out: Tensor) -> Origin | None:

@@ -9,9 +9,12 @@ import numpy as np
 
 from chanprune_ext.analysis.calls import schema_name, tensors_in
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
+
+_SLIDES = "a window slides over these positions"
 
 
 @rule(
@@ -38,16 +41,40 @@ def windows(
     match = re.search(r"(\d)d", schema_name(func))
     spatial = int(match.group(1)) if match else 0
     dims = list(tracer.dims(x))
-    for d in range(x.dim() - spatial, x.dim()):
-        tracer.freeze(dims[d], "a window slides over these positions")
-    for out in tensors_in(output):
-        tracer.set(
-            out,
-            [
-                dims[d] if d < x.dim() - spatial else np.empty((0, n), dtype=np.int64)
-                for d, n in enumerate(out.shape)
-            ],
-        )
+    passes = [True] * (x.dim() - spatial)
+    passes += [_is_a_point(func, args, d) for d in range(spatial)]
+    for slots, whole in zip(dims, passes, strict=True):
+        if not whole:
+            tracer.freeze(slots, _SLIDES)
+    result, *positions = tensors_in(output)
+    sizes = zip(dims, passes, result.shape, strict=True)
+    kept = [slots if whole else anonymous(n) for slots, whole, n in sizes]
+    for out in (result, *positions):
+        tracer.set(out, kept)
+    slid = np.concatenate([slots.ravel() for slots in dims[x.dim() - spatial :]])
+    for numbers in positions:
+        # Positions of largest values are numbered over all dims that windows could have.
+        tracer.freeze_if_used(numbers, slid[None], "a number counts these positions")
+
+
+def _is_a_point(func: Any, args: tuple[Any, ...], d: int) -> bool:
+    """Whether windows of a pooling have size 1 along spatial dim ``d``, and all positions one."""
+    if not re.match(r"aten::(avg|max)_pool", schema_name(func)):
+        return False
+    kernel, stride, padding = args[1], *(args[i] if len(args) > i else () for i in (2, 3))
+    # The stride is the kernel's if left out; lists may have one number for all dims.
+    sizes = ((kernel, 1), (stride or kernel, 1), (padding or [0], 0))
+    return all(size[d if len(size) > 1 else 0] == wanted for size, wanted in sizes)
+
+
+@rule(*(f"aten::{n}{end}" for n in ("tril", "triu") for end in ("", "_")))
+def triangle(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    dims = tracer.dims(args[0])
+    for slots in dims[-2:]:
+        tracer.freeze(slots, "a triangle of these positions is kept")
+    tracer.set(output, dims)
 
 
 @rule("aten::grid_sampler_2d", "aten::grid_sampler_3d")
@@ -59,5 +86,5 @@ def grid_sampler(
     batch, channels, *space = tracer.dims(x)
     for slots in space:
         tracer.freeze(slots, "sampled positions")
-    rest = [np.empty((0, n), dtype=np.int64) for n in output.shape[2:]]
+    rest = [anonymous(n) for n in output.shape[2:]]
     tracer.set(output, [batch, channels, *rest])

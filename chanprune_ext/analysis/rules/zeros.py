@@ -93,7 +93,7 @@ _on = entering(_FOLLOW)
     *("clone", "permute", "permute_copy", "transpose", "t", "swapaxes", "as_strided", "unsqueeze"),
     "squeeze",
     *("slice", "narrow", "select", "unbind", "split", "split_with_sizes", "chunk"),
-    *("tensor_split", "unsafe_split", "flip", "roll"),
+    *("tensor_split", "unsafe_split", "flip", "roll", "tril", "triu"),
     *("index", "index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     "native_channel_shuffle",
     # Functions with f(0) = 0.
@@ -301,6 +301,14 @@ def _attended(
         return [False] * out.dim()
     *outer, _, width = tracer.zeros(args[2])
     return [*outer, False, width]
+
+
+@_on("linalg_solve_triangular")
+def _solved(
+    tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> list[bool]:
+    """Where the right-hand side is: a triangular system with nothing to reach."""
+    return _aligned(tracer, args[1], out)
 
 
 def _zero_along(tracer: Tracer, tensor: Tensor, slots: Slots) -> bool | None:
