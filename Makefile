@@ -9,7 +9,7 @@
 #                  CUDA toolkit
 #   make wheel-test  one wheel, audited, its operator tests under several releases of torch (TORCHES='2.11.0? latest')
 #   make bench     benchmarks; writes runs/benchmarks-*.json, renders docs/benchmarks.md (NOTE='words on the run')
-#   make coverage  prune every model of torchvision, timm, transformers, eight more libraries and the toys; writes
+#   make coverage  prune every model of torchvision, timm, transformers, eleven more libraries and the toys; writes
 #                  docs/results/coverage-*.json and docs/coverage.md (SUITES='timm toys' chooses,
 #                  PEER=1 runs Torch-Pruning on the same models)
 #   make docs      build the documentation into site/
@@ -89,7 +89,7 @@ bench: $(INSTALLED)
 	done
 	$(BIN)/python benchmarks/render.py docs '$(NOTE)' $(OPERATORS:%=runs/benchmarks-%.json)
 
-SUITES ?= torchvision timm transformers libraries toys
+SUITES ?= torchvision timm transformers families libraries toys
 coverage: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[coverage,libraries]' --no-build-isolation
 	set -e; for suite in $(SUITES); do \

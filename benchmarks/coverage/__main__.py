@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 _PACKAGES = {
     "timm": ("timm",),
     "transformers": ("transformers",),
+    "families": ("transformers",),
     "libraries": (
-        *("diffusers", "monai", "openai-whisper", "pytorchcv", "segmentation-models-pytorch"),
-        *("ultralytics", "vit-pytorch", "x-transformers"),
+        *("diffusers", "monai", "open-clip-torch", "openai-whisper", "pytorchcv"),
+        *("segmentation-models-pytorch", "spandrel", "torch-geometric", "ultralytics"),
+        *("vit-pytorch", "x-transformers"),
     ),
 }
-SUITES = ("torchvision", "timm", "transformers", "libraries", "toys")
+SUITES = ("torchvision", "timm", "transformers", "families", "libraries", "toys")
 
 
 def catalogue(suite: str) -> list[Case]:

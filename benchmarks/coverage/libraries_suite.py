@@ -1,13 +1,14 @@
-"""Networks of libraries that people build on: segmentation, detection, diffusion, text."""
+"""Networks of libraries that people build on, by library."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.coverage import graph_networks, super_resolution
 from benchmarks.coverage.case import Case, images
+from benchmarks.coverage.library_case import library_case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,22 +26,12 @@ def cases() -> Iterator[Case]:
         _vit,
         _x_transformers,
         _whisper,
+        _open_clip,
+        _pytorchcv,
+        super_resolution.cases,
+        graph_networks.cases,
     ):
         yield from family()
-    yield from _pytorchcv()
-
-
-def _case(
-    package: str, kind: str, inputs: Callable[[], Any], *given: Any, name: str = "", **options: Any
-) -> Case:
-    """``package.kind(*given, **options)``; the package may name a module of it."""
-
-    def build() -> torch.nn.Module:
-        model: torch.nn.Module = getattr(importlib.import_module(package), kind)(*given, **options)
-        return model
-
-    family = package.partition(".")[0]
-    return Case(f"{family}:{name or kind}", build, inputs, family=family)
 
 
 # ---- segmentation_models_pytorch ----------------------------------------------------------------
@@ -53,10 +44,12 @@ def _segmentation() -> Iterator[Case]:
         *("PAN", "PSPNet", "UPerNet", "Segformer"),
     ):
         side = 128 if kind == "PAN" else 64
-        yield _case(package, kind, images(2, 3, side, side), "resnet18", **none)
+        yield library_case(package, kind, images(2, 3, side, side), "resnet18", **none)
     for encoder in ("mobilenet_v2", "efficientnet-b0", "mit_b0", "densenet121", "vgg11_bn"):
-        yield _case(package, "Unet", images(2, 3, 64, 64), encoder, name=f"Unet {encoder}", **none)
-    yield _case(
+        yield library_case(
+            package, "Unet", images(2, 3, 64, 64), encoder, name=f"Unet {encoder}", **none
+        )
+    yield library_case(
         package,
         "Unet",
         images(2, 3, 64, 64),
@@ -85,7 +78,7 @@ def _ultralytics() -> Iterator[Case]:
         *("yolo11n-cls", "yolov8-rtdetr"),
     ):
         kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "DetectionModel")
-        yield _case(
+        yield library_case(
             "ultralytics.nn.tasks",
             kind,
             lambda: torch.rand(2, 3, 64, 64),
@@ -125,7 +118,7 @@ def _diffusers() -> Iterator[Case]:
     }
     transformer = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2}
     of_text = {"patch_size": 1, "joint_attention_dim": 32, "pooled_projection_dim": 32}
-    yield _case(
+    yield library_case(
         "diffusers",
         "UNet2DModel",
         _noisy(3, 32, 32),
@@ -134,21 +127,21 @@ def _diffusers() -> Iterator[Case]:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **blocks,
     )
-    yield _case(
+    yield library_case(
         "diffusers",
         "UNet2DConditionModel",
         _noisy(4, 16, 16, encoder_hidden_states=(5, 24)),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         **crossed,
     )
-    yield _case(
+    yield library_case(
         "diffusers",
         "ControlNetModel",
         _noisy(4, 16, 16, encoder_hidden_states=(5, 24), controlnet_cond=(3, 128, 128)),
         **crossed,
     )
     for kind, more in (("AutoencoderKL", {}), ("VQModel", {"num_vq_embeddings": 16})):
-        yield _case(
+        yield library_case(
             "diffusers",
             kind,
             images(2, 3, 32, 32),
@@ -157,7 +150,7 @@ def _diffusers() -> Iterator[Case]:
             **blocks,
             **more,
         )
-    yield _case(
+    yield library_case(
         "diffusers",
         "DiTTransformer2DModel",
         lambda: {**_noisy(4, 8, 8, name="hidden_states")(), "class_labels": torch.tensor([1, 2])},
@@ -167,7 +160,7 @@ def _diffusers() -> Iterator[Case]:
         num_embeds_ada_norm=10,
         **transformer,
     )
-    yield _case(
+    yield library_case(
         "diffusers",
         "SD3Transformer2DModel",
         _with_text(4, 8, 8),
@@ -178,7 +171,7 @@ def _diffusers() -> Iterator[Case]:
         **of_text,
         **transformer,
     )
-    yield _case(
+    yield library_case(
         "diffusers",
         "FluxTransformer2DModel",
         lambda: {
@@ -204,14 +197,14 @@ def _monai() -> Iterator[Case]:
     two: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
     three = {**two, "spatial_dims": 3}
     steps: dict[str, Any] = {"channels": (8, 16, 32), "strides": (2, 2)}
-    yield _case(nets, "UNet", flat, **two, **steps, num_res_units=2)
-    yield _case(nets, "UNet", deep, **three, **steps, norm="batch", name="UNet 3D")
-    yield _case(nets, "AttentionUnet", flat, **two, **steps)
+    yield library_case(nets, "UNet", flat, **two, **steps, num_res_units=2)
+    yield library_case(nets, "UNet", deep, **three, **steps, norm="batch", name="UNet 3D")
+    yield library_case(nets, "AttentionUnet", flat, **two, **steps)
     for kind in ("BasicUNet", "BasicUNetPlusPlus"):
-        yield _case(nets, kind, flat, spatial_dims=2)
+        yield library_case(nets, kind, flat, spatial_dims=2)
     for kind in ("SegResNet", "SegResNetDS"):
-        yield _case(nets, kind, flat, spatial_dims=2, init_filters=16)
-    yield _case(
+        yield library_case(nets, kind, flat, spatial_dims=2, init_filters=16)
+    yield library_case(
         nets,
         "DynUNet",
         flat,
@@ -220,11 +213,11 @@ def _monai() -> Iterator[Case]:
         strides=[1, 2, 2],
         upsample_kernel_size=[2, 2],
     )
-    yield _case(nets, "VNet", images(2, 1, 16, 16, 16), **three)
-    yield _case(nets, "HighResNet", deep, **three)
-    yield _case(nets, "DenseNet121", images(2, 1, 64, 64), **two)
-    yield _case(nets, "SEResNet50", images(2, 3, 64, 64), spatial_dims=2, in_channels=3)
-    yield _case(
+    yield library_case(nets, "VNet", images(2, 1, 16, 16, 16), **three)
+    yield library_case(nets, "HighResNet", deep, **three)
+    yield library_case(nets, "DenseNet121", images(2, 1, 64, 64), **two)
+    yield library_case(nets, "SEResNet50", images(2, 3, 64, 64), spatial_dims=2, in_channels=3)
+    yield library_case(
         nets,
         "UNETR",
         flat,
@@ -235,8 +228,8 @@ def _monai() -> Iterator[Case]:
         num_heads=4,
         feature_size=8,
     )
-    yield _case(nets, "SwinUNETR", images(2, 1, 64, 64), **two, feature_size=12)
-    yield _case(nets, "MedNeXt", flat, **two, init_filters=8)
+    yield library_case(nets, "SwinUNETR", images(2, 1, 64, 64), **two, feature_size=12)
+    yield library_case(nets, "MedNeXt", flat, **two, init_filters=8)
 
 
 # ---- vit-pytorch --------------------------------------------------------------------------------
@@ -256,8 +249,8 @@ def _vit() -> Iterator[Case]:
         ("vit_for_small_dataset", "ViT", {}),
     ):
         name = f"{module} {kind}"
-        yield _case(f"vit_pytorch.{module}", kind, picture, name=name, **{**usual, **more})
-    yield _case(
+        yield library_case(f"vit_pytorch.{module}", kind, picture, name=name, **{**usual, **more})
+    yield library_case(
         "vit_pytorch.levit",
         "LeViT",
         picture,
@@ -269,7 +262,7 @@ def _vit() -> Iterator[Case]:
         mlp_mult=2,
         stages=2,
     )
-    yield _case(
+    yield library_case(
         "vit_pytorch.nest",
         "NesT",
         picture,
@@ -281,7 +274,7 @@ def _vit() -> Iterator[Case]:
         block_repeats=(1, 1, 1),
         num_classes=10,
     )
-    yield _case(
+    yield library_case(
         "vit_pytorch.mobile_vit",
         "MobileViT",
         picture,
@@ -290,7 +283,7 @@ def _vit() -> Iterator[Case]:
         channels=[16, 16, 24, 24, 32, 32, 32, 32, 48, 48, 64],
         num_classes=10,
     )
-    yield _case(
+    yield library_case(
         "vit_pytorch.max_vit",
         "MaxViT",
         images(2, 3, 224, 224),
@@ -301,7 +294,7 @@ def _vit() -> Iterator[Case]:
         depth=(1, 1),
         window_size=7,
     )
-    yield _case(
+    yield library_case(
         "vit_pytorch.scalable_vit",
         "ScalableViT",
         picture,
@@ -373,6 +366,35 @@ def _whisper() -> Iterator[Case]:
         lambda: (torch.randn(2, 8, 40), torch.randint(0, 60, (2, 8))),
         family="whisper",
     )
+
+
+# ---- open_clip ----------------------------------------------------------------------------------
+
+
+def _open_clip() -> Iterator[Case]:
+    width: dict[str, Any] = {"width": 64, "head_width": 16}
+    transformer = {**width, "layers": 2, "patch_size": 8, "image_size": 32}
+    pooled = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 4}
+    for name, vision in {
+        "ViT": transformer,
+        "ViT attention pool": {**transformer, **pooled},
+        "ResNet": {"width": 16, "head_width": 16, "layers": [1, 1, 1, 1], "image_size": 64},
+    }.items():
+        side = vision["image_size"]
+        yield Case(
+            f"open_clip:{name}",
+            lambda vision=vision: _clip(vision),
+            lambda side=side: (torch.randn(2, 3, side, side), torch.randint(1, 60, (2, 12))),
+            family="open_clip",
+        )
+
+
+def _clip(vision: dict[str, Any]) -> torch.nn.Module:
+    import open_clip
+
+    text = open_clip.CLIPTextCfg(context_length=12, vocab_size=64, width=64, heads=4, layers=2)
+    model: torch.nn.Module = open_clip.CLIP(32, open_clip.CLIPVisionCfg(**vision), text)
+    return model
 
 
 # ---- pytorchcv ----------------------------------------------------------------------------------

@@ -172,8 +172,12 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
         for item in value.values():
             _collect_tensors(item, found)
     elif hasattr(value, "__dataclass_fields__"):
-        for field in value.__dataclass_fields__:
-            _collect_tensors(getattr(value, field, None), found)
+        names = value.__dataclass_fields__
+        # What is stored: settings that each layer has of its own may refuse to be read.
+        stored = getattr(value, "__dict__", None)
+        stored = {n: getattr(value, n, None) for n in names} if stored is None else stored
+        for name in names:
+            _collect_tensors(stored.get(name), found)
 
 
 def results_of(name: str, args: tuple[Any, ...], output: Any) -> list[Tensor]:

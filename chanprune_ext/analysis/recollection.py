@@ -25,7 +25,10 @@ _COMPREHENSIONS = frozenset(("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>
 # Number -> what it was made of; None where that is not the same everywhere.
 Made: TypeAlias = "dict[int, Any]"
 
-_noted: dict[CodeType, tuple[int, Made]] | None = None
+# Of a function that notes numbers: its latest run, and what that has noted. The frame itself is
+# held, for the address of one that has ended may be the next one's.
+_noted: dict[CodeType, tuple[FrameType | None, Made]] | None = None
+_NOTHING: tuple[None, Made] = None, {}
 
 
 @contextlib.contextmanager
@@ -56,10 +59,10 @@ def note(number: int, expr: Any, same: Callable[[Any, Any], bool]) -> None:
     # A literal of the same value could be either.
     if number in _literals(frame.f_code):
         return
-    run, made = _noted.get(frame.f_code, (0, {}))
-    if run != id(frame):
+    run, made = _noted.get(frame.f_code, _NOTHING)
+    if run is not frame:
         made = {}
-    _noted[frame.f_code] = id(frame), made
+    _noted[frame.f_code] = frame, made
     earlier = made.get(number, expr)
     made[number] = expr if earlier is not None and same(earlier, expr) else None
 
@@ -77,8 +80,8 @@ def recollected(values: Any, traced: Callable[[int, Any], int]) -> Any:
     if frame is None:
         return values
     frame = _function_of(frame)
-    run, made = _noted.get(frame.f_code, (0, {}))
-    return _traced_in(values, made, traced) if made and run == id(frame) else values
+    run, made = _noted.get(frame.f_code, _NOTHING)
+    return _traced_in(values, made, traced) if run is frame else values
 
 
 def _traced_in(value: Any, made: Made, traced: Callable[[int, Any], int]) -> Any:

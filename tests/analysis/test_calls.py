@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from toys import TOYS
 
 import chanprune_ext as cpx
 from chanprune_ext.analysis.call_trace import record_calls, tap_calls
-from chanprune_ext.analysis.calls import steady_calls
+from chanprune_ext.analysis.calls import steady_calls, tensors_in
 from chanprune_ext.errors import AnalysisError
 
 
@@ -222,3 +223,40 @@ def test_a_module_made_on_the_fly_runs_under_its_parent() -> None:
         ("relu", ""),
         ("add", ""),
     ]
+
+
+@dataclass
+class Sizes:
+    """Settings of which one differs between layers, and can't be read of all at once."""
+
+    width: int
+    head_dim: int
+    table: Tensor
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "head_dim":
+            raise RuntimeError("every layer has one of its own")
+        return super().__getattribute__(name)
+
+
+@dataclass(slots=True)
+class Slotted:
+    table: Tensor
+
+
+def test_tensors_of_settings_that_refuse_to_be_read() -> None:
+    table = torch.ones(3)
+    assert tensors_in([Sizes(16, 4, table), Slotted(table)]) == [table, table]
+
+    class Configured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Sizes(16, 4, table)
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x).view(-1, self.config.width))
+            return out
+
+    small = cpx.prune(Configured(), torch.randn(3, 4), 0.5)
+    assert (small.a.out_features, small.config.width) == (8, 8)

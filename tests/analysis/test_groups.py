@@ -237,11 +237,25 @@ class _Experts(nn.Module):
         return torch.bmm(y[:, None], self.down.index_select(0, which))[:, 0]
 
 
+class _Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.read, self.steps = nn.Linear(6, 8), kind(8, 4, batch_first=True)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.steps(self.read(x))[0])
+        return out
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "kinds"),
     [
         (_Feedforward(), torch.randn(3, 6), {"a": "residual", "b": "mlp"}),
         (_Experts(), torch.randn(2, 6), {"up": "mlp"}),
+        (_Recurrent(nn.LSTM), torch.randn(2, 5, 6), {"read": "mlp", "steps": "mlp"}),
+        (_Recurrent(nn.GRU), torch.randn(2, 5, 6), {"read": "mlp", "steps": "mlp"}),
+        (_Recurrent(nn.RNN), torch.randn(2, 5, 6), {"read": "mlp", "steps": "mlp"}),
         (
             nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1)),
             torch.randn(2, 2, 8),

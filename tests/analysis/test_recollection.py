@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import chanprune_ext as cpx
 from chanprune_ext.analysis.equations import attribute_key, evaluate
 from chanprune_ext.analysis.provenance import Attribute, TracedInt, TracedRatio, plain
+from chanprune_ext.analysis.recollection import noting, recollected
 from chanprune_ext.errors import NothingToPruneError
 
 if TYPE_CHECKING:
@@ -172,6 +173,20 @@ def test_other_runs_of_a_function_are_others() -> None:
     widths = {group.name: group.width_after for group in plan.groups}
     assert (widths["2.first"], widths["4.first"]) == (8, 4)
     assert plan.apply(model, verify="numeric")(x).shape == model(x).shape
+
+
+def test_a_run_is_another_though_it_has_the_place_of_one_that_ended() -> None:
+    def made_plain(width: TracedInt) -> int:
+        (again,) = recollected([int(width)], TracedInt)
+        assert isinstance(again, int)
+        return again
+
+    with noting():
+        for layer in range(20):
+            expr = Attribute(str(layer), "width", None, 16)
+            found = made_plain(TracedInt(16, expr))
+            assert isinstance(found, TracedInt)
+            assert found.expr == expr
 
 
 def width(value: int) -> TracedInt:

@@ -212,7 +212,7 @@ def slice_(
         # As of pairs: a run stays or goes as a whole.
         runs, places = reshaped(tracer, [dims[dim]], (dims[dim].shape[1] // step, step))
         tracer.freeze(places, "every n-th of these channels is taken")
-        dims[dim] = merge(tracer, (runs, places[:, taken][:, :1]))
+        dims[dim] = runs
     else:
         tracer.freeze(dims[dim], "every n-th of some of these channels is taken")
         dims[dim] = dims[dim][:, taken]

@@ -39,6 +39,9 @@ def broadcast_dims(tracer: Tracer, inputs: list[Tensor], shape: tuple[int, ...])
 
 
 _SUMS = frozenset({"aten::add", "aten::add_", "aten::sub", "aten::sub_"})
+_RECURRENT = frozenset(
+    f"{layer}{end}" for layer in ("lstm", "gru", "rnn_tanh", "rnn_relu") for end in ("", "_cell")
+)
 
 # Element-wise operations that torch does not tag as such, each with its in-place form.
 _UNTAGGED = (
@@ -75,7 +78,10 @@ def _join_paths(tracer: Tracer, inputs: list[Tensor]) -> bool:
     """Whether two activations of one shape meet, as at the end of a residual block.
 
     A sum within an activation function (``x + x**3``) joins nothing: its channels are the same.
+    Nor does one of gates, of the input and of the state, within a recurrent layer.
     """
+    if tracer.call_name in _RECURRENT:
+        return False
     if len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
         return False
     if any(tracer.of_parameters(t) for t in inputs):
