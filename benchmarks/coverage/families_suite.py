@@ -130,7 +130,7 @@ def _small(name: str, value: Any) -> Any:
     if isinstance(value, list) and name == "layer_types":
         kinds = list(dict.fromkeys(value))
         return (kinds + kinds)[:2]
-    # Torch's blocks of every few tokens are left for short inputs, by a model that changes itself.
+    # For inputs as short as these BigBird turns to plain attention, and changes itself for good.
     return "original_full" if name == "attention_type" and value == "block_sparse" else value
 
 
