@@ -16,9 +16,10 @@ _STATISTICS = frozenset(("running_mean", "running_var"))
 
 
 def is_sound(name: str, tensor: Tensor, *, parameter: bool | None = None) -> bool:
-    """Whether all values are finite, or -inf where that is meant.
+    """Whether all values are finite, or infinite where that is meant.
 
-    A mask of attention, for example, is a buffer, or a parameter, of zeros and -inf.
+    A mask of attention, for example, is a buffer, or a parameter, of zeros and -inf; a bound that
+    nothing has been measured for yet is a buffer of one number, inf.
 
     Args:
         name: Name in the model.
@@ -39,4 +40,6 @@ def is_sound(name: str, tensor: Tensor, *, parameter: bool | None = None) -> boo
     if parameter:
         zero = values == 0
         return bool(zero.any() and (zero | values.isneginf()).all())
+    if not values.dim() and bool(values.isposinf()):
+        return True
     return not bool((values.isnan() | values.isposinf()).any())

@@ -59,6 +59,11 @@ def test_a_model_with_a_mask(tmp_path: Path) -> None:
         ("weight", [-math.inf, -math.inf], True, False),
         ("weight", [0.0, math.inf], True, False),
         ("mask", [0.0, math.inf], False, False),
+        ("mask", [math.inf, math.inf], False, False),
+        ("input_max", math.inf, False, True),
+        ("input_max", math.nan, False, False),
+        ("input_max", math.inf, True, False),
+        ("bn.running_var", math.inf, False, False),
         ("mask", [0.0, math.nan], False, False),
         ("bn.running_var", [0.0, -math.inf], False, False),
         ("mask", [0.0, 1.0], True, True),
@@ -66,7 +71,7 @@ def test_a_model_with_a_mask(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinity_is_meant_in_masks(
-    name: str, values: list[float], parameter: bool, sound: bool, dtype: torch.dtype
+    name: str, values: list[float] | float, parameter: bool, sound: bool, dtype: torch.dtype
 ) -> None:
     assert is_sound(name, torch.tensor(values, dtype=dtype), parameter=parameter) is sound
 

@@ -29,14 +29,14 @@ _FAMILIES = {
         dpn48b dpn68 darknet53 cspresnet50 cspdarknet53 cs3darknet_s cs3sedarknet_l selecsls42
         inception_v4 inception_resnet_v2 xception41 xception41p legacy_xception nasnetalarge
         pnasnet5large vgg11 regnetx_002 regnety_002 regnetz_005 regnetv_040 hgnet_tiny hgnetv2_b0
-        rdnet_tiny csatv2
+        rdnet_tiny csatv2 inception_v3 cspnext_tiny
     """,
     "mobile networks": """
         ghostnet_050 ghostnetv2_100 ghostnetv3_050 mixnet_s tf_mixnet_s efficientnet_cc_b0_4e
         efficientnet_lite0 tf_efficientnetv2_b0 mobilenetv2_050 mobilenetv3_small_050
         mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium fbnetc_100 fbnetv3_b mnasnet_small
         tinynet_e lcnet_035 hardcorenas_a rexnet_100 repghostnet_050 repvit_m0_9 fasternet_t0
-        starnet_s050 shvit_s1 mobilenet_edgetpu_v2_xs
+        starnet_s050 shvit_s1 mobilenet_edgetpu_v2_xs lcnetv2_small mobilenetv5_300m
     """,
     "reparametrised networks": "repvgg_a0 mobileone_s0 fastvit_t8 fastvit_sa12 fastvit_mci0",
     "modern convolutional networks": """
@@ -53,6 +53,7 @@ _FAMILIES = {
         mobilevitv2_050 efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_l1
         efficientvit_m0 visformer_tiny convit_tiny coat_tiny coat_lite_tiny nextvit_small
         swiftformer_xs tiny_vit_5m_224 vitamin_small_224 vit_tiny_r_s16_p8_224
+        cpubone_nano efficientvim_m1 iformer_t lowformer_b0
     """,
     "hierarchical transformers": """
         swin_tiny_patch4_window7_224 swin_s3_tiny_224 swinv2_tiny_window8_256 swinv2_cr_tiny_ns_224
@@ -67,7 +68,7 @@ _FAMILIES = {
         samvit_base_patch16_224 naflexvit_base_patch16_gap deit_tiny_distilled_patch16_224
         deit3_small_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 cait_xxs24_224
         xcit_nano_12_p16_224 crossvit_9_dagger_240 volo_d1_224 tnt_s_patch16_224 pit_ti_224
-        pit_ti_distilled_224
+        pit_ti_distilled_224 deepseek_vit_412m gemma4_vit_167m qwen3_vit_88m
     """,
 }
 _SIDE = 64
@@ -80,6 +81,8 @@ _SIDES = {
     "crossvit_9_dagger_240": 240,
     "inception_v4": 96,
     "inception_resnet_v2": 96,
+    "inception_v3": 96,
+    "deepseek_vit_412m": 56,
 }
 
 
