@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.coverage.case import Case
 from benchmarks.coverage.transformers_suite import cases as cases_by_hand
+from benchmarks.coverage.transformers_suite import keep_all_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,9 +144,7 @@ def _config(family: str) -> Any:
     if given.get("num_key_value_heads", 0) in (None, given.get("num_attention_heads")):
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     config = kind.from_dict({**settings, **_ALSO.get(family, {})})
-    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
+    keep_all_layers(config)
     for name, value in (("pad_token_id", 0), ("eos_token_id", _END)):
         if getattr(config, name, value) is None:
             setattr(config, name, value)

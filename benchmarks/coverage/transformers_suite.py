@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["cases"]
+__all__ = ["cases", "keep_all_layers"]
 
 _VOCABULARY = 128
 _LENGTH = 12
@@ -384,6 +384,13 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], Any]] = {
 }
 
 
+def keep_all_layers(config: Any) -> None:
+    """No draws that make two forwards in training mode differ in what they reach."""
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+
+
 def _builder(family: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
@@ -391,10 +398,7 @@ def _builder(family: str) -> Callable[[], nn.Module]:
         transformers.logging.set_verbosity_error()
         kind, settings, _ = _FAMILIES[family]
         config = transformers.AutoConfig.for_model(family, **settings)
-        # Draws that make two forwards in training mode differ in what they reach.
-        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
+        keep_all_layers(config)
         if kind.startswith("Auto"):
             return getattr(transformers, kind).from_config(config)
         return getattr(transformers, kind)(config)

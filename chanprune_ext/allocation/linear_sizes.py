@@ -167,8 +167,8 @@ class LinearSizes:
             return left[0] + right[0] * sign, total
         if left[0].vanish and right[0].vanish and right[1] and expr.symbol in ("//", "%"):
             # Of plain numbers: there is nothing to be linear in, and the rest counts.
-            quotient_of_numbers, rest = divmod(left[1], right[1])
-            return NOTHING, quotient_of_numbers if expr.symbol == "//" else rest
+            times, rest = divmod(left[1], right[1])
+            return NOTHING, times if expr.symbol == "//" else rest
         if right[0].vanish and right[1]:
             if expr.symbol == "*":
                 return left[0] * right[1], left[1] * right[1]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CallMode",
     "OperationMode",
+    "argument_of",
     "call_name",
     "is_query",
     "results_of",
@@ -172,12 +173,16 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
         for item in value.values():
             _collect_tensors(item, found)
     elif hasattr(value, "__dataclass_fields__"):
-        names = value.__dataclass_fields__
         # What is stored: settings that each layer has of its own may refuse to be read.
         stored = getattr(value, "__dict__", None)
-        stored = {n: getattr(value, n, None) for n in names} if stored is None else stored
-        for name in names:
-            _collect_tensors(stored.get(name), found)
+        for name in value.__dataclass_fields__:
+            item = getattr(value, name, None) if stored is None else stored.get(name)
+            _collect_tensors(item, found)
+
+
+def argument_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a call, given by its position or by its name; None if it was left out."""
+    return args[position] if len(args) > position else kwargs.get(name)
 
 
 def results_of(name: str, args: tuple[Any, ...], output: Any) -> list[Tensor]:

@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from chanprune_ext.analysis.calls import results_of, steady_calls, tensors_in
+from chanprune_ext.analysis.calls import argument_of, results_of, steady_calls, tensors_in
 from chanprune_ext.analysis.handlers import entering
 from chanprune_ext.analysis.meta_calls import MetaCalls, run_call
 from chanprune_ext.analysis.stand_ins import (
@@ -208,8 +208,8 @@ class _Running:
     output: Any
 
     def given(self, position: int, name: str = "input") -> Any:
-        """An argument, given by its position or by its name; None if it was left out."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+        """One of the arguments, as :func:`argument_of` finds it."""
+        return argument_of(self.args, self.kwargs, position, name)
 
 
 def _distinct(ids: Tensor) -> np.ndarray:
@@ -279,10 +279,8 @@ class _RowMode(MetaCalls):
         """Row numbers of a value; those of a vector parameter are its own indices."""
         if not isinstance(tensor, Tensor):
             return None
-        if id(tensor) in self.entries and id(tensor) not in self.ids and tensor.dim() == 1:
-            start = self.rows.add(self.entries[id(tensor)], 0, len(tensor))
-            return torch.arange(start, start + len(tensor), device="cpu")
-        return self.ids.get(id(tensor))
+        ids = self.ids.get(id(tensor))
+        return self.along(tensor, 0) if ids is None and tensor.dim() == 1 else ids
 
     def along(self, parameter: Any, dim: int) -> Tensor | None:
         """Row numbers of one dim of a parameter; None for a tensor that is none."""
@@ -309,7 +307,8 @@ class _RowMode(MetaCalls):
         ids = self.ids.get(id(tensor))
         if ids is not None:
             self.exits.append((None, _distinct(ids)))
-        for dim in range(tensor.dim()) if ids is None else ():
+            return
+        for dim in range(tensor.dim()):
             rows = self.along(tensor, dim)
             if rows is not None:
                 self.exits.append((None, rows.numpy()))

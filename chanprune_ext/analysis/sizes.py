@@ -283,7 +283,7 @@ def _shared_keys(
     Code that repeats keys itself where this operation can't (behind a mask, say) does so by a
     number it keeps: the one it has asked for. Where there is none, there might be one all the same.
     """
-    query, key = (*args[:2], *(kwargs[name] for name in ("query", "key")[len(args) :]))
+    query, key = tracer.argument(0, "query"), tracer.argument(1, "key")
     if not kwargs.get("enable_gqa") or query.shape[-3] == key.shape[-3]:
         return
     keys, share = key.shape[-3], query.shape[-3] // key.shape[-3]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chanprune_ext.analysis.calls import source_place
+from chanprune_ext.analysis.calls import argument_of, source_place
 from chanprune_ext.analysis.provenance import (
     Attribute,
     Dim,
@@ -127,7 +127,7 @@ class Tracer:
     _overwritten: set[int] = field(default_factory=set)
     _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
     _where: tuple[str, str] | None = None
-    _asked: dict[str, dict[Attribute, None]] = field(default_factory=dict)
+    _asked: dict[str, set[Attribute]] = field(default_factory=dict)
 
     # -- tensors ---------------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class Tracer:
     def asked(self, size: Expr) -> None:
         """The forward asked whether a size is larger than another."""
         if isinstance(size, Attribute):
-            self._asked.setdefault(self.path.current, {})[size] = None
+            self._asked.setdefault(self.path.current, set()).add(size)
 
     def asked_of(self, value: int) -> TracedInt | None:
         """The one attribute of this value that the running module has asked about."""
@@ -372,9 +372,7 @@ class Tracer:
 
     def argument(self, position: int, name: str) -> Any:
         """An argument of the Python-level call that is running, as the caller wrote it."""
-        if len(self.call_args) > position:
-            return self.call_args[position]
-        return self.call_kwargs.get(name)
+        return argument_of(self.call_args, self.call_kwargs, position, name)
 
     def cost(self, constant: int, *dims: Slots) -> None:
         """Count multiply-accumulates of the operation that is running."""

@@ -125,6 +125,7 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "slice by attribute": lambda m, x: x[:, : m.half] + x[:, m.half :],
     "narrow by attribute": lambda m, x: x.narrow(1, 0, m.half) * x.narrow(1, m.half, m.half),
     "positions by lists": lambda m, x: x[:, :, [0, 2], [1, 1]][..., None],
+    "positions from the end": lambda m, x: x.index_select(-1, torch.tensor([0, 2])),
     "positions by apart lists": lambda m, x: x[[1, 0], :, :, [1, 1]][..., None],
     "repeat_interleave": lambda m, x: x.repeat_interleave(2, 1),
     "empty_like": lambda m, x: torch.empty_like(x).copy_(x),

@@ -13,6 +13,8 @@ from chanprune_ext.analysis.rules.zeros import sum_is_exact
 from chanprune_ext.analysis.tracer import HEAD_DIM, HEADS, anonymous
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from chanprune_ext.analysis.tracer import Slots, Tracer
@@ -213,14 +215,10 @@ def distances(
 ) -> None:
     """(.., P, M) and (.., R, M) -> (.., P, R): removed on both sides, exact if both are zero."""
     rows, columns = args[:2]
-    batch = output.shape[:-2]
-    *first, m, k = broadcast_dims(tracer, [rows], (*batch, *rows.shape[-2:]))
-    *second, n, other = broadcast_dims(tracer, [columns], (*batch, *columns.shape[-2:]))
-    for mine, theirs in zip((*first, k), (*second, other), strict=True):
-        tracer.unify(mine, theirs)
+    outer, (m, k), (n, other) = batched_matrices(tracer, rows, columns, output.shape[:-2])
+    tracer.unify(k, other)
     if not (tracer.zeros(rows)[-1] and tracer.zeros(columns)[-1]):
         tracer.flag_normalised(k)
-    outer = [a if len(a) else b for a, b in zip(first, second, strict=True)]
     tracer.set(output, [*outer, m, n])
     tracer.cost(1, *outer, m, n, k)
 
@@ -242,6 +240,18 @@ def dot(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     contract(tracer, (args[0], 0), (args[1], 0))
+
+
+def batched_matrices(
+    tracer: Tracer, left: Tensor, right: Tensor, batch: Sequence[int]
+) -> tuple[list[Slots], tuple[Slots, Slots], tuple[Slots, Slots]]:
+    """The dims that two batches of matrices share once broadcast, and those of each matrix."""
+    *first, a, b = broadcast_dims(tracer, [left], (*batch, *left.shape[-2:]))
+    *second, c, d = broadcast_dims(tracer, [right], (*batch, *right.shape[-2:]))
+    for mine, theirs in zip(first, second, strict=True):
+        tracer.unify(mine, theirs)
+    outer = [m if len(m) else t for m, t in zip(first, second, strict=True)]
+    return outer, (a, b), (c, d)
 
 
 def contract(tracer: Tracer, left: tuple[Tensor, int], right: tuple[Tensor, int]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from chanprune_ext.analysis.tracer import Origin, Slots, Tracer
+    from chanprune_ext.analysis.tracer import Slots, Tracer
 
 _POSITION = "a fixed position of these channels is read"
 
@@ -42,13 +42,10 @@ def index_select(
     tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     source, dim, index = args
-    dims = list(tracer.dims(source))
-    tracer.freeze(dims[dim], _POSITION)
+    dim %= source.dim()
+    tracer.freeze(tracer.dims(source)[dim], _POSITION)
     tracer.freeze_tensor(index, _POSITION)
-    dims[dim] = anonymous(output.shape[dim])
-    whose = [None if d == dim else d for d in range(source.dim())]
-    tracer.set(output, dims, _origin_of_matrices(tracer, source, whose))
-    tracer.note_rows(output, source)
+    _set_picked(tracer, output, source, [None if d == dim else d for d in range(source.dim())])
 
 
 @rule("aten::index")
@@ -62,22 +59,26 @@ def index(
     # The result of the indices stands where they were, or in front when something is between them.
     place = chosen[0] if together else 0
     rest = [d for d in range(len(dims)) if d not in chosen]
-    fresh = output.shape[place : place + output.dim() - len(rest)]
-    whose = [*rest[:place], *(None for _ in fresh), *rest[place:]]
+    picked = [None] * (output.dim() - len(rest))
+    _set_picked(tracer, output, source, [*rest[:place], *picked, *rest[place:]])
+
+
+def _set_picked(
+    tracer: Tracer, output: Tensor, source: Tensor, whose: Sequence[int | None]
+) -> None:
+    """Slots of what was picked by index; ``whose`` are the source's dims, None where it was.
+
+    Matrices picked from those packed in one parameter stand for it; rows of a table do not.
+    """
+    dims, origin = tracer.dims(source), tracer.origin(source)
     sizes = zip(whose, output.shape, strict=True)
-    picked = [anonymous(n) if d is None else dims[d] for d, n in sizes]
-    tracer.set(output, picked, _origin_of_matrices(tracer, source, whose))
+    slots = [anonymous(n) if d is None else dims[d] for d, n in sizes]
+    if origin is not None and source.dim() > 2:
+        origin = origin[0], tuple(None if d is None else origin[1][d] for d in whose)
+    else:
+        origin = None
+    tracer.set(output, slots, origin)
     tracer.note_rows(output, source)
-
-
-def _origin_of_matrices(
-    tracer: Tracer, source: Tensor, whose: Sequence[int | None]
-) -> Origin | None:
-    """Of matrices picked from those packed in one parameter; rows of a table are activations."""
-    origin = tracer.origin(source)
-    if origin is None or source.dim() < 3:
-        return None
-    return origin[0], tuple(None if d is None else origin[1][d] for d in whose)
 
 
 def _indexed_dims(
