@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from chanprune_ext.garbage import collector_paused
 from chanprune_ext.group_summary import GroupSummary
 from chanprune_ext.module_tree import structure_remembered
 from chanprune_ext.plan import PruningPlan, structure_of
+from chanprune_ext.plan_warnings import warn_of_branches, warn_of_unreached
 from chanprune_ext.surgery import apply_plan
 from chanprune_ext.verification import input_shapes
 
@@ -141,7 +141,7 @@ def plan(
     )
     with _at_work(model):
         analysis = analyse(model, example_inputs, outputs)
-    _warn_of_branches(analysis)
+    warn_of_branches(analysis)
     scores, name = [], "none: channels were named"
     if remove is None:
         scores = score_groups(model, analysis.groups, criterion, int(seed))
@@ -154,8 +154,11 @@ def plan(
         )
 
     if budget is not None and (budget.latency is not None or budget.file_size is not None):
-        return plan_within(budget, analysis, model, example_inputs, plan_for)
-    return plan_for(())
+        made = plan_within(budget, analysis, model, example_inputs, plan_for)
+    else:
+        made = plan_for(())
+    warn_of_unreached(analysis, model, made)
+    return made
 
 
 def plan_of_scores(
@@ -304,19 +307,6 @@ def _at_work(model: nn.Module) -> Iterator[None]:
         if isinstance(model, nn.Module):  # else the analysis says so
             stack.enter_context(structure_remembered(model))
         yield
-
-
-def _warn_of_branches(analysis: Analysis) -> None:
-    read = analysis.trace.values_read
-    if read:
-        lines = [f"{source} in '{module}'" if module else source for source, module in read.items()]
-        warnings.warn(
-            f"the forward reads values of tensors ({', '.join(lines[:3])}"
-            f"{' and elsewhere' if len(lines) > 3 else ''}): the plan holds for the path it takes "
-            f"with these example_inputs",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _name_of(criterion: Criterion) -> str:

@@ -140,14 +140,14 @@ class TracedInt(int):
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, int):
-            return int(self) == other
+            return NotImplemented  # a tensor compares itself, and is seen to
         equal = int(self) == int(other)
         for notice in _NOTICES:
             notice(self.expr, expression(other), equal)
         return equal
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return not self == other if isinstance(other, int) else NotImplemented
 
     def __gt__(self, other: int) -> bool:
         for ask in _ASKED:
@@ -165,6 +165,8 @@ class TracedInt(int):
         return TracedInt(-int(self), Op("*", self.expr, Const(-1)))
 
     def __truediv__(self, other: Any) -> Any:
+        if type(other) is float:
+            return _divided(float(self) / other, self.expr, Const(1), other)
         value = super().__truediv__(other)
         if value is NotImplemented or not isinstance(other, int):
             return value
@@ -207,6 +209,8 @@ class TracedRatio(float):
 
     def __mul__(self, other: Any) -> Any:
         value = super().__mul__(other)
+        if type(other) is float:
+            return _multiplied(value, self.over, self.under, other)
         if value is NotImplemented or not isinstance(other, int):
             return value
         return TracedRatio(value, _folded("*", self.over, expression(other)), self.under)
@@ -215,6 +219,8 @@ class TracedRatio(float):
 
     def __truediv__(self, other: Any) -> Any:
         value = super().__truediv__(other)
+        if type(other) is float:
+            return _divided(value, self.over, self.under, other)
         if value is NotImplemented or not isinstance(other, int):
             return value
         return TracedRatio(value, self.over, _folded("*", self.under, expression(other)))
@@ -276,13 +282,18 @@ def leaves(expr: Expr) -> list[Expr]:
     return [expr]
 
 
-def _times(number: TracedInt, factor: float) -> float:
-    """``number * factor``, a ratio where the factor is a half, a quarter and so on."""
-    value = float(number) * factor
-    if math.isfinite(factor) and (share := Fraction(factor)).denominator <= _FINEST:
-        over = _folded("*", number.expr, Const(share.numerator))
-        return TracedRatio(value, over, Const(share.denominator))
-    return value
+def _multiplied(value: float, over: Expr, under: Expr, factor: float | Fraction) -> float:
+    """``value``, a ratio times a factor, as a ratio where that is a half, a quarter and so on."""
+    if not math.isfinite(factor) or (share := Fraction(factor)).denominator > _FINEST:
+        return value
+    numerator = _folded("*", over, Const(share.numerator))
+    return TracedRatio(value, numerator, _folded("*", under, Const(share.denominator)))
+
+
+def _divided(value: float, over: Expr, under: Expr, divisor: float) -> float:
+    """As :func:`_multiplied`; there is a value, so the divisor is not zero."""
+    factor = 1 / Fraction(divisor) if math.isfinite(divisor) else math.nan
+    return _multiplied(value, over, under, factor)
 
 
 def _arithmetic(symbol: str, method: str) -> None:
@@ -291,7 +302,7 @@ def _arithmetic(symbol: str, method: str) -> None:
     def forward(self: TracedInt, other: Any) -> Any:
         result = plain(self, other)
         if symbol == "*" and type(other) is float:
-            return _times(self, other)
+            return _multiplied(float(self) * other, self.expr, Const(1), other)
         if result is NotImplemented or not isinstance(other, int):
             return result
         return TracedInt(result, Op(symbol, self.expr, expression(other)))

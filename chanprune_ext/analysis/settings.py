@@ -13,7 +13,7 @@ from chanprune_ext.module_tree import OWN_ATTRIBUTES, modules_of
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from chanprune_ext.analysis.provenance import Attribute
 
@@ -25,6 +25,7 @@ _NO_SETTINGS = (
     *(functools.partial, dict, list, tuple, set, BaseException),
 )
 _MOST_SETTINGS = 1000  # a vocabulary has more
+_DEEPEST = 3  # settings within settings
 _NUMBERS = frozenset({int, tuple, list})
 
 
@@ -35,24 +36,41 @@ def _has_settings(kind: Any) -> bool:
     return module not in ("builtins", "torch", "functools") and not issubclass(kind, _NO_SETTINGS)
 
 
+def _are_settings(value: Any) -> bool:
+    kind: Any = type(value)
+    return (kind is dict or _has_settings(kind)) and len(contents_of(value)) <= _MOST_SETTINGS
+
+
 def settings_of(model: nn.Module) -> list[tuple[str, str, Any]]:
-    """Settings, each once: path of the first module that holds them, under which name."""
-    found: list[tuple[str, str, Any]] = []
+    """Settings with numbers, each once: path of the first module that holds them, and their name.
+
+    The name has dots for settings that no module holds by itself, but within others.
+    """
+    return [
+        (path, name, settings)
+        for path, name, settings in _all_settings(model)
+        if any(type(n) in _NUMBERS for n in contents_of(settings).values())
+    ]
+
+
+def _all_settings(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     seen: set[int] = set()
-    for path, module in modules_of(model):
-        for name, value in module.__dict__.items():
-            kind: Any = type(value)
-            if (
-                name in OWN_ATTRIBUTES
-                or id(value) in seen
-                or not (kind is dict or _has_settings(kind))
-            ):
+    held = [
+        (path, name, value)
+        for path, module in modules_of(model)
+        for name, value in module.__dict__.items()
+        if name not in OWN_ATTRIBUTES
+    ]
+    for _ in range(_DEEPEST):
+        within: list[tuple[str, str, Any]] = []
+        for path, name, value in held:
+            if id(value) in seen or not _are_settings(value):
                 continue
-            numbers = contents_of(value).values()
-            if len(numbers) <= _MOST_SETTINGS and any(type(n) in _NUMBERS for n in numbers):
-                seen.add(id(value))
-                found.append((path, name, value))
-    return found
+            seen.add(id(value))
+            yield path, name, value
+            items = contents_of(value).items()
+            within += [(path, f"{name}.{key}", v) for key, v in items if isinstance(key, str)]
+        held = within
 
 
 def contents_of(owner: Any) -> dict[str, Any]:
@@ -79,7 +97,7 @@ def owner_of(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
 def own_settings(
     model: nn.Module, attributes: Iterable[Attribute], undo: contextlib.ExitStack
 ) -> None:
-    """Gives a model copies of the settings that attributes are part of.
+    """Gives a model copies of the settings that attributes are part of, and of what holds these.
 
     Other models may hold the same ones: they are to keep theirs.
 
@@ -89,11 +107,22 @@ def own_settings(
         undo: Receives what puts the objects back.
     """
     owners = [owner for owner, _ in (owner_of(model, attribute) for attribute in attributes)]
-    copies = {id(o): copy.copy(o) for o in owners if not isinstance(o, nn.Module)}
-    if not copies:
+    affected = {id(owner) for owner in owners if not isinstance(owner, nn.Module)}
+    if not affected:
         return
+    settings = [each for _, _, each in _all_settings(model)]
+    while more := [s for s in settings if id(s) not in affected and _holds_any(s, affected)]:
+        affected.update(map(id, more))
+    copies = {id(s): copy.copy(s) for s in settings if id(s) in affected}
+    for made in copies.values():
+        held = contents_of(made)
+        held.update({key: copies[id(v)] for key, v in held.items() if id(v) in copies})
     for _, module in modules_of(model):
         for name, value in module.__dict__.items():
             if id(value) in copies:
                 undo.callback(module.__dict__.__setitem__, name, value)
                 module.__dict__[name] = copies[id(value)]
+
+
+def _holds_any(settings: Any, ids: set[int]) -> bool:
+    return any(id(value) in ids for value in contents_of(settings).values())

@@ -186,6 +186,19 @@ def _shape_of_view(
     _equate_shape(tracer, _sizes(args[1:], kwargs, "size", "shape"), output)
 
 
+@_on("view_as", "reshape_as", "expand_as")
+def _shape_of_other(
+    tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    given, wanted = args[0], tracer.dims(tracer.argument(1, "other"))
+    _equate_shape(tracer, [TracedInt(slots.shape[1], Dim(slots)) for slots in wanted], output)
+    if tracer.call_name == "expand_as":
+        before = (*[1] * (output.dim() - given.dim()), *given.shape)
+        for n, slots, other in zip(before, tracer.dims(output), wanted, strict=True):
+            if n != slots.shape[1]:  # stretched for these channels, with nothing of its own
+                tracer.unify(slots, other)
+
+
 def _register_shape(sizes: slice, *names: str) -> None:
     """The shape of a new tensor is the sizes among these positional arguments, or by keyword."""
 

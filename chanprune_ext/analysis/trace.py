@@ -31,7 +31,9 @@ from chanprune_ext.analysis.calls import (
 from chanprune_ext.analysis.dataflow import Dataflow, DataflowMode
 from chanprune_ext.analysis.labels import LabelStore
 from chanprune_ext.analysis.meta_kernels import lowered, run_operation
+from chanprune_ext.analysis.model_outputs import named_tensors, picked_outputs
 from chanprune_ext.analysis.module_path import ModulePath
+from chanprune_ext.analysis.multiples import follow_multiples
 from chanprune_ext.analysis.provenance import (
     Dim,
     Equation,
@@ -52,7 +54,7 @@ from chanprune_ext.analysis.stand_ins import (
     tensors_of,
 )
 from chanprune_ext.analysis.tracer import Cost, Event, Join, Slots, Tracer
-from chanprune_ext.errors import AnalysisError, ChanpruneError, InvalidArgumentError
+from chanprune_ext.errors import AnalysisError, ChanpruneError
 from chanprune_ext.module_tree import modules_of
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class TracedCall:
         name: Low-level name, such as ``"conv2d"``.
         module: Dotted path of the innermost module being run.
         source: ``file.py:line`` of the calling line.
-        numbers: Numbers it computes with.
+        numbers: Numbers it computes with; None where an equation speaks of them.
         literals: Its other plain arguments, None for those that an equation may speak of.
         inputs: Slots of every dim of every tensor among its arguments, before it ran.
         outputs: Slots of every dim of every tensor it made.
@@ -82,7 +84,7 @@ class TracedCall:
     name: str
     module: str
     source: str
-    numbers: tuple[float | complex, ...]
+    numbers: tuple[float | complex, ...] | None
     literals: tuple[Any, ...]
     inputs: tuple[tuple[Slots, ...], ...]
     outputs: tuple[tuple[Slots, ...], ...]
@@ -108,6 +110,7 @@ class Trace:
     substrate: str
     joins: list[Join] = field(default_factory=list)
     axes: list[int] = field(default_factory=list)
+    unreached: tuple[str, ...] = ()  # registered tensors that no forward has computed with
 
 
 class _ForwardError(Exception):
@@ -186,7 +189,9 @@ class _ProvenanceMode(CallMode):
         tracer.op_name = ""
         if name in VALUE_READS:
             tracer.read_values(tensors_in(args))
-        record_equations(tracer, name, args, kwargs, output)
+        followed = follow_multiples(tracer, name, args, kwargs, output)
+        if not followed:
+            record_equations(tracer, name, args, kwargs, output)
         if self.flow is not None:
             self.flow.note(name, tracer.path.current, args, kwargs, output)
         results = results_of(name, args, output)
@@ -194,7 +199,7 @@ class _ProvenanceMode(CallMode):
             TracedCall(
                 name,
                 *tracer.place(),
-                numbers_in(name, args, kwargs),
+                None if followed else numbers_in(name, args, kwargs),
                 literals_in(name, args, kwargs),
                 inputs,
                 tuple([tracer.dims(t) for t in results]),
@@ -256,11 +261,8 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
         flow = Dataflow() if asks else None
         calls = _watch(tracer, model, stand_ins, inputs, outputs, flow)
         costs = list(tracer.costs)
-        unused = [
-            name
-            for name, t in stand_ins.items()
-            if id(t) not in tracer.used and t.is_floating_point() and name in registered
-        ]
+        floating = {n: t for n, t in stand_ins.items() if t.is_floating_point() and n in registered}
+        unused = [name for name, t in floating.items() if id(t) not in tracer.used]
         if unused or not _trains_alike(tracer, model, stand_ins, inputs, flow):
             _watch_training(tracer, model, stand_ins, inputs, unused, outputs)
     return Trace(
@@ -280,6 +282,7 @@ def _run(model: nn.Module, example_inputs: Any, substrate: str, outputs: Outputs
         substrate=substrate,
         joins=tracer.joins,
         axes=tracer.axes,
+        unreached=tuple([name for name in unused if id(floating[name]) not in tracer.used]),
     )
 
 
@@ -300,29 +303,15 @@ def _watch(
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error
     if outputs is not None:
-        output = _picked(outputs, output)
-    tracer.at_output()
+        output = picked_outputs(outputs, output)
     returned = tensors_in(output)
+    tracer.at_output()
     tracer.use(returned)
-    for tensor in returned:
+    tracer.keep_multiples(returned)
+    for name, tensor in named_tensors(output):
+        tracer.at_output(name)
         tracer.freeze_tensor(tensor, "the model's output")
     return mode.calls
-
-
-def _picked(outputs: Callable[[Any], Any], returned: Any) -> Any:
-    try:
-        picked = outputs(returned)
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"outputs raised {type(error).__name__} when called with what the model returns, a "
-            f"{type(returned).__name__}: {error}; it must pick what is to keep its shape"
-        ) from error
-    if not tensors_in(picked):
-        raise InvalidArgumentError(
-            f"outputs picked no tensor of what the model returns, a {type(returned).__name__}, but "
-            f"{picked!r}; without any, the model's own outputs would change their shape"
-        )
-    return picked
 
 
 def _trains_alike(

@@ -126,6 +126,7 @@ class Tracer:
     _alive: list[Any] = field(default_factory=list)
     _overwritten: set[int] = field(default_factory=set)
     _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
+    _multiples: dict[int, tuple[Tensor, TracedInt]] = field(default_factory=dict)
     _where: tuple[str, str] | None = None
     _asked: dict[str, set[Attribute]] = field(default_factory=dict)
 
@@ -210,6 +211,23 @@ class Tracer:
         self.values_read.setdefault(source, module)
         for tensor in tensors:
             self.freeze_tensor(tensor, "values leave torch")
+            self.keep_multiples([tensor])
+
+    def set_multiple(self, tensor: Tensor, size: TracedInt) -> None:
+        """``tensor`` holds what something counts times a size."""
+        self._multiples[id(tensor)] = tensor, size
+
+    def multiple_of(self, tensor: Tensor) -> TracedInt | None:
+        """The size that :meth:`set_multiple` has recorded."""
+        found = self._multiples.get(id(tensor))
+        return None if found is None else found[1]
+
+    def keep_multiples(self, tensors: Iterable[Tensor]) -> None:
+        """Sizes that any of these tensors holds multiples of stay: they are computed with."""
+        for tensor in tensors:
+            size = self.multiple_of(tensor)
+            if size is not None:
+                self.keep_value(size, "their number is used in a computation")
 
     def parts(self, tensor: Tensor) -> Parts:
         """The parameters, and what is joined from such, that ``tensor`` is joined from."""
@@ -259,10 +277,10 @@ class Tracer:
         self.op_name = ""
         self._where = None
 
-    def at_output(self) -> None:
-        """What follows happens where the model returns."""
+    def at_output(self, name: str = "") -> None:
+        """What follows happens where the model returns, this one of several tensors."""
         self.op_name = self.call_name = "output"
-        self._where = ("", "model output")
+        self._where = ("", name or "model output")
 
     def unify(self, a: Slots, b: Slots) -> None:
         """Index i of ``a`` is removed if and only if index i of ``b`` is."""
@@ -351,10 +369,14 @@ class Tracer:
             return
         if not any(isinstance(leaf, Dim) for leaf in (*leaves(left), *leaves(right))):
             return
+        self.enter_call()
+        self.keep_equal(left, right, "two sizes must stay equal")
+
+    def keep_equal(self, left: Expr, right: Expr, detail: str) -> None:
+        """Require that two sizes stay equal."""
         if isinstance(left, Dim):
             left, right = right, left
-        self.enter_call()
-        reason = self.reason("two sizes must stay equal")
+        reason = self.reason(detail)
         if isinstance(right, Dim):
             self.equations.append(Equation(left, right.slots, reason))
         else:

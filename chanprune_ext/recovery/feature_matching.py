@@ -173,6 +173,7 @@ def _factors(
     found = {
         index: scale_factor(a.name, a.numbers, b.numbers)
         for index, (a, b) in enumerate(zip(analysis.trace.calls, ours, strict=False))
+        if a.numbers is not None and b.numbers is not None
     }
     scaled = {index: factor for index, factor in found.items() if factor is not None}
     return scaled_outputs(teacher, inputs, analysis.trace.substrate, scaled, calls)

@@ -42,6 +42,11 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(2, 0, 3, 1)
 
 
+def rows_masked(x: Tensor) -> Tensor:
+    """A mask of all of :func:`rows`, the same in all channels."""
+    return checkers(x)[:, None, :, None].expand(4, 2, 6, x.shape[1])
+
+
 def unrows(x: Tensor) -> Tensor:
     return x.permute(1, 3, 0, 2)
 
@@ -63,6 +68,16 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "index after a new dim": lambda m, x: x[None, :, :, at(x, 0, 3)][0],
     "index of two dims": lambda m, x: x[:, :, at(x, 0, 3, 1, 2).view(2, 2)].flatten(2, 3),
     "read only for its shape": lambda m, x: x + x.new_zeros(x[:, 0].shape)[:, None],
+    "filled like a position": lambda m, x: x + torch.full_like(x[:, 0], 0.5)[:, None],
+    "masked rows from others": lambda m, x: unrows(
+        rows(x).masked_scatter(checkers(x)[:, None, :, None], rows(x).sin())
+    ),
+    "masked rows in place": lambda m, x: unrows(
+        rows(x).clone().masked_scatter_(rows_masked(x), rows(x).sin().flatten(0, 2))
+    ),
+    "mask of all dims, alike in channels": lambda m, x: (
+        rows(x)[rows_masked(x)].view(2, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
+    ),
     "number to positions": lambda m, x: changed(x, (slice(None), slice(None), [0, 2]), 0.5),
     "number where negative": lambda m, x: changed(x, x < 0, 0.1),
     "number where masked": lambda m, x: changed(
@@ -103,6 +118,15 @@ STAYS: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda m, x: x[:, at(x, *range(8)), :, at(x, *[0, 1] * 4)].transpose(0, 1)[..., None],
         POSITION,
     ),
+    "mask of its own in each channel": (
+        lambda m, x: x[(rows_masked(x).clone() & True).permute(1, 3, 0, 2)].view(2, 8, 4, 4),
+        POSITION,
+    ),
+    "masked by value": (lambda m, x: x.masked_scatter(x > 0, x.sin()), WRITTEN),
+    "masked rows of fewer channels": (
+        lambda m, x: unrows(rows(x).masked_scatter(rows_masked(x)[..., :1], x)),
+        WRITTEN,
+    ),
     "mask over the batch computed from channels": (
         lambda m, x: x[x.mean((2, 3)) > -1e9].view(2, 8, 4, 6),
         POSITION,
@@ -138,6 +162,8 @@ NEEDED = {
     "mask of two dims behind channels": "aten::index",
     "vector to rows": "aten::index_put",
     "vector to rows of a view": "aten::index_put_",
+    "masked rows from others": "aten::masked_scatter",
+    "masked rows in place": "aten::masked_scatter_",
     "gather positions": "aten::gather",
     "scatter": "aten::scatter",
     "scatter_add": "aten::scatter_add",

@@ -350,6 +350,56 @@ def test_numbers_of_settings_follow(kind: Callable[[], Any], tmp_path: Path) -> 
         plan.apply(nn.Sequential(*(Configured(SimpleNamespace(heads=3)) for _ in range(2))))
 
 
+class Held(nn.Module):
+    """Attention whose settings the outer module holds too, within its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.inner = config, Configured(config.inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y * (self.config.inner.heads == heads_of(self.inner.config))
+
+
+class Nested(nn.Module):
+    """Attention whose settings are within others', and held by no module alone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.width = config, 6
+        self.qkv, self.o = nn.Linear(5, 3 * 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = self.config.inner.heads * self.width
+        q, k, v = (
+            z.unflatten(-1, (-1, self.width)).transpose(1, 2) for z in self.qkv(x).split(width, -1)
+        )
+        y = ((q @ k.mT * 0.3).softmax(-1) @ v).transpose(1, 2)
+        return x + self.o(y.flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Held, "inner.config.heads"), (Nested, "config.inner.heads")]
+)
+def test_settings_within_settings_follow(kind: Callable[[Any], nn.Module], name: str) -> None:
+    config, x = SimpleNamespace(inner=Plain(), other=SimpleNamespace()), torch.randn(2, LENGTH, 5)
+    config.other.outer, config.rest = config, SimpleNamespace(layers=2)  # no end
+    model = kind(config).eval()
+    plan = cpx.plan(model, x, 0.5, kinds=("heads",))
+    assert [str(a) for a in plan.attributes] == [name]
+    small = plan.apply(model, verify="numeric")
+    assert small.config.inner.heads == 2
+    assert small(x).abs().max() > 0
+    plan.apply(model, inplace=True)
+    assert model.config.inner.heads == 2
+    # What other models share stays as it was.
+    assert config.inner.heads == 4
+    assert config.other.outer is config
+    assert model.config.other.outer is model.config
+    assert model.config.rest is config.rest
+
+
 def test_settings_are_put_back_where_a_cut_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     config, x = Plain(), torch.randn(2, LENGTH, 5)
     model = nn.Sequential(Configured(config), Configured(config)).eval()

@@ -75,6 +75,13 @@ def shuffle(x: Tensor) -> Tensor:
     return x.view(b, 2, int(c / 2), h, w).transpose(1, 2).reshape(b, -1, h, w)
 
 
+def rows_to_channels(x: Tensor, share: float = 0.5) -> Tensor:
+    b, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(b, h, int(w * share), int(c / share))
+    x = x.sin().view(b, int(h * share), int(w * share), int(c / share / share))
+    return x.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
 def normalise(x: Tensor) -> Tensor:
     width = int(x.shape[1])
     return F.layer_norm(x.movedim(1, -1), [width]).movedim(-1, 1)
@@ -95,7 +102,7 @@ class Between(nn.Module):
 
 FOLLOWED = [
     *(split_in_halves, slice_half, slice_floor, slice_ceil, slice_round, slice_shift),
-    *(slice_divmod, view_of_plain_sizes, view_of_a_list, shuffle),
+    *(slice_divmod, view_of_plain_sizes, view_of_a_list, shuffle, rows_to_channels),
 ]
 
 
@@ -201,6 +208,9 @@ WAYS: list[Callable[[Any, int], Any]] = [
     lambda w, d: math.floor(w * 0.75 / d),
     lambda w, d: math.ceil(d * (w / 2)),
     lambda w, d: math.floor(d / w),
+    lambda w, d: math.floor(w / 0.375 / d),
+    lambda w, d: math.floor(w / d / 0.5),
+    lambda w, d: math.ceil(w / d * 0.25),
     lambda w, d: (w << 2) >> 1,
     lambda w, d: divmod(w, d)[1],
 ]
@@ -228,6 +238,8 @@ def test_ratios_are_floats_to_everybody_else() -> None:
     assert (type(ratio + 1), type(ratio * 0.3), type(width(7) * 0.3)) == (float,) * 3
     assert (width(7) * math.inf, round(ratio), round(ratio, 1)) == (math.inf, 4, 3.5)
     assert int(width(7) / -2) == -3
-    with pytest.raises(ZeroDivisionError):
-        width(7) / 0
+    assert (type(width(7) / 0.3), type(ratio / 0.3), width(7) / math.inf) == (float, float, 0.0)
+    for nothing in (0, 0.0):
+        with pytest.raises(ZeroDivisionError):
+            width(7) / nothing
     assert type(int(width(7))) is int

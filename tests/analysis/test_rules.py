@@ -19,7 +19,15 @@ from chanprune_ext.errors import NothingToPruneError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+
 # All channels can go by themselves, and the result is exact.
+def with_rows_of(x: Tensor, other: Tensor) -> Tensor:
+    """Every other column of images taken, in order, from other images."""
+    mask = (torch.arange(6, device=x.device) % 2 > 0)[:, None]
+    rows, others = x.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)
+    return rows.masked_scatter(mask, others).permute(0, 3, 1, 2)
+
+
 PASSES: dict[str, Callable[..., Tensor]] = {
     **{
         name: lambda m, x, name=name: getattr(F, name)(x)
@@ -50,6 +58,7 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "where": lambda m, x: torch.where(x > 0, x, -x),
     "where scalar": lambda m, x: torch.where(x > 0, x, 0.5),
     "masked_fill": lambda m, x: x.masked_fill(x < 0, 0.3),
+    "sum of rows": lambda m, x: x * with_rows_of(x, x.sin()).sum(1, keepdim=True),
     "maximum": lambda m, x: torch.maximum(x, x * 0.5),
     "lerp": lambda m, x: torch.lerp(x, x.tanh(), 0.3),
     "addcmul": lambda m, x: torch.addcmul(x, x, x.sin(), value=0.2),
@@ -188,6 +197,7 @@ NORMALISED: dict[str, Callable[..., Tensor]] = {
     "sum of a shift scaled in place": lambda m, x: x * x.add(1).mul_(2).sum(1, keepdim=True),
     "sum of filled positions": lambda m, x: x * positions_filled(x).sum(1, keepdim=True),
     "sum of what is masked": lambda m, x: x * x.masked_fill(x <= 0, 0.5).sum(1, keepdim=True),
+    "sum of sigmoids in rows": lambda m, x: x * with_rows_of(x, x.sigmoid()).sum(1, keepdim=True),
     "sum of truth values": lambda m, x: x * (x == 0).to(x.dtype).sum(1, keepdim=True),
     "sum of positions beside sigmoids": lambda m, x: (
         x * torch.cat([x, x.sigmoid()], 2).sum(1, keepdim=True)[:, :, 4:]

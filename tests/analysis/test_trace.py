@@ -455,3 +455,29 @@ def test_torch_logs_nothing_of_a_forward_that_raised(
     assert log.level == before
     log.error("still heard")
     assert [record.message for record in caplog.records] == ["still heard"]
+
+
+class Several(nn.Module):
+    """Returns hidden features beside its result, in tuples, lists and dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        a = self.a(x)
+        b = self.b(a)
+        return {"logits": self.c(b), "seen": ({"first": a}, [None, b])}
+
+
+def test_outputs_are_told_by_their_names() -> None:
+    told = {f.entry: f.source for f in analyse(Several(), torch.randn(2, 3)).frozen}
+    assert told == {
+        "a.weight": "seen[0].first",
+        "b.weight": "seen[1][1]",
+        "c.weight": "logits",
+    }
+    wanted = analyse(Several(), torch.randn(2, 3), lambda out: out["seen"]).frozen
+    assert {f.entry: f.source for f in wanted} == {"a.weight": "[0].first", "b.weight": "[1][1]"}
+    alone = analyse(Several(), torch.randn(2, 3), lambda out: out["logits"]).frozen
+    assert {f.entry: f.source for f in alone} == {"c.weight": "model output"}

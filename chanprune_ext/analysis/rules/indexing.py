@@ -8,6 +8,7 @@ import torch
 
 from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.rules.reshape import merge
 from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chanprune_ext.analysis.tracer import Slots, Tracer
+
+__all__ = ["picks_whole_rows"]
 
 _POSITION = "a fixed position of these channels is read"
 
@@ -55,6 +58,15 @@ def index(
     """``x[:, [0, 2]]``: dims without an index pass; indexed ones stay whole."""
     source, indices = args
     dims = tracer.dims(source)
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is not None and _decides_everywhere(mask, source) and picks_whole_rows(mask):
+        for tensor in (source, mask):
+            for slots in tracer.dims(tensor)[:-1]:
+                tracer.freeze(slots, _POSITION)
+        tracer.unify(dims[-1], tracer.dims(mask)[-1])
+        rows = anonymous(output.numel() // source.shape[-1])
+        tracer.set(output, [merge(tracer, (rows, dims[-1]))])
+        return
     chosen, together = _indexed_dims(tracer, dims, indices)
     # The result of the indices stands where they were, or in front when something is between them.
     place = chosen[0] if together else 0
@@ -105,6 +117,11 @@ def _indexed_dims(
     for d in chosen:
         tracer.freeze(dims[d], _POSITION)
     return chosen, runs == 1
+
+
+def picks_whole_rows(mask: Tensor) -> bool:
+    """Whether a mask is the same for all channels: one that is stretched over them."""
+    return mask.dim() > 0 and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
 
 
 def _decides_everywhere(mask: Tensor, source: Tensor) -> bool:

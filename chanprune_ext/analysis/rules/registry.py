@@ -20,6 +20,14 @@ __all__ = ["apply_rule", "give_up", "register_rule", "rule"]
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 _RULES: dict[str, Rule] = {}
+# Operations that take a shape from their input, and nothing of what it holds.
+_READS_SHAPE = frozenset(
+    (
+        *(f"aten::{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn")),
+        *(f"aten::new_{kind}" for kind in ("zeros", "ones", "full", "empty", "empty_strided")),
+        "aten::randint_like",
+    )
+)
 # Operations that make tensors of their own: their rule runs although no input carries labels.
 _CREATORS: set[str] = set()
 
@@ -76,7 +84,8 @@ def apply_rule(
         return  # a fake tensor is asked for its device or layout
     tracer.op_name = name
     inputs = tensors_in((args, kwargs) if kwargs else args)
-    tracer.use(inputs)
+    if name not in _READS_SHAPE:
+        tracer.use(inputs)
     if name not in _CREATORS and not any(tracer.labelled(t) for t in inputs):
         return
     function = _RULES.get(name)

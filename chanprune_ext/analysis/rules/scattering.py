@@ -1,4 +1,4 @@
-"""Writing along one dim at computed positions: that dim stays whole, the others go together."""
+"""Writing at computed positions: dims that are written along stay whole, the others go together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from chanprune_ext.analysis.calls import tensors_in
+from chanprune_ext.analysis.rules.indexing import picks_whole_rows
 from chanprune_ext.analysis.rules.registry import rule
+from chanprune_ext.analysis.tracer import anonymous
 
 if TYPE_CHECKING:
     from chanprune_ext.analysis.tracer import Tracer
@@ -60,3 +62,26 @@ def scatter(
                 tracer.freeze(own, _WRITTEN)
                 tracer.freeze(dims[d], _WRITTEN)
     tracer.set(output, dims)
+
+
+@rule("aten::masked_scatter", "aten::masked_scatter_")
+def masked_scatter(
+    tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> None:
+    """``x.masked_scatter(mask, source)``: the source is read in order, row after row of ``x``."""
+    given = args[:3]
+    target, mask, source = given
+    rows = (
+        picks_whole_rows(mask)
+        and target.shape == output.shape
+        and source.shape[-1:] == output.shape[-1:]
+    )
+    for tensor in given:
+        for slots in tracer.dims(tensor)[: -1 if rows else None]:
+            tracer.freeze(slots, _WRITTEN)
+    channels = tracer.dims(target)[-1]
+    for tensor in (mask, source) if rows else ():
+        if tensor.shape[-1] == target.shape[-1]:
+            tracer.unify(channels, tracer.dims(tensor)[-1])
+    whole = [anonymous(n) for n in output.shape]
+    tracer.set(output, [*whole[:-1], channels] if rows else whole)

@@ -212,7 +212,10 @@ def _aligned(tracer: Tracer, tensor: Tensor, out: Tensor) -> list[bool]:
     ]
 
 
-@_on("add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "copy", "hypot")
+@_on(
+    *("add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "copy", "hypot"),
+    "masked_scatter",
+)
 def _sum(
     tracer: Tracer, inputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
 ) -> list[bool]:
@@ -220,6 +223,8 @@ def _sum(
     name = tracer.op_name.removeprefix("aten::").removesuffix("_")
     if name in ("where", "copy"):
         inputs = inputs[1:]
+    elif name == "masked_scatter":
+        inputs = inputs[::2]
     if any(isinstance(a, (int, float)) and a != 0 for a in args[:2]):
         return [False] * out.dim()
     parts = [_aligned(tracer, t, out) for t in inputs]
