@@ -89,7 +89,7 @@ bench: $(INSTALLED)
 	done
 	$(BIN)/python benchmarks/render.py docs '$(NOTE)' $(OPERATORS:%=runs/benchmarks-%.json)
 
-SUITES ?= torchvision timm transformers families libraries toys
+SUITES ?= torchvision timm transformers families multimodal libraries toys
 coverage: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[coverage,libraries]' --no-build-isolation
 	set -e; for suite in $(SUITES); do \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -50,6 +50,78 @@ def test_a_narrow_llama_is_a_plain_folder(tmp_path: Path) -> None:
     assert again.config.head_dim == 16
     with torch.no_grad():
         assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
+
+
+def causal(config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.config.use_cache = False
+    return model
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("kinds", [("heads", "mlp"), ("residual",)])
+def test_the_width_of_a_head_is_written_down_where_it_was_implied(
+    kinds: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = transformers.Qwen2Config(**SIZES, intermediate_size=160, num_key_value_heads=2)
+    assert getattr(config, "head_dim", None) is None
+    small = cpx.prune(causal(config), TOKENS, 0.5, kinds=kinds, outputs=lambda out: out.logits)
+    save_pretrained(small, tmp_path, TOKENS)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.head_dim == 16
+    with torch.no_grad():
+        assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
+
+
+def test_what_a_configuration_leaves_open_is_filled_in(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=16, bos_token_id=1
+    )
+    assert config.n_inner is None
+    small = cpx.prune(causal(config), TOKENS, 0.5, kinds=("mlp",), outputs=lambda out: out.logits)
+    save_pretrained(small, tmp_path, TOKENS)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.n_inner == 128
+    with torch.no_grad():
+        assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
+
+
+def test_a_language_model_that_sees(tmp_path: Path) -> None:
+    text = transformers.LlamaConfig(
+        **SIZES, intermediate_size=160, num_key_value_heads=2, pad_token_id=0
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=95)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.arange(12)[None].repeat(2, 1)
+    ids[:, 3:7] = 95
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "use_cache": False}
+    with pytest.warns(UserWarning, match="reads values"):
+        small = cpx.prune(
+            model,
+            inputs,
+            0.5,
+            kinds=("heads", "mlp"),
+            ignore=["*vision*", "*projector*"],
+            outputs=lambda out: out.logits,
+        )
+    save_pretrained(small, tmp_path, inputs)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    found = again.config.text_config
+    assert (found.intermediate_size, found.num_attention_heads, found.head_dim) == (80, 2, 16)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, small(**inputs).logits)
 
 
 def test_wrappers_are_looked_through(tmp_path: Path) -> None:

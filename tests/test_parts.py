@@ -14,7 +14,6 @@ from chanprune_ext.allocation.saved_size import saved_bytes
 from chanprune_ext.checkpoint import load_weights
 from chanprune_ext.errors import CheckpointError, InvalidArgumentError
 from chanprune_ext.file_checks import check_file, check_model
-from chanprune_ext.hugging_face import narrow_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,28 +108,3 @@ def test_compensation_finds_the_plan_of_a_part() -> None:
         assert (model(batches[0]) - whole()(batches[0])).norm() < before / 2
     with pytest.raises(InvalidArgumentError, match="reconstruct each part"):
         cpx.reconstruct(model, whole(), batches, progress=False)
-
-
-class Config:
-    def __init__(self) -> None:
-        self.width = 16
-
-    def to_dict(self) -> dict[str, int]:
-        return dict(vars(self))
-
-
-class Configured(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.body = nn.Sequential(nn.Linear(6, config.width), nn.ReLU(), nn.Linear(config.width, 6))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def test_a_narrow_configuration_of_a_model_with_a_pruned_part() -> None:
-    model = Configured(Config())
-    model.body = cpx.prune(model.body, torch.randn(2, 6), 0.5)
-    assert narrow_config(model).width == 8

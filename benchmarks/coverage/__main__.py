@@ -36,13 +36,14 @@ _PACKAGES = {
     "timm": ("timm",),
     "transformers": ("transformers",),
     "families": ("transformers",),
+    "multimodal": ("transformers",),
     "libraries": (
         *("diffusers", "monai", "open-clip-torch", "openai-whisper", "pytorchcv"),
         *("segmentation-models-pytorch", "spandrel", "torch-geometric", "ultralytics"),
         *("vit-pytorch", "x-transformers"),
     ),
 }
-SUITES = ("torchvision", "timm", "transformers", "families", "libraries", "toys")
+SUITES = (*("torchvision", "timm", "transformers", "families", "multimodal", "libraries", "toys"),)
 
 
 def catalogue(suite: str) -> list[Case]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["cases"]
+__all__ = ["NOT_SETTINGS", "cases", "small_setting"]
 
 _VOCABULARY, _LENGTH, _SIDE = 128, 12, 32
 _END = 2
@@ -85,7 +85,7 @@ _OF_LAYERS = frozenset(
     )
 )
 # What follows from the sizes, or names layers that are no longer there.
-_FOLLOWS = frozenset(
+NOT_SETTINGS = frozenset(
     (
         *("transformers_version", "model_type", "_name_or_path", "architectures", "id2label"),
         *("label2id", "out_features", "out_indices", "_out_features", "_out_indices"),
@@ -114,7 +114,7 @@ _OTHERS = frozenset(
 )
 
 
-def _small(name: str, value: Any) -> Any:
+def small_setting(name: str, value: Any) -> Any:
     """A setting's value in a small model."""
     if isinstance(value, bool):
         return value
@@ -140,7 +140,7 @@ def _config(family: str) -> Any:
 
     kind = transformers.CONFIG_MAPPING[family]
     given = kind().to_dict()
-    settings = {k: _small(k, v) for k, v in given.items() if k not in _FOLLOWS}
+    settings = {k: small_setting(k, v) for k, v in given.items() if k not in NOT_SETTINGS}
     if given.get("num_key_value_heads", 0) in (None, given.get("num_attention_heads")):
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     config = kind.from_dict({**settings, **_ALSO.get(family, {})})

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "rendered"]
 
-_ORDER = ("torchvision", "timm", "transformers", "families", "libraries", "toys")
+_ORDER = ("torchvision", "timm", "transformers", "families", "multimodal", "libraries", "toys")
 _INTRODUCTION = """\
 # Coverage
 
-Every model of six suites, pruned at ratio {ratio:g} with L1 scores from random weights (affine
+Every model of seven suites, pruned at ratio {ratio:g} with L1 scores from random weights (affine
 parameters, statistics, biases, layer scales and whatever else starts out neutral are randomised).
 Each runs in a process of its own; a hang, a crash or too much memory counts as a failure.
 

@@ -50,7 +50,8 @@ _READ_BY_RULES = frozenset(
 # Calls in which a size may also be a plain number that code has made of one.
 TAKES_SIZES = frozenset(
     (
-        *("view", "reshape", "expand", "_unsafe_view", "unflatten", "__getitem__", "narrow"),
+        *("view", "reshape", "expand", "broadcast_to", "_unsafe_view", "unflatten"),
+        *("__getitem__", "narrow"),
         *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"),
         *("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty"),
         *("layer_norm", "rms_norm", "group_norm"),
@@ -179,7 +180,7 @@ def _equate_shape(tracer: Tracer, sizes: list[Any], output: Any) -> None:
                 tracer.equate(size, slots)
 
 
-@_on("view", "reshape", "expand", "_unsafe_view")
+@_on("view", "reshape", "expand", "broadcast_to", "_unsafe_view")
 def _shape_of_view(
     tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:

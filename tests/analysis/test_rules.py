@@ -125,6 +125,7 @@ PASSES: dict[str, Callable[..., Tensor]] = {
     "repeat positions": lambda m, x: x.repeat(1, 1, 2, 1),
     "repeat channels": lambda m, x: x.repeat(1, 3, 1, 1),
     "expand": lambda m, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 2, 2),
+    "broadcast_to": lambda m, x: torch.broadcast_to(x[:, :, :1], x.shape) * x,
     "expand_as": lambda m, x: x.mean((2, 3), keepdim=True).expand_as(x) + x,
     "pixel_shuffle": lambda m, x: F.pixel_shuffle(x, 2),
     "pixel_unshuffle": lambda m, x: F.pixel_unshuffle(x, 2),
