@@ -1,4 +1,4 @@
-"""Configurations found for pruned models, without transformers: all that has ``to_dict`` will do."""
+"""Configurations found for pruned models without transformers: all that has ``to_dict`` will do."""
 
 from __future__ import annotations
 
