@@ -242,8 +242,8 @@ def zeroed_outputs(plan: PruningPlan, model: nn.Module, inputs: Any = None) -> A
     """What ``model`` returns in float64 with the channels of ``plan`` zeroed.
 
     Raises:
-        InvalidArgumentError: There are no inputs, or the plan removes channels that a layer
-            normalises over.
+        InvalidArgumentError: There are no inputs, or there is nothing to compare with: the plan
+            removes channels that a layer normalises over, or zeros make NaN.
     """
     flagged = [g.name for g in plan.groups if g.normalised and g.width_after < g.width_before]
     if flagged:
@@ -252,7 +252,13 @@ def zeroed_outputs(plan: PruningPlan, model: nn.Module, inputs: Any = None) -> A
             f"channels of {', '.join(flagged[:3])}; keep those groups (ignore=...) or use "
             f"verify='replay'"
         )
-    return _run_in_float64(plan, zeroed_copy(model, plan.pruned), _inputs_of(plan, inputs))
+    output = _run_in_float64(plan, zeroed_copy(model, plan.pruned), _inputs_of(plan, inputs))
+    if any(t.isnan().any() for t in tensors_in(output)):
+        raise InvalidArgumentError(
+            "verify='numeric' compares with zeroed channels, but with these zeroed the model "
+            "returns NaN, as where weights are divided by their norm; use verify='replay'"
+        )
+    return output
 
 
 def verify_outputs(plan: PruningPlan, pruned: nn.Module, expected: Any, inputs: Any = None) -> None:

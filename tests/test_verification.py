@@ -86,6 +86,31 @@ def test_layers_that_normalise_have_no_zeroed_original() -> None:
     cpx.prune(model, inputs, 0.5, ignore="a", verify="numeric")
 
 
+class Directed(nn.Module):
+    """A layer whose rows are divided by their norms, as DoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.a.weight / self.a.weight.norm(dim=1, keepdim=True)
+        out: Tensor = self.b(nn.functional.linear(x, weight, self.a.bias))
+        return out
+
+
+def test_zeros_that_make_nan_are_no_original() -> None:
+    model, x = Directed().eval(), torch.randn(4, 5)
+    plan = cpx.plan(model, x, 0.5)
+    with pytest.raises(InvalidArgumentError, match=r"returns NaN, as where weights are divided"):
+        plan.apply(model, verify="numeric")
+    kept = plan.kept["a.weight"][0]
+    weight = nn.functional.normalize(model.a.weight[kept])
+    hidden = nn.functional.linear(x, weight, model.a.bias[kept])
+    expected = nn.functional.linear(hidden, model.b.weight[:, kept], model.b.bias)
+    assert torch.allclose(plan.apply(model)(x), expected, atol=1e-6)
+
+
 def test_inputs_can_be_given() -> None:
     model, plan, inputs = made("Residual")
     dataclasses.replace(plan, example_inputs=None).apply(
