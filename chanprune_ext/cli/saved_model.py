@@ -82,7 +82,9 @@ def open_saved(
         inputs = example_inputs(spec, plain, shapes or ())
     else:
         inputs = inputs_from(plans[0].inputs)
-    plain, pruned = plain.to(target).eval(), pruned.to(target).eval()
+    for model in (plain, pruned):
+        model.to(target)
+        model.eval()  # in a line of its own: a model's own train() may return nothing
     return SavedModel(plain, pruned, _on(inputs, target, _dtype_of(pruned)), spec)
 
 

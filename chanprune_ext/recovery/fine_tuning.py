@@ -260,7 +260,8 @@ def _divided(
     if teacher is not None:
         processes.require_same("teacher", teacher)
         precision = recipe.teacher_precision or recipe.precision
-        teacher = sharded_copy("teacher", teacher, place, processes, precision).eval()
+        teacher = sharded_copy("teacher", teacher, place, processes, precision)
+        teacher.eval()  # in a line of its own: a model's own train() may return nothing
     return student, teacher
 
 
