@@ -55,12 +55,17 @@ def narrow_configs(model: nn.Module) -> Iterator[Any]:
         for dim, kept in dims.items()
     }
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    searches = [_Search(type(model), start, wanted, ratios) for start in _starts(model, config)]
-    solved = [(search, found) for search in searches if (found := search.solved()) is not None]
+    solved, left = [], []
+    for start in _starts(model, config):
+        search = _Search(type(model), start, wanted, ratios)
+        found = search.solved()
+        if found is None:
+            left.append(search.left)
+        else:
+            yield found
+            solved.append((search, found))
     if not solved:
-        raise ExportError(searches[0].left)
-    for _, found in solved:
-        yield found
+        raise ExportError(left[0])
     for search, found in solved:
         before, after = dict(_numbers(search.start)), dict(_numbers(found))
         for place in [place for place, value in after.items() if before.get(place) != value]:

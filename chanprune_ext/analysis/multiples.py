@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from chanprune_ext.analysis.calls import tensors_in
 from chanprune_ext.analysis.provenance import Const, Op, TracedInt, expression
 
 if TYPE_CHECKING:
@@ -24,9 +23,16 @@ _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 
 
 def follow_multiples(
-    tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    tracer: Tracer, name: str, args: tuple[Any, ...], given: list[Tensor], output: Any
 ) -> bool:
     """Follow what one finished call does with multiples of sizes.
+
+    Args:
+        tracer: What knows them.
+        name: The call's name.
+        args: Its positional arguments.
+        given: Tensors among all of its arguments.
+        output: What it returned.
 
     Returns:
         Whether an equation says what becomes of the numbers that the call was given.
@@ -36,8 +42,7 @@ def follow_multiples(
         if size is not None and _only_counts(tracer, count):
             tracer.set_multiple(output, size)
             return True
-    given = tensors_in((args, kwargs))
-    if not any(tracer.multiple_of(tensor) for tensor in given):
+    if not tracer.any_multiple(given):
         return False
     if name.strip("_") in _COMPARISONS:
         tensor, size = _count_and_size(args)

@@ -68,8 +68,11 @@ def _all_settings(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
                 continue
             seen.add(id(value))
             yield path, name, value
-            items = contents_of(value).items()
-            within += [(path, f"{name}.{key}", v) for key, v in items if isinstance(key, str)]
+            within += [
+                (path, f"{name}.{key}", inner)
+                for key, inner in contents_of(value).items()
+                if isinstance(key, str) and key.isidentifier()
+            ]
         held = within
 
 

@@ -189,7 +189,7 @@ class _ProvenanceMode(CallMode):
         tracer.op_name = ""
         if name in VALUE_READS:
             tracer.read_values(tensors_in(args))
-        followed = follow_multiples(tracer, name, args, kwargs, output)
+        followed = follow_multiples(tracer, name, args, given, output)
         if not followed:
             record_equations(tracer, name, args, kwargs, output)
         if self.flow is not None:

@@ -126,7 +126,7 @@ class Tracer:
     _alive: list[Any] = field(default_factory=list)
     _overwritten: set[int] = field(default_factory=set)
     _pending: dict[int, tuple[Slots, int]] = field(default_factory=dict)
-    _multiples: dict[int, tuple[Tensor, TracedInt]] = field(default_factory=dict)
+    _multiples: dict[int, TracedInt] = field(default_factory=dict)
     _where: tuple[str, str] | None = None
     _asked: dict[str, set[Attribute]] = field(default_factory=dict)
 
@@ -209,18 +209,25 @@ class Tracer:
         """The values of these tensors leave torch: nothing that comes of them can be followed."""
         module, source = self.place()
         self.values_read.setdefault(source, module)
+        tensors = list(tensors)
+        self.keep_multiples(tensors)
         for tensor in tensors:
             self.freeze_tensor(tensor, "values leave torch")
-            self.keep_multiples([tensor])
 
     def set_multiple(self, tensor: Tensor, size: TracedInt) -> None:
-        """``tensor`` holds what something counts times a size."""
-        self._multiples[id(tensor)] = tensor, size
+        """``tensor``, and all that share its memory, hold what something counts times a size."""
+        self._alive.append(tensor)
+        self._multiples[_storage(tensor)] = size
 
     def multiple_of(self, tensor: Tensor) -> TracedInt | None:
         """The size that :meth:`set_multiple` has recorded."""
-        found = self._multiples.get(id(tensor))
-        return None if found is None else found[1]
+        if not self._multiples or str(tensor.layout) != "torch.strided":  # others have no memory
+            return None
+        return self._multiples.get(_storage(tensor))
+
+    def any_multiple(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether any of these tensors holds a multiple of a size."""
+        return bool(self._multiples) and any(map(self.multiple_of, tensors))
 
     def keep_multiples(self, tensors: Iterable[Tensor]) -> None:
         """Sizes that any of these tensors holds multiples of stay: they are computed with."""

@@ -122,8 +122,24 @@ def counts_of_others(x: Tensor, marks: Tensor, features: Tensor) -> Tensor:
     return counted(x, marks, features)
 
 
+class Through(torch.autograd.Function):
+    """Hands on its input, under another name."""
+
+    @staticmethod
+    def forward(ctx: object, count: Tensor) -> Tensor:
+        return count + 0
+
+
+def counts_pass_a_function(x: Tensor, marks: Tensor, features: Tensor) -> Tensor:
+    count = marks.sum() * x.shape[-1]
+    checked(count == features.numel())
+    return counted(x, marks, features) * Through.apply(count.detach())
+
+
 @pytest.mark.filterwarnings("ignore:the forward reads values")
-@pytest.mark.parametrize("put", [counts_are_output, counts_are_read, counts_of_others])
+@pytest.mark.parametrize(
+    "put", [counts_are_output, counts_are_read, counts_of_others, counts_pass_a_function]
+)
 def test_a_size_that_is_computed_with_stays(put: Put) -> None:
     model = Seeing(put).eval()
     told = [f for f in analyse(model, inputs()).frozen if f.entry == "embed.weight"]

@@ -64,7 +64,7 @@ def index(
             for slots in tracer.dims(tensor)[:-1]:
                 tracer.freeze(slots, _POSITION)
         tracer.unify(dims[-1], tracer.dims(mask)[-1])
-        rows = anonymous(output.numel() // source.shape[-1])
+        rows = anonymous(output.numel() // max(source.shape[-1], 1))
         tracer.set(output, [merge(tracer, (rows, dims[-1]))])
         return
     chosen, together = _indexed_dims(tracer, dims, indices)
