@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from chanprune_ext.analysis.calls import PACKAGE_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["warn_of_branches", "warn_of_unreached"]
 
 _TOLD = 3
-_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def warn_of_branches(analysis: Analysis) -> None:
@@ -58,7 +57,7 @@ def _warn(message: str) -> None:
     """A warning at the line that called this package, by whichever of its functions."""
     level = 1
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE_DIRECTORY):
         frame = frame.f_back
         level += 1
     warnings.warn(message, UserWarning, stacklevel=level)

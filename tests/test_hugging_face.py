@@ -39,17 +39,25 @@ def pruned(**options: object) -> nn.Module:
     return cpx.prune(model, TOKENS, 0.5, outputs=lambda out: out.logits, **options)
 
 
+def read_back(
+    small: nn.Module, folder: Path, inputs: dict[str, Any], kind: str = "AutoModelForCausalLM"
+) -> Any:
+    """What ``from_pretrained`` makes of the folder, which computes the same."""
+    save_pretrained(small, folder, inputs)
+    again = getattr(transformers, kind).from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, small(**inputs).logits)
+    return again
+
+
 def test_a_narrow_llama_is_a_plain_folder(tmp_path: Path) -> None:
     small = pruned(kinds=("heads", "mlp", "residual"))
-    save_pretrained(small, tmp_path / "small", TOKENS)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    again = read_back(small, tmp_path / "small", TOKENS)
     assert again.config.intermediate_size == 80
     assert again.config.num_attention_heads == 2
     assert again.config.num_key_value_heads == 1
     assert again.config.hidden_size == 32
     assert again.config.head_dim == 16
-    with torch.no_grad():
-        assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
 
 
 def causal(config: Any) -> nn.Module:
@@ -69,11 +77,8 @@ def test_the_width_of_a_head_is_written_down_where_it_was_implied(
     config = transformers.Qwen2Config(**SIZES, intermediate_size=160, num_key_value_heads=2)
     assert getattr(config, "head_dim", None) is None
     small = cpx.prune(causal(config), TOKENS, 0.5, kinds=kinds, outputs=lambda out: out.logits)
-    save_pretrained(small, tmp_path, TOKENS)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = read_back(small, tmp_path, TOKENS)
     assert again.config.head_dim == 16
-    with torch.no_grad():
-        assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
 
 
 def test_what_a_configuration_leaves_open_is_filled_in(tmp_path: Path) -> None:
@@ -82,11 +87,8 @@ def test_what_a_configuration_leaves_open_is_filled_in(tmp_path: Path) -> None:
     )
     assert config.n_inner is None
     small = cpx.prune(causal(config), TOKENS, 0.5, kinds=("mlp",), outputs=lambda out: out.logits)
-    save_pretrained(small, tmp_path, TOKENS)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = read_back(small, tmp_path, TOKENS)
     assert again.config.n_inner == 128
-    with torch.no_grad():
-        assert torch.equal(again(**TOKENS).logits, small(**TOKENS).logits)
 
 
 def test_a_language_model_that_sees(tmp_path: Path) -> None:
@@ -116,12 +118,9 @@ def test_a_language_model_that_sees(tmp_path: Path) -> None:
             ignore=["*vision*", "*projector*"],
             outputs=lambda out: out.logits,
         )
-    save_pretrained(small, tmp_path, inputs)
-    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    again = read_back(small, tmp_path, inputs, "LlavaForConditionalGeneration")
     found = again.config.text_config
     assert (found.intermediate_size, found.num_attention_heads, found.head_dim) == (80, 2, 16)
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, small(**inputs).logits)
 
 
 def test_wrappers_are_looked_through(tmp_path: Path) -> None:

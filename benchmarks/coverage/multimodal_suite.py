@@ -30,7 +30,10 @@ _MARKS = {"pad": 0, "bos": 1, "eos": 2}
 _ROTARY = {"mrope_section": [2, 3, 3]}  # half of the width of a head in all
 _SHORT_ROTARY = {"mrope_section": [1, 1, 2]}
 _AT_MOST = {
-    **dict.fromkeys(("image_size",), 32),
+    "image_size": 32,
+    "max_position_embeddings": 256,
+    "resampler_head_dim": 16,
+    "vocab_size": 160,
     **dict.fromkeys(
         (
             *("projection_dim", "out_hidden_size", "text_hidden_size", "audio_hidden_size"),
@@ -41,9 +44,6 @@ _AT_MOST = {
         64,
     ),
     **dict.fromkeys(("mlp_dim", "projector_intermediate_size", "merger_intermediate_size"), 128),
-    **dict.fromkeys(("vocab_size",), 160),
-    **dict.fromkeys(("max_position_embeddings",), 256),
-    **dict.fromkeys(("resampler_head_dim",), 16),
     **dict.fromkeys(
         (
             *("num_query_tokens", "mm_tokens_per_image", "resampler_n_latents"),
@@ -138,10 +138,8 @@ def _small(settings: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = [0] if name == "deepstack_visual_indexes" else [1]
         elif name == "head_dim" and value is None:
             continue
-        elif value is not None:
-            small[name] = small_setting(name, value)
         else:
-            small[name] = None
+            small[name] = None if value is None else small_setting(name, value)
     if "num_attention_heads" in small and small.get("num_key_value_heads", 0) is None:
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = [
+    "PACKAGE_DIRECTORY",
     "CallMode",
     "OperationMode",
     "argument_of",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 _TORCH_DIRECTORY = f"{Path(torch.__file__).parent}{os.sep}"
-_PACKAGE_DIRECTORY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+PACKAGE_DIRECTORY = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 # Python-level calls that hand the values of a tensor to code outside torch.
 VALUE_READS = frozenset(
@@ -56,7 +57,7 @@ VALUE_READS = frozenset(
     }
 )
 # Files of this package that user models may come from: their lines are worth naming.
-_MODEL_FILES = frozenset({f"{_PACKAGE_DIRECTORY}models.py"})
+_MODEL_FILES = frozenset({f"{PACKAGE_DIRECTORY}models.py"})
 
 # Python-level questions about a tensor: they compute nothing and get no position in the sequence.
 _QUERIES = frozenset(
@@ -229,7 +230,7 @@ def raising_line(error: BaseException) -> str:
 @functools.lru_cache(maxsize=1024)
 def is_user_file(name: str) -> bool:
     return name in _MODEL_FILES or not (
-        name.startswith((_TORCH_DIRECTORY, _PACKAGE_DIRECTORY, "<"))
+        name.startswith((_TORCH_DIRECTORY, PACKAGE_DIRECTORY, "<"))
         or name.endswith(("contextlib.py", "functools.py"))
     )
 

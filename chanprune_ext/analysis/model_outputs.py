@@ -35,21 +35,17 @@ def picked_outputs(outputs: Callable[[Any], Any], returned: Any) -> Any:
     return picked
 
 
-def named_tensors(returned: Any) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(returned: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in it, each with its place: ``"logits"``, ``"[0]"``, ``"past[0].keys"``, ``""``.
 
     What is stored in objects of other kinds than tuples, lists and dicts has the object's place.
     """
-    yield from _named("", returned)
-
-
-def _named(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, (tuple, list)):
-        for position, item in enumerate(value):
-            yield from _named(f"{place}[{position}]", item)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _named(f"{place}.{key}" if place else str(key), item)
+    if isinstance(returned, (tuple, list)):
+        for position, item in enumerate(returned):
+            yield from named_tensors(item, f"{place}[{position}]")
+    elif isinstance(returned, Mapping):
+        for key, item in returned.items():
+            yield from named_tensors(item, f"{place}.{key}" if place else str(key))
     else:
-        for tensor in tensors_in(value):
+        for tensor in tensors_in(returned):
             yield place, tensor

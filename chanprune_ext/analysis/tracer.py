@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from chanprune_ext.analysis.calls import argument_of, source_place
 from chanprune_ext.analysis.provenance import (
@@ -23,7 +24,6 @@ from chanprune_ext.analysis.provenance import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import torch
     from torch import Tensor
 
     from chanprune_ext.analysis.labels import LabelStore
@@ -221,7 +221,7 @@ class Tracer:
 
     def multiple_of(self, tensor: Tensor) -> TracedInt | None:
         """The size that :meth:`set_multiple` has recorded."""
-        if not self._multiples or str(tensor.layout) != "torch.strided":  # others have no memory
+        if not self._multiples or tensor.layout is not torch.strided:  # others have none
             return None
         return self._multiples.get(_storage(tensor))
 

@@ -303,10 +303,13 @@ class Configured(nn.Module):
         self.qkv, self.o = nn.Linear(5, 3 * 24), nn.Linear(24, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).split(heads_of(self.config) * self.width, -1)
+        parts = self.qkv(x).split(self.heads() * self.width, -1)
         q, k, v = (z.unflatten(-1, (-1, self.width)).transpose(1, 2) for z in parts)
         y = ((q @ k.mT * 0.3).softmax(-1) @ v).transpose(1, 2)
         return x + self.o(y.flatten(2))
+
+    def heads(self) -> int:
+        return heads_of(self.config)
 
 
 def heads_of(config: Any) -> int:
@@ -362,21 +365,11 @@ class Held(nn.Module):
         return y * (self.config.inner.heads == heads_of(self.inner.config))
 
 
-class Nested(nn.Module):
+class Nested(Configured):
     """Attention whose settings are within others', and held by no module alone."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config, self.width = config, 6
-        self.qkv, self.o = nn.Linear(5, 3 * 24), nn.Linear(24, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        width = self.config.inner.heads * self.width
-        q, k, v = (
-            z.unflatten(-1, (-1, self.width)).transpose(1, 2) for z in self.qkv(x).split(width, -1)
-        )
-        y = ((q @ k.mT * 0.3).softmax(-1) @ v).transpose(1, 2)
-        return x + self.o(y.flatten(2))
+    def heads(self) -> int:
+        return heads_of(self.config.inner)
 
 
 @pytest.mark.parametrize(
