@@ -100,8 +100,10 @@ def plan(
         normalise: What ranking across groups divides a group's scores by: their ``"mean"``,
             ``"max"``, ``"l2"`` norm, or ``"none"`` where scores of all groups are losses in one
             unit; these are weighed against the MACs or parameters they save where there is a
-            budget. Default: ``"none"`` for criteria that say so (``criterion.comparable``), else
-            ``"mean"``.
+            budget. ``"lamp"``: the square of a score over the sum of its own and all larger ones'
+            in the group, for norms (Lee et al., Layer-adaptive Sparsity for the Magnitude-based
+            Pruning, ICLR 2021; there for single weights). Default: ``"none"`` for criteria that
+            say so (``criterion.comparable``), else ``"mean"``.
         max_ratio: Most that ranking across groups, a threshold or a budget may take from one group.
         seed: Seed of criteria that draw numbers.
 

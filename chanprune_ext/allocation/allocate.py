@@ -15,8 +15,8 @@ from chanprune_ext.errors import BudgetError, NothingToPruneError
 
 from .links import solve_linked_counts
 from .named_channels import units_of_channels
+from .normalisation import NORMALISATIONS
 from .selection import (
-    NORMALISATIONS,
     Goal,
     active_groups,
     fewest_units,
@@ -130,7 +130,7 @@ def _ranked_counts(
     counts: dict[int, float] = {}
     for groups in [pool] if selection.scope == "global" else _isomorphic(analysis, pool):
         ranked = [
-            _normalised(scores[g.index], selection.normalise)
+            NORMALISATIONS[selection.normalise](scores[g.index])
             / (1.0 if savings is None else max(savings[g.index], 1e-12))
             for g in groups
         ]
@@ -198,11 +198,6 @@ def _owners_in_order(ranked: Sequence[np.ndarray]) -> np.ndarray:
     # Of equal shares the earlier group comes first: the sort is stable.
     order: np.ndarray = owner[np.lexsort((np.concatenate(shares), np.concatenate(keys)))]
     return order
-
-
-def _normalised(score: np.ndarray, how: str) -> np.ndarray:
-    unit = NORMALISATIONS[how](score)
-    return score / unit if unit > 0 else score
 
 
 def _meet_budget(

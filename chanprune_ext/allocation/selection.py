@@ -15,6 +15,7 @@ from chanprune_ext.analysis.groups import KINDS
 from chanprune_ext.errors import InvalidArgumentError
 
 from .links import pinned_groups, rounded_whole
+from .normalisation import NORMALISATIONS
 
 if TYPE_CHECKING:
     import os
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COSTS",
-    "NORMALISATIONS",
     "SCOPES",
     "Budget",
     "Goal",
@@ -42,13 +42,6 @@ __all__ = [
 
 COSTS = ("macs", "params", "latency", "file_size")  # fields of Budget that are fractions
 SCOPES = ("local", "isomorphic", "global")  # which channels compete with each other
-# What the scores of a group are divided by, so that groups can be ranked together.
-NORMALISATIONS: dict[str, Callable[[np.ndarray], float]] = {
-    "mean": lambda score: float(np.mean(np.abs(score))),
-    "max": lambda score: float(np.max(np.abs(score))),
-    "l2": lambda score: float(np.linalg.norm(score)),
-    "none": lambda _: 1.0,
-}
 
 
 def _is_number(value: object) -> bool:

@@ -64,6 +64,16 @@ class Scope(str, Enum):
     GLOBAL = "global"
 
 
+class Normalisation(str, Enum):
+    """What makes scores of groups that compete comparable."""
+
+    MEAN = "mean"
+    MAX = "max"
+    L2 = "l2"
+    LAMP = "lamp"
+    NONE = "none"
+
+
 def prune(
     model: ModelSpec,
     out: OutFile,
@@ -95,6 +105,14 @@ def prune(
             "against all."
         ),
     ] = Scope.LOCAL,
+    normalise: Annotated[
+        Normalisation | None,
+        typer.Option(
+            help="How scores of groups that compete are made comparable. Default: by their mean, "
+            "and not at all after elimination.",
+            show_default=False,
+        ),
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -218,6 +236,7 @@ def prune(
             ratios=parse_ratios(ratios or ()),
             criterion=criterion_of(criterion, training, drawn, seed),
             scope=scope.value,
+            normalise=None if normalise is None else normalise.value,
             threshold=threshold,
             budget=budget,
             remove=parse_channels(remove) if remove else None,

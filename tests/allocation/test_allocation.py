@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from models import network, randomised, relative_error, run, zeroed
 from torch import Tensor, nn
 from toys import TOYS
 
 import chanprune_ext as cpx
 from chanprune_ext.allocation.links import solve_linked_counts
+from chanprune_ext.allocation.normalisation import NORMALISATIONS
 from chanprune_ext.analysis import analyse
 from chanprune_ext.criteria import magnitude
 from chanprune_ext.errors import BudgetError, InvalidArgumentError, NothingToPruneError
@@ -312,6 +315,29 @@ def test_globally_ranked_scores_are_relative_to_their_group() -> None:
     with torch.no_grad():
         model.convs[0].weight.mul_(1e-3)
     assert kept_widths(cpx.plan(model, IMAGES, 0.5, scope="global")) == before
+
+
+@given(scores=st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
+def test_lamp_is_the_square_over_all_that_are_no_smaller(scores: list[float]) -> None:
+    """The paper's formula, unit by unit; of equal scores the earlier one goes first."""
+    found = NORMALISATIONS["lamp"](np.array(scores))
+    for u, score in enumerate(scores):
+        left = [s**2 for v, s in enumerate(scores) if (s, v) >= (score, u)]
+        assert found[u] == pytest.approx(score**2 / sum(left) if sum(left) else 0.0, rel=1e-6)
+
+
+def test_lamp_ranks_across_layers_and_empties_none() -> None:
+    model = chain(8, 8)
+    with torch.no_grad():
+        for conv, sizes in zip(model.convs, ([1, 2, 3, 4, 5, 6, 7, 8], [1] * 7 + [9]), strict=True):
+            for filter_, size in zip(conv.weight, sizes, strict=True):
+                filter_.mul_(size / filter_.norm())
+    filters = magnitude(2, members="makers", normalise=False)
+    ranked = {"criterion": filters, "scope": "global", "max_ratio": 0.99}
+    # 1/204, 4/203, 9/199 ... of the first layer; 1/88 to 1/82 and 1 of the second.
+    assert kept_widths(cpx.plan(model, IMAGES, 0.5, normalise="lamp", **ranked)) == [7, 1]
+    assert kept_widths(cpx.plan(model, IMAGES, 0.8, normalise="lamp", **ranked)) == [2, 1]
+    assert kept_widths(cpx.plan(model, IMAGES, 0.5, normalise="mean", **ranked)) == [6, 2]
 
 
 def loudness(_: nn.Module, groups: Any, seed: int) -> list[np.ndarray]:
