@@ -103,7 +103,7 @@ def _collect_numbers(
             found.append(value)
         elif kind in _NO_NUMBERS:
             continue
-        elif isinstance(value, int):
+        elif isinstance(value, (int, np.integer)):
             if with_ints:
                 found.append(float(value))
         elif isinstance(value, (tuple, list)):
@@ -141,6 +141,9 @@ def _collect_literals(values: Iterable[Any], kinds: frozenset[type], found: list
         elif issubclass(kind, TracedInt):
             if int in kinds:
                 found.append(None)
+        elif issubclass(kind, np.integer):
+            if int in kinds:
+                found.append(int(value))
         elif isinstance(value, (tuple, list)):
             _collect_literals(value, kinds, found)
         elif kind is slice:

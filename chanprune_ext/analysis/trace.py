@@ -34,6 +34,7 @@ from chanprune_ext.analysis.meta_kernels import lowered, run_operation
 from chanprune_ext.analysis.model_outputs import named_tensors, picked_outputs
 from chanprune_ext.analysis.module_path import ModulePath
 from chanprune_ext.analysis.multiples import follow_multiples
+from chanprune_ext.analysis.numpy_products import traced_products
 from chanprune_ext.analysis.provenance import (
     Dim,
     Equation,
@@ -298,7 +299,7 @@ def _watch(
     mode = _ProvenanceMode(tracer, flow, tracer.device)
     try:
         attributes = traced_attributes(model, tracer.compared, tracer.asked)
-        with noting(), attributes, _RuleMode(mode, tracer), mode:
+        with noting(), traced_products(), attributes, _RuleMode(mode, tracer), mode:
             output = call_substituted(model, stand_ins, inputs, tracer.caches)
     except Exception as error:
         raise _ForwardError(tracer.failed_at) from error

@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,16 @@ def rows_to_channels(x: Tensor, share: float = 0.5) -> Tensor:
     return x.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
+def numpy_product(x: Tensor) -> Tensor:
+    rows = x.reshape(x.shape[0], np.prod(x.shape[1:])).sigmoid()
+    return rows.view(-1, int(np.prod(x.shape[1:3])), x.shape[3]).cos().view(x.shape)
+
+
+def numpy_product_of_a_list(x: Tensor) -> Tensor:
+    count = np.prod([*x.shape[1:]]).item()
+    return x.reshape(-1, count).sin().reshape(x.shape)
+
+
 def normalise(x: Tensor) -> Tensor:
     width = int(x.shape[1])
     return F.layer_norm(x.movedim(1, -1), [width]).movedim(-1, 1)
@@ -103,6 +114,7 @@ class Between(nn.Module):
 FOLLOWED = [
     *(split_in_halves, slice_half, slice_floor, slice_ceil, slice_round, slice_shift),
     *(slice_divmod, view_of_plain_sizes, view_of_a_list, shuffle, rows_to_channels),
+    *(numpy_product, numpy_product_of_a_list),
 ]
 
 
@@ -112,6 +124,28 @@ def test_rounded_sizes_are_followed(function: Callable[[Tensor], Tensor]) -> Non
     plan = cpx.plan(model, X, 0.5)
     assert [(group.name, group.width_after) for group in plan.groups] == [("first", 8)]
     assert plan.apply(model, verify="numeric")(X).shape == (2, 2, 4, 4)
+
+
+def test_numpy_is_left_as_it_was() -> None:
+    before, seen = np.prod, []
+
+    def product(x: Tensor) -> Tensor:
+        seen.append(np.prod)
+        of_batch, of_plain = np.prod(x.shape[:1]), np.prod([2, 3])
+        assert of_batch.dtype == of_plain.dtype == np.prod(x.shape[1:]).dtype == np.int64
+        assert np.prod(x.shape[1:], dtype=float) == float(np.prod(np.array(x.shape[1:])))
+        return x
+
+    cpx.plan(Between(product).eval(), X, 0.5)
+    assert np.prod is before
+    assert seen[0] is not before
+
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(cpx.ChanpruneError):
+        cpx.plan(Between(failing).eval(), X, 0.5)
+    assert np.prod is before
 
 
 class Patches(Between):
