@@ -179,7 +179,7 @@ def _write(options: argparse.Namespace, found: dict[str, dict[str, Any]], second
     content = {
         "suite": options.suite,
         "ratio": options.ratio,
-        "versions": versions(options.suite),
+        "versions": versions(options.suite, peer=options.peer is not None),
         "peer": options.peer,
         "wall_s": round(seconds),
         "models": {name: report for name, report in found.items() if "verdict" in report},
