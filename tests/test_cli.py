@@ -262,6 +262,18 @@ def test_arguments_of_the_model_are_those_of_its_file(tmp_path: Path, narrow_wei
     assert "made for another model" in message
 
 
+def test_scores_that_compete_are_made_comparable(tmp_path: Path, narrow_weights: Path) -> None:
+    narrow = ("prune", "resnet20", *NARROW, "--weights", narrow_weights, "--input", "1x1x8x8")
+    chosen = ("--criterion", "l2", "--scope", "global", "--out", tmp_path / "small.safetensors")
+    plans = {}
+    for how in ("mean", "lamp"):
+        succeed(*narrow, *chosen, "--normalise", how, "--plan-out", tmp_path / "plan.json")
+        plans[how] = cpx.PruningPlan.load(tmp_path / "plan.json")
+        assert plans[how].options["normalise"] == how
+    assert plans["mean"].params_after != plans["lamp"].params_after
+    assert "lamp" in run(*narrow, *chosen, "--normalise", "median").stderr
+
+
 def test_messages_name_the_options_to_change(tmp_path: Path, narrow_weights: Path) -> None:
     narrow, out = ("resnet20", *NARROW), ("--out", tmp_path / "out.safetensors")
     assert fail("prune", *narrow, "--input", "1x3x8x8", *out).strip().endswith("that is --input")

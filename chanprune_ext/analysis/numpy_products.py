@@ -19,7 +19,7 @@ __all__ = ["traced_products"]
 
 _lock = threading.Lock()
 _users = 0
-_numpys = np.prod
+_usual: Any = None  # numpy's own function, while another one stands in its place
 
 
 class _NumpyInt(TracedInt):
@@ -52,15 +52,16 @@ def traced_products() -> Iterator[None]:
 
     It is the whole process that sees it; of other numbers it returns what it always does.
     """
-    global _users  # noqa: PLW0603 - as numpy's function is
+    global _users, _usual  # noqa: PLW0603 - as numpy's function is
     with _lock:
         _users += 1
         if _users == 1:
-            np.prod = _traced(_numpys)
+            _usual = np.prod
+            np.prod = _traced(_usual)
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if _users == 0:
-                np.prod = _numpys
+                np.prod, _usual = _usual, None
