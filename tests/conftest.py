@@ -1,11 +1,16 @@
-"""Fixtures of all tests: fixed seeds, devices as an axis, CUDA tests skipped without a GPU."""
+"""Fixtures of all tests: fixed seeds, devices as an axis, Ctrl-C, CUDA tests only on a GPU."""
 
 from __future__ import annotations
 
 import os
+import signal
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c_counts() -> Iterator[None]:
+    """A shell's background ignores it, and so would tests that were started there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

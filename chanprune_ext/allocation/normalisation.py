@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chanprune_ext.criteria.members import normalised
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,7 +42,7 @@ def _over(unit: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], np.ndar
 
 # Scores of one group, one a unit -> what is ranked beside those of other groups, in the same order.
 NORMALISATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mean": _over(lambda score: float(np.mean(np.abs(score)))),
+    "mean": normalised,
     "max": _over(lambda score: float(np.max(np.abs(score)))),
     "l2": _over(lambda score: float(np.linalg.norm(score))),
     "lamp": _lamp,

@@ -50,7 +50,7 @@ def unit_slices(model: nn.Module, member: Member) -> Tensor:
 
 
 def normalised(score: np.ndarray) -> np.ndarray:
-    """A member's scores with mean 1, so that members of other sizes weigh the same."""
+    """Scores of a member, or of a group, with mean 1: those of other sizes weigh the same."""
     mean = float(np.mean(np.abs(score)))
     return score / mean if mean > 0 else score
 

@@ -23,8 +23,9 @@ from chanprune_ext.models import CifarResNet
 from chanprune_ext.recovery import RecoveryInterrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("ctrl_c_counts")
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,6 @@ def run(job: Job, out: Path, resume: bool | None, said: list[str] | None = None)
 
 def weights(job: Job, out: Path, name: str) -> dict[str, torch.Tensor]:
     return load(out / f"{name}.safetensors", job.model).state_dict()
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c_counts() -> Iterator[None]:
-    """A shell's background ignores it, and so would tests that were started there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def with_ctrl_c(job: Job, measurement: int) -> Job:

@@ -319,11 +319,10 @@ def test_leftovers_of_killed_writes_go(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
+@pytest.mark.usefixtures("ctrl_c_counts")
 def test_ctrl_c_finishes_the_update_and_a_second_one_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     handler, pressed = signal.getsignal(signal.SIGINT), [1]
     step = TrainingLoop._step
 
